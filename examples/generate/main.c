@@ -1,0 +1,137 @@
+/* main.c - qkv-generate: prompts in, completions out. `qkv-generate --help` says how.
+ *
+ *   options -> gguf, tokenizer -> prompts -> model -> engine (schedule, forward, pages) -> output
+ *
+ * SPDX-License-Identifier: Apache-2.0 */
+#include <inttypes.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "output.h"
+#include "qkv/qkv.h"
+#include "report.h"
+#include "score.h"
+
+/* What every mode works with; all of it is released at the end of main. */
+typedef struct program {
+    options o;
+    console terminal;
+    gguf *file;
+    tokenizer *text;
+    prompt *prompts;
+    qkv_context *ctx;
+    model *m;
+} program;
+
+static void show_loading(void *terminal, double share)
+{
+    console_progress(terminal, "loading the model: %.0f %%", share * 100);
+}
+
+static bool load(program *p, char error[GGUF_ERROR])
+{
+    if (strcmp(p->o.device, "cpu") != 0)
+        return fail(error, "--device %s: this program computes on the CPU only", p->o.device);
+    const qkv_context_options how = {QKV_CONTEXT_OPTIONS_INIT, .num_threads = p->o.num_threads,
+                                     .device = {kDLCPU, 0}};
+    if (!works(error, "qkv_context_create", qkv_context_create(&how, &p->ctx))) return false;
+    p->m = model_load(p->file, p->o.dtype, qkv_context_num_threads(p->ctx), show_loading,
+                      &p->terminal, error);
+    console_clear(&p->terminal);
+    if (!p->m) return false;
+    if (tokenizer_vocab_size(p->text) > p->m->config.vocab_size)
+        return fail(error, "the tokenizer has %d tokens, the model only %d",
+                    tokenizer_vocab_size(p->text), p->m->config.vocab_size);
+    return true;
+}
+
+static bool print_tokens(const program *p, char error[GGUF_ERROR])
+{
+    for (int32_t i = 0; i < p->o.num_prompts; i++) {
+        for (int32_t t = 0; t < p->prompts[i].num_tokens; t++)
+            printf("%s%" PRId32, t ? " " : "", p->prompts[i].tokens[t]);
+        putchar('\n');
+    }
+    return !fflush(stdout) || fail(error, "standard output: cannot write");
+}
+
+static bool print_perplexity(program *p, char error[GGUF_ERROR])
+{
+    int32_t n = p->prompts[0].num_tokens;
+    double nll;
+    if (n > p->o.max_tokens) n = p->o.max_tokens;
+    if (!score_perplexity(p->ctx, p->m, &p->o.engine, p->prompts[0].tokens, n, &p->terminal, &nll,
+                          error))
+        return false;
+    console_clear(&p->terminal);
+    printf("{\"tokens\": %" PRId32 ", \"nll\": %.8f, \"perplexity\": %.6f}\n", n, nll, exp(nll));
+    return !fflush(stdout) || fail(error, "standard output: cannot write");
+}
+
+static bool run_engine(program *p, engine *e, char error[GGUF_ERROR])
+{
+    output out = output_open(e, p->prompts, p->text, p->o.json, &p->terminal);
+    bool good = true;
+    while (good && engine_busy(e)) {
+        if (output_at_line_start(&out)) report_progress(e, &p->terminal);
+        good = engine_step(e, error) && output_update(&out, error);
+    }
+    output_close(&out);
+    console_clear(&p->terminal);
+    return good && report_write(e, &p->terminal, error);
+}
+
+static bool generate(program *p, char error[GGUF_ERROR])
+{
+    const int32_t n = p->o.num_prompts;
+    engine_prompt *prompts = malloc((size_t)n * sizeof *prompts);
+    if (!prompts) return fail(error, "out of memory");
+    for (int32_t i = 0; i < n; i++)
+        prompts[i] = (engine_prompt){.tokens = p->prompts[i].tokens,
+                                     .num_tokens = p->prompts[i].num_tokens,
+                                     .max_new = p->o.max_new};
+    engine *e = engine_create(p->ctx, p->m, p->text, &p->o.engine, prompts, n, error);
+    free(prompts);
+    const bool good = e && run_engine(p, e, error);
+    engine_destroy(e);
+    return good;
+}
+
+static bool run(program *p, char error[GGUF_ERROR])
+{
+    p->file = gguf_open(p->o.model, error);
+    if (!p->file) return false;
+    p->text = tokenizer_create(p->file, error);
+    if (!p->text) return false;
+    p->prompts = prompts_create(&p->o, p->file, p->text, error);
+    if (!p->prompts) return false;
+    if (p->o.tokenize) return print_tokens(p, error);
+    if (!load(p, error)) return false;
+    gguf_close(p->file); /* the weights are copies; a mapped file need not stay in memory */
+    p->file = NULL;
+    if (p->o.perplexity) return print_perplexity(p, error);
+    if (p->o.logits_file)
+        return score_logits(p->ctx, p->m, &p->o.engine, p->prompts[0].tokens,
+                            p->prompts[0].num_tokens, p->o.logits_file, error);
+    return generate(p, error);
+}
+
+int main(int argc, char **argv)
+{
+    program p = {.terminal = console_open()};
+    char error[GGUF_ERROR] = "";
+    int status = options_parse(&p.o, argc, argv);
+    if (status == OPTIONS_GO) {
+        status = run(&p, error) ? EXIT_SUCCESS : EXIT_FAILURE;
+        if (status != EXIT_SUCCESS) console_say(&p.terminal, "qkv-generate: %s", error);
+    }
+    model_destroy(p.m);
+    qkv_context_destroy(p.ctx);
+    prompts_destroy(p.prompts, p.o.num_prompts);
+    tokenizer_destroy(p.text);
+    gguf_close(p.file);
+    free(p.o.prompts);
+    return status;
+}

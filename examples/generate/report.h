@@ -1,0 +1,15 @@
+/* report.h - how the run went, in figures.
+ * SPDX-License-Identifier: Apache-2.0 */
+#ifndef GENERATE_REPORT_H
+#define GENERATE_REPORT_H
+
+#include "console.h"
+#include "engine.h"
+
+/* One line, while it runs. */
+void report_progress(const engine *e, console *terminal);
+
+/* Some lines at the end. */
+bool report_write(const engine *e, console *terminal, char error[GGUF_ERROR]);
+
+#endif

@@ -1,0 +1,91 @@
+/* context.h - one context per device: backend, threads, allocator, log; and what the library holds.
+ * SPDX-License-Identifier: Apache-2.0 */
+#ifndef QKV_CONTEXT_H
+#define QKV_CONTEXT_H
+
+#include "qkv/base.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct qkv_context qkv_context;
+
+/* Memory for contexts, operators and workspaces. Both functions or neither; NULL is the C library.
+ * alloc returns a block aligned to alignment (a power of two, at most 4096), or NULL.
+ * free gets the size that alloc was asked for. */
+typedef struct qkv_allocator {
+    void *user;
+    void *(*alloc)(void *user, size_t bytes, size_t alignment);
+    void (*free)(void *user, void *ptr, size_t bytes);
+} qkv_allocator;
+
+/* The engine's own threads, for the CPU backend. run must call task(arg, i) once for each i in
+ * [0, num_tasks), on any threads and in any order, one after another if it likes, and return when
+ * all have returned. Tasks never wait for each other. num_threads > 0: how many run at a time. */
+typedef struct qkv_parallel {
+    void *user;
+    void (*run)(void *user, int32_t num_tasks, void (*task)(void *arg, int32_t index), void *arg);
+    int32_t num_threads, reserved;
+} qkv_parallel;
+
+/* One line of text without its newline; called from any thread that calls the library. */
+typedef void (*qkv_log_fn)(void *user, const char *line);
+
+typedef struct qkv_context_options {
+    uint32_t struct_size;
+    int32_t num_threads; /* CPU: 0 = all that this process may run on; ignored with parallel.run  */
+    DLDevice device;     /* {kDLCPU, 0}; a zeroed device means the same                           */
+    const char *isa;     /* CPU: NULL = the fastest level; else "avx2", "avx512", "avx512_bf16",
+                            "neon". QKV_DEVICE=cpu:LEVEL in the environment wins over it           */
+    qkv_allocator allocator;
+    qkv_parallel parallel;
+    qkv_log_fn log; /* verbose lines (QKV_VERBOSE=error,dispatch,plan,run or all); NULL = stderr */
+    void *log_user;
+} qkv_context_options;
+#define QKV_CONTEXT_OPTIONS_INIT .struct_size = sizeof(qkv_context_options)
+
+/*
+ * qkv_context_create - open a device.
+ *
+ *   options  NULL: the CPU with all defaults
+ *   out      set to the context, or to NULL on failure
+ *
+ * A context may be shared by threads; on the CPU one call computes at a time and others wait for it.
+ * Objects made from it must be destroyed first. Starts num_threads - 1 threads unless parallel.run
+ * is given; they sleep between calls.
+ *
+ * Errors: INVALID (options), UNSUPPORTED (device, or an ISA level that this machine lacks), MEMORY,
+ * DEVICE (threads could not be started).
+ */
+QKV_API qkv_status qkv_context_create(const qkv_context_options *options, qkv_context **out);
+
+/* NULL is fine. */
+QKV_API void qkv_context_destroy(qkv_context *ctx);
+
+/* "cpu:avx512": the device and the ISA level in use. Lives as long as the context. */
+QKV_API const char *qkv_context_device_name(const qkv_context *ctx);
+
+/* How many tasks run at a time; the default of max_workers. */
+QKV_API int32_t qkv_context_num_threads(const qkv_context *ctx);
+
+/* The i-th CPU level that this library was built with, best first, NULL past the end.
+ * *usable (may be NULL) is set to 1 if this machine can run it, else to 0. */
+QKV_API const char *qkv_cpu_level(int32_t i, int32_t *usable);
+
+/* One row of a kernel table. */
+typedef struct qkv_kernel_info {
+    uint32_t struct_size;
+    DLDeviceType device_type;
+    const char *op;  /* "attention"     */
+    const char *row; /* "attention.d128" */
+} qkv_kernel_info;
+
+/* Calls visit for every row of every table, fastest first within an op. */
+QKV_API void qkv_enumerate_kernels(void (*visit)(void *user, const qkv_kernel_info *info),
+                                   void *user);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,58 @@
+/* page.h - writing into a paged KV cache.
+ * SPDX-License-Identifier: Apache-2.0 */
+#ifndef QKV_PAGE_H
+#define QKV_PAGE_H
+
+#include "qkv/attention.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/*
+ * qkv_kv_append - scatter new keys and values into the pages of their requests.
+ *
+ *   k_cache, v_cache  [pages, page_size, num_kv_heads, head_dim] by kv_layout, f32|f16|bf16, any
+ *                     outer strides; v_cache NULL: k_cache is [pages, 2, ...] and holds both
+ *   kv_layout         QKV_NHD or QKV_HND
+ *   k, v              [nnz, num_kv_heads, head_dim] f32|f16|bf16, rounded to the cache's dtype;
+ *                     head_dim of k and v may differ as those of the caches do
+ *   index             qo_indptr says which rows belong to which request, and a paged CSR or a block
+ *                     table (which already counts the new tokens) where its pages are
+ *   positions         i32 [nnz] position in its request of each row; NULL = the last qo_len
+ *                     positions of each request
+ *
+ * Rows from qo_indptr[last] on are ignored. Two rows for one slot: which one stays is not defined.
+ * Errors: INVALID (shapes, dtypes, an index out of range: names array, request and entry).
+ */
+QKV_API qkv_status qkv_kv_append(qkv_context *ctx, DLTensor *k_cache, DLTensor *v_cache,
+                                 int32_t kv_layout, const DLTensor *k, const DLTensor *v,
+                                 const qkv_kv_index *index, const DLTensor *positions,
+                                 void *stream);
+
+/*
+ * qkv_kv_append_slots - the same by slot numbers.
+ *
+ *   slot_mapping  i32|i64 [nnz]: page * page_size + slot of each row; negative = skip the row
+ *
+ * Errors: INVALID (shapes, dtypes, a slot beyond the pool: names the row).
+ */
+QKV_API qkv_status qkv_kv_append_slots(qkv_context *ctx, DLTensor *k_cache, DLTensor *v_cache,
+                                       int32_t kv_layout, const DLTensor *k, const DLTensor *v,
+                                       const DLTensor *slot_mapping, void *stream);
+
+/*
+ * qkv_kv_copy_pages - copy whole pages within the pool: k_cache[dst[i]] = k_cache[src[i]], v too.
+ *
+ *   k_cache, v_cache  [pages, ...] 4-D of any dtype; v_cache may be NULL
+ *   src, dst          i32 [n] page numbers; no page is both, and none twice in dst (INVALID)
+ *
+ * Errors: INVALID.
+ */
+QKV_API qkv_status qkv_kv_copy_pages(qkv_context *ctx, DLTensor *k_cache, DLTensor *v_cache,
+                                     const DLTensor *src, const DLTensor *dst, void *stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

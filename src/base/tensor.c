@@ -1,0 +1,144 @@
+/* tensor.c - checks and address arithmetic over DLTensor.
+ * SPDX-License-Identifier: Apache-2.0 */
+#include "base/tensor.h"
+
+#include <stdio.h>
+
+/* "[2, *, 64]" into text. */
+static void shape_text(char *text, size_t bytes, int ndim, const int64_t *shape)
+{
+    size_t at = (size_t)snprintf(text, bytes, "[");
+    for (int i = 0; i < ndim && at + 24 < bytes; i++) {
+        const char *comma = i ? ", " : "";
+        if (shape[i] == QI_ANY)
+            at += (size_t)snprintf(text + at, bytes - at, "%s*", comma);
+        else
+            at += (size_t)snprintf(text + at, bytes - at, "%s%lld", comma, (long long)shape[i]);
+    }
+    snprintf(text + at, bytes - at, "]");
+}
+
+static qkv_status expect_layout(const DLTensor *t, const char *name, int ndim, const int64_t *shape)
+{
+    QI_REQUIRE(t->device.device_type == kDLCPU, "%s: expected a tensor on the CPU, got device type %d",
+               name, (int)t->device.device_type);
+    int match = t->ndim == ndim && (t->shape || ndim == 0);
+    for (int i = 0; match && i < ndim; i++)
+        match = t->shape[i] >= 0 && (shape[i] == QI_ANY || shape[i] == t->shape[i]);
+    if (!match) {
+        char want[160], got[160];
+        shape_text(want, sizeof want, ndim, shape);
+        shape_text(got, sizeof got, t->shape && t->ndim > 0 ? t->ndim : 0, t->shape);
+        QI_FAIL(QKV_ERR_INVALID, "%s: expected shape %s, got %s", name, want, got);
+    }
+    int64_t span = 1, numel = 1;
+    for (int i = 0; i < ndim; i++) {
+        const int64_t n = t->shape[i];
+        const int64_t stride = t->strides ? t->strides[i] : 0;
+        int64_t reach;
+        QI_REQUIRE(!__builtin_mul_overflow(numel, n, &numel) && stride >= 0 &&
+                       (n == 0 || !__builtin_mul_overflow(n - 1, stride, &reach)) &&
+                       (n == 0 || !__builtin_add_overflow(span, reach, &span)),
+                   "%s: expected sizes and strides within 63 bits and not negative, got size %lld, "
+                   "stride %lld on axis %d", name, (long long)n, (long long)stride, i);
+    }
+    if (numel == 0) return QKV_OK;
+    QI_REQUIRE(t->data, "%s: expected data, got NULL", name);
+    QI_REQUIRE(ndim == 0 || !t->strides || t->shape[ndim - 1] == 1 || t->strides[ndim - 1] == 1,
+               "%s: expected a contiguous last axis, got stride %lld", name,
+               (long long)t->strides[ndim - 1]);
+    const size_t bytes = t->dtype.bits / 8u;
+    QI_REQUIRE(bytes == 0 || (uintptr_t)qi_data(t) % bytes == 0,
+               "%s: expected data aligned to its elements of %zu bytes, got %p", name, bytes,
+               qi_data(t));
+    return QKV_OK;
+}
+
+qkv_status qi_expect(const DLTensor *t, const char *name, DLDataType dtype, int ndim,
+                     const int64_t *shape)
+{
+    QI_REQUIRE(t, "%s: expected a tensor, got NULL", name);
+    QI_REQUIRE(t->dtype.code == dtype.code && t->dtype.bits == dtype.bits &&
+                   t->dtype.lanes == dtype.lanes,
+               "%s: expected dtype %s, got %s", name, qi_dtype_name(dtype), qi_dtype_name(t->dtype));
+    return expect_layout(t, name, ndim, shape);
+}
+
+qkv_status qi_expect_float(const DLTensor *t, const char *name, int ndim, const int64_t *shape)
+{
+    QI_REQUIRE(t, "%s: expected a tensor, got NULL", name);
+    QI_REQUIRE(qi_is_float(t->dtype), "%s: expected dtype f32, f16 or bf16, got %s", name,
+               qi_dtype_name(t->dtype));
+    return expect_layout(t, name, ndim, shape);
+}
+
+int64_t qi_stride(const DLTensor *t, int axis)
+{
+    if (t->strides) return t->strides[axis];
+    int64_t stride = 1;
+    for (int i = t->ndim - 1; i > axis; i--) stride *= t->shape[i];
+    return stride;
+}
+
+int64_t qi_numel(const DLTensor *t)
+{
+    int64_t n = 1;
+    for (int i = 0; i < t->ndim; i++) n *= t->shape[i];
+    return n;
+}
+
+/* Bytes from the first element to past the last one; 0 for an empty tensor. */
+static size_t span_bytes(const DLTensor *t)
+{
+    int64_t last = 0;
+    for (int i = 0; i < t->ndim; i++) {
+        if (t->shape[i] == 0) return 0;
+        last += (t->shape[i] - 1) * qi_stride(t, i);
+    }
+    return ((size_t)last + 1) * (t->dtype.bits / 8u);
+}
+
+/* Modulo pitch, the elements of t lie within [0, this) of its first one: axes whose stride is a
+ * multiple of the pitch stay in place, the others add up. */
+static int64_t span_modulo(const DLTensor *t, int64_t pitch)
+{
+    int64_t last = 0;
+    for (int i = 0; i < t->ndim; i++)
+        if (qi_stride(t, i) % pitch != 0) last += (t->shape[i] - 1) * qi_stride(t, i);
+    return last + 1;
+}
+
+/* Do they interleave without meeting, as parts of one wider tensor do: is there a pitch in whose
+ * every period each keeps to a place of its own? */
+static int interleaved(const DLTensor *a, const DLTensor *b)
+{
+    const int64_t size = a->dtype.bits / 8u;
+    const int64_t bytes = (char *)qi_data(b) - (char *)qi_data(a);
+    if (size == 0 || a->dtype.bits != b->dtype.bits || bytes % size != 0) return 0;
+    for (int i = 0; i < a->ndim; i++) {
+        const int64_t pitch = qi_stride(a, i);
+        if (a->shape[i] <= 1 || pitch <= 1) continue;
+        const int64_t at = (bytes / size % pitch + pitch) % pitch; /* of b in a's period */
+        if (span_modulo(a, pitch) <= at && at + span_modulo(b, pitch) <= pitch) return 1;
+    }
+    return 0;
+}
+
+int qi_overlap(const DLTensor *a, const DLTensor *b)
+{
+    const char *a0 = qi_data(a), *b0 = qi_data(b);
+    const size_t na = span_bytes(a), nb = span_bytes(b);
+    return na && nb && a0 < b0 + nb && b0 < a0 + na && !interleaved(a, b);
+}
+
+int qi_same(const DLTensor *a, const DLTensor *b)
+{
+    if (qi_data(a) != qi_data(b) || a->ndim != b->ndim || a->dtype.code != b->dtype.code ||
+        a->dtype.bits != b->dtype.bits)
+        return 0;
+    for (int i = 0; i < a->ndim; i++)
+        if (a->shape[i] != b->shape[i] ||
+            (a->shape[i] > 1 && qi_stride(a, i) != qi_stride(b, i)))
+            return 0;
+    return 1;
+}

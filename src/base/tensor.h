@@ -1,0 +1,43 @@
+/* tensor.h - checks and address arithmetic over DLTensor.
+ * SPDX-License-Identifier: Apache-2.0 */
+#ifndef QI_BASE_TENSOR_H
+#define QI_BASE_TENSOR_H
+
+#include "base/dtype.h"
+#include "base/status.h"
+
+#define QI_ANY ((int64_t)-1) /* matches every size, in a QI_SHAPE */
+#define QI_SHAPE(...)                                                    \
+    (int)(sizeof((const int64_t[]){__VA_ARGS__}) / sizeof(int64_t)),     \
+        (const int64_t[]){__VA_ARGS__}
+
+/*
+ * Requires a tensor of this dtype and shape on the CPU, with data unless it is empty, sane strides
+ * (non-negative, no overflow) and a contiguous last axis. The message names it.
+ *   qi_expect(out, "out", QKV_BF16, QI_SHAPE(num_tokens, QI_ANY))
+ */
+qkv_status qi_expect(const DLTensor *t, const char *name, DLDataType dtype, int ndim,
+                     const int64_t *shape);
+
+/* The same for a tensor of f32, f16 or bf16. */
+qkv_status qi_expect_float(const DLTensor *t, const char *name, int ndim, const int64_t *shape);
+
+/* The address of element 0. */
+static inline void *qi_data(const DLTensor *t)
+{
+    return t && t->data ? (char *)t->data + t->byte_offset : NULL;
+}
+
+/* Elements from one index of the axis to the next. */
+int64_t qi_stride(const DLTensor *t, int axis);
+
+int64_t qi_numel(const DLTensor *t);
+
+/* May two tensors share an element? Exact for parts of one wider tensor (column slices, heads of a
+ * fused q, k, v); where neither order nor a common pitch keeps them apart, the answer is yes. */
+int qi_overlap(const DLTensor *a, const DLTensor *b);
+
+/* The same memory in the same places: same data, dtype, shape and strides. */
+int qi_same(const DLTensor *a, const DLTensor *b);
+
+#endif

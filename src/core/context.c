@@ -1,0 +1,94 @@
+/* context.c - opening a device: options, allocator, level, threads.
+ * SPDX-License-Identifier: Apache-2.0 */
+#include "core/context.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/env.h"
+#include "base/status.h"
+
+static void *default_alloc(void *user, size_t bytes, size_t alignment)
+{
+    (void)user;
+    return aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+}
+
+static void default_free(void *user, void *ptr, size_t bytes)
+{
+    (void)user;
+    (void)bytes;
+    free(ptr);
+}
+
+/* The level that QKV_DEVICE=cpu:LEVEL asks for, NULL where it leaves the choice open. */
+static qkv_status env_level(const char **level)
+{
+    const char *device = qi_env(QI_ENV_DEVICE);
+    *level = NULL;
+    if (!device || strcmp(device, "cpu") == 0) return QKV_OK;
+    QI_REQUIRE(strncmp(device, "cpu:", 4) == 0, "QKV_DEVICE: expected cpu or cpu:LEVEL, got %s",
+               device);
+    *level = device + 4;
+    return QKV_OK;
+}
+
+qkv_status qkv_context_create(const qkv_context_options *options, qkv_context **out)
+{
+    qkv_status status;
+    QI_REQUIRE(out, "out: expected a pointer, got NULL");
+    *out = NULL;
+    qkv_context_options o = {QKV_CONTEXT_OPTIONS_INIT};
+    if (options) QI_TRY(qi_read_struct(&o, sizeof o, options, "options"));
+    if (o.device.device_type == 0) o.device.device_type = kDLCPU;
+    if (o.device.device_type != kDLCPU)
+        QI_FAIL(QKV_ERR_UNSUPPORTED, "device: expected kDLCPU, got device type %d",
+                (int)o.device.device_type);
+    QI_REQUIRE(o.device.device_id == 0, "device: expected device_id 0 on the CPU, got %d",
+               (int)o.device.device_id);
+    QI_REQUIRE(o.num_threads >= 0, "num_threads: expected >= 0, got %d", (int)o.num_threads);
+    QI_REQUIRE(!o.allocator.alloc == !o.allocator.free,
+               "allocator: expected alloc and free, or neither; got one");
+    if (!o.allocator.alloc)
+        o.allocator = (qkv_allocator){.alloc = default_alloc, .free = default_free};
+    const char *level;
+    QI_TRY(env_level(&level));
+    int cpu_level;
+    QI_TRY(qi_cpu_find_level(level ? level : o.isa, &cpu_level));
+
+    qkv_context *ctx = o.allocator.alloc(o.allocator.user, sizeof *ctx, 64);
+    if (!ctx) QI_FAIL(QKV_ERR_MEMORY, "context: out of memory");
+    *ctx = (qkv_context){
+        .device = o.device,
+        .cpu_level = cpu_level,
+        .allocator = o.allocator,
+        .logger = {.log = o.log, .user = o.log_user},
+    };
+    snprintf(ctx->device_name, sizeof ctx->device_name, "cpu:%s", qi_cpu_level_name(cpu_level));
+    QI_TRY_OR(qi_threads_create(o.num_threads, &o.parallel, &ctx->allocator, &ctx->threads), fail);
+    *out = ctx;
+    return QKV_OK;
+
+fail:
+    ctx->allocator.free(ctx->allocator.user, ctx, sizeof *ctx);
+    return status;
+}
+
+void qkv_context_destroy(qkv_context *ctx)
+{
+    if (!ctx) return;
+    qi_threads_destroy(ctx->threads);
+    const qkv_allocator a = ctx->allocator;
+    a.free(a.user, ctx, sizeof *ctx);
+}
+
+const char *qkv_context_device_name(const qkv_context *ctx)
+{
+    return ctx ? ctx->device_name : "";
+}
+
+int32_t qkv_context_num_threads(const qkv_context *ctx)
+{
+    return ctx ? qi_threads_count(ctx->threads) : 0;
+}

@@ -1,0 +1,18 @@
+/* context.h - what a qkv_context holds; operators see it through core/launch.h.
+ * SPDX-License-Identifier: Apache-2.0 */
+#ifndef QI_CORE_CONTEXT_H
+#define QI_CORE_CONTEXT_H
+
+#include "base/log.h"
+#include "device/cpu.h"
+
+struct qkv_context {
+    DLDevice device;
+    int cpu_level; /* index into QI_CPU_LEVELS */
+    qi_threads *threads;
+    qkv_allocator allocator;
+    qi_logger logger;
+    char device_name[32];
+};
+
+#endif

@@ -1,0 +1,51 @@
+/* abi.h - fixed-width types and the task a kernel runs as; shared by host code and kernels.
+ * SPDX-License-Identifier: Apache-2.0 */
+#ifndef QI_KERN_ABI_H
+#define QI_KERN_ABI_H
+
+#include <stdint.h>
+
+typedef uint8_t u8;
+typedef uint16_t u16;
+typedef uint32_t u32;
+typedef uint64_t u64;
+typedef int8_t i8;
+typedef int32_t i32;
+typedef int64_t i64;
+
+/* Bytes of private memory that a CPU task may use as it likes; 64-byte aligned, never cleared. */
+#define QI_TASK_SCRATCH_BYTES (512 * 1024)
+
+/* One of count equal tasks of a launch. count is at most the context's threads, so a kernel splits
+ * its work by index / count; no task waits for another. */
+typedef struct qi_task {
+    i32 index, count;
+    void *scratch; /* QI_TASK_SCRATCH_BYTES */
+} qi_task;
+
+/* The share [*begin, *end) of n items that falls to a task; shares are multiples of grain but the
+ * last, and differ by at most one grain. */
+static inline void qi_task_share(qi_task task, i64 n, i64 grain, i64 *begin, i64 *end)
+{
+    const i64 units = (n + grain - 1) / grain;
+    const i64 first = units * task.index / task.count, last = units * (task.index + 1) / task.count;
+    *begin = first * grain < n ? first * grain : n;
+    *end = last * grain < n ? last * grain : n;
+}
+
+/* Element types, as kernels switch on them; the host gets them from qi_dtype_of(). */
+typedef enum qi_dtype {
+    QI_F32 = 0,
+    QI_F16 = 1,
+    QI_BF16 = 2,
+    QI_E4M3 = 3,
+    QI_E5M2 = 4,
+    QI_I8 = 5,
+    QI_U8 = 6,
+    QI_I32 = 7,
+    QI_I64 = 8,
+    QI_U64 = 9,
+    QI_NUM_DTYPES = 10
+} qi_dtype;
+
+#endif

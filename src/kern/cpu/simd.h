@@ -1,0 +1,347 @@
+/* simd.h - the vectors that CPU kernels are written in: GCC/Clang vector extensions, with an
+ * intrinsic only where they have no word for it (conversions, max, rounding to bf16 pairs).
+ *
+ * vf holds QI_VW floats: 16 (AVX-512), 8 (AVX2), 4 (NEON). vi holds as many i32; comparisons of vf
+ * give vi masks of 0 and -1. Loads and stores need no alignment. a * b + c becomes one FMA: kernels
+ * are compiled with -ffp-contract=fast.
+ * SPDX-License-Identifier: Apache-2.0 */
+#ifndef QI_KERN_CPU_SIMD_H
+#define QI_KERN_CPU_SIMD_H
+
+#include "kern/cpu/prelude.h"
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define QI_VW 16
+#define QI_NUM_VREGS 32
+#elif defined(__AVX2__)
+#include <immintrin.h>
+#define QI_VW 8
+#define QI_NUM_VREGS 16
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#define QI_VW 4
+#define QI_NUM_VREGS 32
+#else
+#error "no vector unit for this level"
+#endif
+
+typedef float vf __attribute__((vector_size(QI_VW * 4), may_alias));
+typedef i32 vi __attribute__((vector_size(QI_VW * 4), may_alias));
+typedef u32 vu __attribute__((vector_size(QI_VW * 4), may_alias));
+typedef u16 vu16 __attribute__((vector_size(QI_VW * 2), may_alias)); /* half a register */
+
+/* ---- plain loads, stores, splats ---------------------------------------------------------- */
+
+QI_INLINE vf vf_load(const float *p)
+{
+    vf v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+QI_INLINE void vf_store(float *p, vf v)
+{
+    memcpy(p, &v, sizeof v);
+}
+
+QI_INLINE vf vf_set1(float x)
+{
+    return x - (vf){0};
+}
+
+QI_INLINE vi vi_set1(i32 x)
+{
+    return x - (vi){0};
+}
+
+/* The 32-bit word at p in every lane, whatever it means. */
+QI_INLINE vf vf_splat(const void *p)
+{
+    i32 word;
+    memcpy(&word, p, sizeof word);
+    return (vf)vi_set1(word);
+}
+
+/* {0, 1, 2, ...} */
+QI_INLINE vi vi_iota(void)
+{
+#if QI_VW == 16
+    return (vi){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#elif QI_VW == 8
+    return (vi){0, 1, 2, 3, 4, 5, 6, 7};
+#else
+    return (vi){0, 1, 2, 3};
+#endif
+}
+
+/* mask ? a : b, lane by lane */
+QI_INLINE vf vf_select(vi mask, vf a, vf b)
+{
+    return (vf)((mask & (vi)a) | (~mask & (vi)b));
+}
+
+QI_INLINE vf vf_max(vf a, vf b)
+{
+#if QI_VW == 16
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif QI_VW == 8
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return (vf)vmaxq_f32((float32x4_t)a, (float32x4_t)b);
+#endif
+}
+
+QI_INLINE vf vf_abs(vf x)
+{
+    return (vf)((vi)x & vi_set1(0x7fffffff));
+}
+
+QI_INLINE vf vf_sqrt(vf x)
+{
+#if QI_VW == 16
+    return (vf)_mm512_sqrt_ps((__m512)x);
+#elif QI_VW == 8
+    return (vf)_mm256_sqrt_ps((__m256)x);
+#else
+    return (vf)vsqrtq_f32((float32x4_t)x);
+#endif
+}
+
+/* ---- element types: widen on load, round on store ------------------------------------------ */
+
+QI_INLINE size_t qi_size_of(const qi_dtype t)
+{
+    return t == QI_F32 || t == QI_I32 ? 4 : t == QI_F16 || t == QI_BF16 ? 2 : t >= QI_I64 ? 8 : 1;
+}
+
+/* Element i of an array of t as an address. */
+QI_INLINE const char *qi_at(const void *p, const qi_dtype t, i64 i)
+{
+    return (const char *)p + i * (i64)qi_size_of(t);
+}
+
+/* QI_VW elements of f32, f16 or bf16 at p, as f32. Make t a constant where it matters. */
+QI_INLINE vf qi_load(const void *p, const qi_dtype t)
+{
+    if (t == QI_F32) return vf_load(p);
+    vu16 h;
+    memcpy(&h, p, sizeof h);
+    if (t == QI_BF16) return (vf)(__builtin_convertvector(h, vu) << 16);
+#if QI_VW == 16
+    return (vf)_mm512_cvtph_ps((__m256i)h);
+#elif QI_VW == 8
+    return (vf)_mm256_cvtph_ps((__m128i)h);
+#else
+    return (vf)vcvt_f32_f16(vreinterpret_f16_u16((uint16x4_t)h));
+#endif
+}
+
+/* f32 to the upper 16 bits of a bf16 in the lower half of each lane; nearest even, NaN stays NaN. */
+QI_INLINE vu qi_round_bf16(vf v)
+{
+    const vu bits = (vu)v;
+    const vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const vu nan = (bits >> 16) | 0x40; /* quiet, payload cut */
+    const vu is_nan = (vu)(v != v);
+    return (is_nan & nan) | (~is_nan & rounded);
+}
+
+/* Stores QI_VW values as t (f32, f16 or bf16), rounded to nearest even. */
+QI_INLINE void qi_store(void *p, const qi_dtype t, vf v)
+{
+    if (t == QI_F32) {
+        vf_store(p, v);
+        return;
+    }
+    vu16 h;
+    if (t == QI_BF16) {
+        h = __builtin_convertvector(qi_round_bf16(v), vu16);
+    } else {
+#if QI_VW == 16
+        h = (vu16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif QI_VW == 8
+        h = (vu16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+        h = (vu16)vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v));
+#endif
+    }
+    memcpy(p, &h, sizeof h);
+}
+
+/* The first n < QI_VW elements; the other lanes are 0. Reads nothing beyond them. */
+QI_INLINE vf qi_load_n(const void *p, const qi_dtype t, i64 n)
+{
+    float buffer[QI_VW] = {0};
+    memcpy(buffer, p, (size_t)n * qi_size_of(t));
+    return qi_load(buffer, t);
+}
+
+QI_INLINE void qi_store_n(void *p, const qi_dtype t, vf v, i64 n)
+{
+    float buffer[QI_VW];
+    qi_store(buffer, t, v);
+    memcpy(p, buffer, (size_t)n * qi_size_of(t));
+}
+
+/* One element. */
+QI_INLINE float qi_load1(const void *p, const qi_dtype t)
+{
+    return t == QI_F32 ? *(const float *)p : qi_load_n(p, t, 1)[0];
+}
+
+/* Copies n elements of type t to f32, and back. */
+QI_INLINE void qi_widen(float *out, const void *in, const qi_dtype t, i64 n)
+{
+    i64 i = 0;
+    for (; i + QI_VW <= n; i += QI_VW) vf_store(out + i, qi_load(qi_at(in, t, i), t));
+    if (i < n) qi_store_n(out + i, QI_F32, qi_load_n(qi_at(in, t, i), t, n - i), n - i);
+}
+
+QI_INLINE void qi_narrow(void *out, const qi_dtype t, const float *in, i64 n)
+{
+    i64 i = 0;
+    for (; i + QI_VW <= n; i += QI_VW) qi_store((char *)out + i * (i64)qi_size_of(t), t, vf_load(in + i));
+    if (i < n)
+        qi_store_n((char *)out + i * (i64)qi_size_of(t), t, qi_load_n(in + i, QI_F32, n - i), n - i);
+}
+
+/* ---- shuffles ----------------------------------------------------------------------------- */
+
+#if defined(__clang__)
+#define QI_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define QI_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
+#endif
+
+/* {a0 b0 a1 b1 ...} of the lower halves, and of the upper ones. */
+QI_INLINE vf vf_zip_lo(vf a, vf b)
+{
+#if QI_VW == 16
+    return QI_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#elif QI_VW == 8
+    return QI_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+#else
+    return QI_SHUFFLE(a, b, 0, 4, 1, 5);
+#endif
+}
+
+QI_INLINE vf vf_zip_hi(vf a, vf b)
+{
+#if QI_VW == 16
+    return QI_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif QI_VW == 8
+    return QI_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+    return QI_SHUFFLE(a, b, 2, 6, 3, 7);
+#endif
+}
+
+/* {v1 v0 v3 v2 ...} */
+QI_INLINE vf vf_swap_pairs(vf v)
+{
+#if QI_VW == 16
+    return QI_SHUFFLE(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+#elif QI_VW == 8
+    return QI_SHUFFLE(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
+#else
+    return QI_SHUFFLE(v, v, 1, 0, 3, 2);
+#endif
+}
+
+/* Transposes a QI_VW x QI_VW tile in registers: log2(QI_VW) rounds of zipping row i with row
+ * i + QI_VW/2, the perfect-shuffle network. */
+QI_INLINE void vf_transpose(vf r[QI_VW])
+{
+    vf t[QI_VW];
+    QI_UNROLL(4)
+    for (int span = 1; span < QI_VW; span *= 2) {
+        QI_UNROLL(8)
+        for (int i = 0; i < QI_VW / 2; i++) {
+            t[2 * i] = vf_zip_lo(r[i], r[i + QI_VW / 2]);
+            t[2 * i + 1] = vf_zip_hi(r[i], r[i + QI_VW / 2]);
+        }
+        QI_UNROLL(16)
+        for (int i = 0; i < QI_VW; i++) r[i] = t[i];
+    }
+}
+
+/* Lane i of the result is the sum of the lanes of r[i]. Destroys r. The additions form a tree whose
+ * shape is the same for every i. */
+QI_INLINE vf vf_sum_each(vf r[QI_VW])
+{
+    QI_UNROLL(4)
+    for (int n = QI_VW / 2; n > 0; n /= 2) {
+        QI_UNROLL(8)
+        for (int i = 0; i < n; i++) r[i] = vf_zip_lo(r[i], r[i + n]) + vf_zip_hi(r[i], r[i + n]);
+    }
+    return r[0];
+}
+
+QI_INLINE float vf_sum(vf v)
+{
+    float x[QI_VW];
+    vf_store(x, v);
+    for (int n = QI_VW / 2; n > 0; n /= 2)
+        for (int i = 0; i < n; i++) x[i] += x[i + n];
+    return x[0];
+}
+
+QI_INLINE float vf_max_lane(vf v)
+{
+    float x[QI_VW];
+    vf_store(x, v);
+    for (int n = QI_VW / 2; n > 0; n /= 2)
+        for (int i = 0; i < n; i++) x[i] = x[i] > x[i + n] ? x[i] : x[i + n];
+    return x[0];
+}
+
+/* ---- functions ---------------------------------------------------------------------------- */
+
+/* 2^x for x <= 127; 0 below -126 (no subnormals), NaN for NaN. Within 2 ulp: 2^f on [-1/2, 1/2] by a
+ * degree-6 minimax polynomial, then the exponent is added as an integer. */
+QI_INLINE vf vf_exp2(vf x)
+{
+    const vf magic = vf_set1(12582912.f); /* 1.5 * 2^23: adding it rounds to an integer */
+    const vi low = x < -126.f;
+    const vf shifted = x + magic, f = x - (shifted - magic);
+    vf p = vf_set1(1.535336206e-4f);
+    p = p * f + 1.339887456e-3f;
+    p = p * f + 9.618437358e-3f;
+    p = p * f + 5.550332471e-2f;
+    p = p * f + 2.402264791e-1f;
+    p = p * f + 6.931472029e-1f;
+    p = p * f + 1.f;
+    return (vf)(~low & ((vi)p + ((vi)shifted << 23)));
+}
+
+/* e^x, at most 2^127. */
+QI_INLINE vf vf_exp(vf x)
+{
+    const vf y = x * QI_LOG2E;
+    return vf_exp2(vf_select(y > 127.f, vf_set1(127.f), y));
+}
+
+/* tanh, within a few ulp: an odd polynomial near 0, (1 - e) / (1 + e) with e = exp(-2|x|) beyond. */
+QI_INLINE vf vf_tanh(vf x)
+{
+    const vf a = vf_abs(x), s = x * x;
+    vf p = vf_set1(-5.704985090e-3f);
+    p = p * s + 2.063908562e-2f;
+    p = p * s - 5.373971461e-2f;
+    p = p * s + 1.333144219e-1f;
+    p = p * s - 3.333328194e-1f;
+    p = (p * s) * x + x;
+    const vf e = vf_exp2(a * (-2.f * QI_LOG2E));
+    const vf big = (1.f - e) / (1.f + e);
+    const vf signed_big = (vf)((vi)big | ((vi)x & vi_set1((i32)0x80000000)));
+    return vf_select(a < 0.625f, p, signed_big);
+}
+
+/* Brings the line at p towards the L2 cache. */
+QI_INLINE void qi_prefetch(const void *p)
+{
+    __builtin_prefetch(p, 0, 2);
+}
+
+#endif

@@ -1,0 +1,41 @@
+/* gated.c - host side of qkv_gated_activation: check, choose, launch.
+ * SPDX-License-Identifier: Apache-2.0 */
+#include "core/launch.h"
+#include "ops/activation/gated_params.h"
+#include "qkv/activation.h"
+
+QI_CPU_DECLARE(gated);
+
+const qi_kernel qi_gated_kernels[] = {
+    {"gated.any", kDLCPU, NULL, QI_CPU_ENTRIES(gated)},
+    {0},
+};
+
+qkv_status qkv_gated_activation(qkv_context *ctx, DLTensor *out, const DLTensor *gate,
+                                const DLTensor *up, int32_t kind, void *stream)
+{
+    (void)stream;
+    QI_REQUIRE_CONTEXT(ctx);
+    QI_TRY(qi_expect_float(gate, "gate", QI_SHAPE(QI_ANY, QI_ANY)));
+    const int64_t num_tokens = gate->shape[0], size = gate->shape[1];
+    QI_TRY(qi_expect(up, "up", gate->dtype, QI_SHAPE(num_tokens, size)));
+    QI_TRY(qi_expect(out, "out", gate->dtype, QI_SHAPE(num_tokens, size)));
+    QI_REQUIRE(kind == QKV_SILU || kind == QKV_GELU || kind == QKV_GELU_TANH,
+               "kind: expected QKV_SILU, QKV_GELU or QKV_GELU_TANH, got %d", (int)kind);
+    QI_REQUIRE((qi_same(out, gate) || !qi_overlap(out, gate)) &&
+                   (qi_same(out, up) || !qi_overlap(out, up)),
+               "out: expected gate or up itself, or memory apart from them");
+    if (num_tokens == 0 || size == 0) return QKV_OK;
+
+    const qi_kernel *row;
+    QI_TRY(qi_select(ctx, qi_gated_kernels, NULL, &row));
+    const gated_params params = {
+        .out = qi_data(out), .gate = qi_data(gate), .up = qi_data(up),
+        .out_stride = qi_stride(out, 0), .gate_stride = qi_stride(gate, 0),
+        .up_stride = qi_stride(up, 0),
+        .num_tokens = num_tokens, .size = size,
+        .dtype = (qi_dtype)qi_dtype_of(gate->dtype), .kind = kind,
+    };
+    qi_launch(ctx, row, qi_tasks_for(num_tokens * size * 4), &params);
+    return QKV_OK;
+}

@@ -1,0 +1,192 @@
+/* run.c - qkv_attention_run: check the tensors of a layer, fill the parameters, launch.
+ * SPDX-License-Identifier: Apache-2.0 */
+#include <math.h>
+#include <string.h>
+
+#include "ops/attention/attention.h"
+
+#define LN2 0.69314718055994530942f
+
+/* Base and strides of one of k, v. */
+typedef struct kv_tensor {
+    const char *data;
+    i64 stride[3]; /* page, token, head */
+    i64 extent;    /* pages, or tokens when ragged */
+} kv_tensor;
+
+/* t: [pages, page_size, heads, dim] (ragged: [tokens, heads, dim]), the middle two by layout. which: -1,
+ * or the half of a combined [pages, 2, ...] tensor. */
+static qkv_status read_kv(const qkv_attention *a, const DLTensor *t, const char *name, int32_t dim,
+                          int which, kv_tensor *out)
+{
+    const qkv_attention_spec *s = &a->spec;
+    const int hnd = s->kv_layout == QKV_HND;
+    const int64_t heads = s->num_kv_heads, slots = s->page_size ? s->page_size : QI_ANY;
+    const int64_t first = hnd ? heads : slots, second = hnd ? slots : heads;
+    int axis = 0; /* of the first of the two */
+    if (s->page_size == 0) {
+        QI_TRY(qi_expect(t, name, s->dtype_kv, QI_SHAPE(first, second, dim)));
+    } else if (which < 0) {
+        QI_TRY(qi_expect(t, name, s->dtype_kv, QI_SHAPE(QI_ANY, first, second, dim)));
+        axis = 1;
+    } else {
+        QI_TRY(qi_expect(t, name, s->dtype_kv, QI_SHAPE(QI_ANY, 2, first, second, dim)));
+        axis = 2;
+    }
+    const int token_axis = axis + hnd, head_axis = axis + !hnd;
+    out->data = qi_data(t);
+    out->stride[0] = s->page_size ? qi_stride(t, 0) : 0;
+    out->stride[1] = qi_stride(t, token_axis);
+    out->stride[2] = qi_stride(t, head_axis);
+    out->extent = s->page_size ? t->shape[0] : t->shape[token_axis];
+    if (which == 1 && out->data)
+        out->data += qi_stride(t, 1) * (i64)qi_dtype_bytes((qi_dtype)qi_dtype_of(s->dtype_kv));
+    return QKV_OK;
+}
+
+static qkv_status check_extent(const qkv_attention *a, const char *name, i64 extent)
+{
+    QI_REQUIRE(a->max_page < extent,
+               "%s: expected a pool of more than %lld pages, which the plan's request %lld uses (entry "
+               "%lld of its page list), got %lld", name, (long long)a->max_page,
+               (long long)a->max_page_request, (long long)a->max_page_entry, (long long)extent);
+    QI_REQUIRE(a->ragged_end <= extent, "%s: expected at least %lld tokens, as kv_indptr says, got %lld",
+               name, (long long)a->ragged_end, (long long)extent);
+    return QKV_OK;
+}
+
+static qkv_status check_rows(const qkv_attention *a, const char *name, i64 rows)
+{
+    QI_REQUIRE(rows >= a->num_tokens, "%s: expected at least %lld rows, as qo_indptr says, got %lld",
+               name, (long long)a->num_tokens, (long long)rows);
+    return QKV_OK;
+}
+
+/* lse may have any strides, its last axis too: seen as [tokens, heads, 1]. */
+static qkv_status read_lse(const qkv_attention *a, const DLTensor *lse, attention_params *p)
+{
+    QI_REQUIRE(lse->ndim == 2 && lse->shape, "lse: expected [tokens, num_qo_heads], got %d axes",
+               (int)lse->ndim);
+    int64_t shape[3] = {lse->shape[0], lse->shape[1], 1};
+    int64_t strides[3] = {qi_stride(lse, 0), qi_stride(lse, 1), 1};
+    DLTensor view = *lse;
+    view.ndim = 3;
+    view.shape = shape;
+    view.strides = strides;
+    QI_TRY(qi_expect(&view, "lse", QKV_F32, QI_SHAPE(QI_ANY, a->spec.num_qo_heads, 1)));
+    QI_TRY(check_rows(a, "lse", shape[0]));
+    p->lse = qi_data(lse);
+    memcpy(p->lse_stride, strides, sizeof p->lse_stride);
+    return QKV_OK;
+}
+
+/* A layer's window must lie within the one that the plan was made for. */
+static qkv_status check_window(const char *name, int32_t want, int32_t planned)
+{
+    QI_REQUIRE(want >= -1 && (planned < 0 || (want >= 0 && want <= planned)),
+               "%s: expected within the spec's window of %d, got %d", name, (int)planned, (int)want);
+    return QKV_OK;
+}
+
+/* sm_scale, soft cap and window of this layer. */
+static qkv_status read_overrides(const qkv_attention *a, const qkv_attention_io *io, attention_params *p)
+{
+    const qkv_attention_spec *s = &a->spec;
+    QI_REQUIRE(io->sm_scale >= 0.f && isfinite(io->sm_scale),
+               "sm_scale: expected > 0, or 0 for the spec's, got %g", (double)io->sm_scale);
+    p->sm_scale = io->sm_scale > 0.f ? io->sm_scale : s->sm_scale;
+    QI_REQUIRE(io->logits_soft_cap == 0.f || (s->features & QKV_FEATURE_SOFT_CAP),
+               "logits_soft_cap: expected 0, since the spec has no QKV_FEATURE_SOFT_CAP, got %g",
+               (double)io->logits_soft_cap);
+    QI_REQUIRE(io->logits_soft_cap >= 0.f && isfinite(io->logits_soft_cap),
+               "logits_soft_cap: expected > 0, or 0 for the spec's, got %g",
+               (double)io->logits_soft_cap);
+    p->logits_soft_cap = io->logits_soft_cap > 0.f ? io->logits_soft_cap : s->logits_soft_cap;
+    p->window_left = s->window_left;
+    p->window_right = s->window_right;
+    QI_REQUIRE(io->set_window == 0 || io->set_window == 1, "set_window: expected 0 or 1, got %d",
+               (int)io->set_window);
+    if (!io->set_window) {
+        QI_REQUIRE(io->window_left == 0 && io->window_right == 0,
+                   "window_left, window_right: expected 0 without set_window, got %d, %d",
+                   (int)io->window_left, (int)io->window_right);
+        return QKV_OK;
+    }
+    QI_REQUIRE(s->features & QKV_FEATURE_WINDOW,
+               "set_window: expected 0, since the spec has no QKV_FEATURE_WINDOW, got 1");
+    QI_TRY(check_window("window_left", io->window_left, s->window_left));
+    QI_TRY(check_window("window_right", io->window_right, s->window_right));
+    p->window_left = io->window_left;
+    p->window_right = io->window_right;
+    return QKV_OK;
+}
+
+/* Shapes, dtypes, extents; p gets addresses and strides. */
+static qkv_status read_tensors(const qkv_attention *a, const qkv_attention_io *io, attention_params *p)
+{
+    const qkv_attention_spec *s = &a->spec;
+    QI_TRY(qi_expect(io->q, "q", s->dtype_q, QI_SHAPE(QI_ANY, s->num_qo_heads, s->head_dim_qk)));
+    QI_TRY(check_rows(a, "q", io->q->shape[0]));
+    QI_TRY(qi_expect(io->o, "o", s->dtype_o, QI_SHAPE(QI_ANY, s->num_qo_heads, s->head_dim_vo)));
+    QI_TRY(check_rows(a, "o", io->o->shape[0]));
+
+    kv_tensor k, v;
+    const int combined = io->v == NULL && s->page_size > 0;
+    QI_REQUIRE(!combined || s->head_dim_qk == s->head_dim_vo,
+               "v: expected a tensor, since k and v with unequal head dims cannot share one, got NULL");
+    QI_TRY(read_kv(a, io->k, "k", s->head_dim_qk, combined ? 0 : -1, &k));
+    QI_TRY(read_kv(a, combined ? io->k : io->v, "v", s->head_dim_vo, combined ? 1 : -1, &v));
+    QI_TRY(check_extent(a, "k", k.extent));
+    QI_TRY(check_extent(a, "v", v.extent));
+    QI_REQUIRE(!qi_overlap(io->o, io->q), "o: expected memory apart from q");
+    QI_REQUIRE(!qi_overlap(io->o, io->k), "o: expected memory apart from k");
+    QI_REQUIRE(combined || !qi_overlap(io->o, io->v), "o: expected memory apart from v");
+    if (io->lse) QI_TRY(read_lse(a, io->lse, p));
+
+    p->q = qi_data(io->q);
+    p->o = qi_data(io->o);
+    p->k = k.data;
+    p->v = v.data;
+    for (int i = 0; i < 2; i++) {
+        p->q_stride[i] = qi_stride(io->q, i);
+        p->o_stride[i] = qi_stride(io->o, i);
+    }
+    memcpy(p->k_stride, k.stride, sizeof p->k_stride);
+    memcpy(p->v_stride, v.stride, sizeof p->v_stride);
+    return QKV_OK;
+}
+
+qkv_status qkv_attention_run(qkv_attention *attention, const qkv_attention_io *io, void *stream)
+{
+    (void)stream;
+    qkv_attention *a = attention;
+    QI_REQUIRE(a, "attention: expected an operator, got NULL");
+    QI_REQUIRE(a->planned, "attention: expected a plan before the first run, got none");
+    qkv_attention_io layer;
+    QI_TRY(qi_read_struct(&layer, sizeof layer, io, "io"));
+    const qkv_attention_spec *s = &a->spec;
+    attention_params p = {
+        .plan = a->plan,
+        .num_qo_heads = s->num_qo_heads, .num_kv_heads = s->num_kv_heads,
+        .head_dim_qk = s->head_dim_qk, .head_dim_vo = s->head_dim_vo,
+        .page_size = s->page_size,
+        .dtype_q = (qi_dtype)qi_dtype_of(s->dtype_q),
+        .dtype_kv = (qi_dtype)qi_dtype_of(s->dtype_kv),
+        .dtype_o = (qi_dtype)qi_dtype_of(s->dtype_o),
+        .lse_scale = s->flags & QKV_ATTENTION_LSE_BASE_2 ? 1.f : LN2,
+        .causal = s->mask == QKV_MASK_CAUSAL,
+        .num_workers = a->limits.max_workers,
+        .scratch = a->scratch, .scratch_stride = a->scratch_stride,
+    };
+    QI_TRY(read_tensors(a, &layer, &p));
+    QI_TRY(read_overrides(a, &layer, &p));
+    if (a->num_tokens == 0) return QKV_OK;
+
+    const int verbose = qi_verbose(&a->ctx->logger, QI_VERBOSE_RUN);
+    const i64 start = verbose ? qi_now_ns() : 0;
+    qi_launch(a->ctx, a->row, a->plan.header->num_strips, &p);
+    if (verbose)
+        qi_log(&a->ctx->logger, "run,%s,tokens=%lld,us=%.1f", a->row->name, (long long)a->num_tokens,
+               (double)(qi_now_ns() - start) * 1e-3);
+    return QKV_OK;
+}

@@ -1,0 +1,201 @@
+/* append.c - host side of qkv_kv_append and qkv_kv_append_slots: check, choose, launch. Every page
+ * and slot that will be written is checked first, so the kernel cannot fail half way.
+ * SPDX-License-Identifier: Apache-2.0 */
+#include "base/kv_index.h"
+#include "core/launch.h"
+#include "ops/page/append_params.h"
+#include "qkv/page.h"
+
+QI_CPU_DECLARE(append);
+
+const qi_kernel qi_append_kernels[] = {
+    {"append.any", kDLCPU, NULL, QI_CPU_ENTRIES(append)},
+    {0},
+};
+
+/* The shape that k_cache and v_cache have in common. */
+typedef struct pool_shape {
+    i64 pages, page_size, num_heads;
+} pool_shape;
+
+/* A pool [pages, page_size, heads, head_dim] by layout. The first one read says the shape. */
+static qkv_status read_cache(const DLTensor *cache, const char *name, i32 layout, pool_shape *shape,
+                             append_tensor *t)
+{
+    const int slot = layout == QKV_NHD ? 1 : 2, head = 3 - slot;
+    QI_TRY(qi_expect_float(
+        cache, name,
+        QI_SHAPE(shape->pages, layout == QKV_NHD ? shape->page_size : shape->num_heads,
+                 layout == QKV_NHD ? shape->num_heads : shape->page_size, QI_ANY)));
+    *shape = (pool_shape){cache->shape[0], cache->shape[slot], cache->shape[head]};
+    *t = (append_tensor){
+        .cache = qi_data(cache),
+        .page_stride = qi_stride(cache, 0),
+        .slot_stride = qi_stride(cache, slot),
+        .head_stride = qi_stride(cache, head),
+        .num_heads = shape->num_heads,
+        .head_dim = cache->shape[3],
+        .cache_dtype = (qi_dtype)qi_dtype_of(cache->dtype),
+    };
+    return QKV_OK;
+}
+
+/* One half of [pages, 2, ...] as if it were a tensor by itself. */
+typedef struct half {
+    DLTensor t;
+    i64 shape[4], strides[4];
+} half;
+
+static const DLTensor *half_of(const DLTensor *kv, i64 which, half *h)
+{
+    for (int i = 0; i < 4; i++) {
+        const int axis = i == 0 ? 0 : i + 1;
+        h->shape[i] = kv->shape[axis];
+        h->strides[i] = qi_stride(kv, axis);
+    }
+    h->t = *kv;
+    h->t.ndim = 4;
+    h->t.shape = h->shape;
+    h->t.strides = h->strides;
+    h->t.byte_offset += (u64)(which * qi_stride(kv, 1)) * (kv->dtype.bits / 8u);
+    return &h->t;
+}
+
+/* The new rows of k or v, whose cache is known. */
+static qkv_status read_rows(const DLTensor *rows, const char *name, i64 nnz, append_tensor *t)
+{
+    QI_TRY(qi_expect_float(rows, name, QI_SHAPE(nnz, t->num_heads, t->head_dim)));
+    t->rows = qi_data(rows);
+    t->row_stride = qi_stride(rows, 0);
+    t->row_head_stride = qi_stride(rows, 1);
+    t->dtype = (qi_dtype)qi_dtype_of(rows->dtype);
+    if (t->row_head_stride == t->head_dim && t->head_stride == t->head_dim) {
+        t->head_dim *= t->num_heads;
+        t->num_heads = 1;
+    }
+    return QKV_OK;
+}
+
+/* Everything but where the rows go. */
+static qkv_status read_tensors(DLTensor *k_cache, DLTensor *v_cache, i32 kv_layout,
+                               const DLTensor *k, const DLTensor *v, pool_shape *shape,
+                               append_params *p)
+{
+    QI_REQUIRE(kv_layout == QKV_NHD || kv_layout == QKV_HND,
+               "kv_layout: expected QKV_NHD or QKV_HND, got %d", (int)kv_layout);
+    half halves[2];
+    const DLTensor *caches[2] = {k_cache, v_cache};
+    if (!v_cache) {
+        QI_TRY(qi_expect_float(k_cache, "k_cache", QI_SHAPE(QI_ANY, 2, QI_ANY, QI_ANY, QI_ANY)));
+        for (int i = 0; i < 2; i++) caches[i] = half_of(k_cache, i, &halves[i]);
+    }
+    *shape = (pool_shape){QI_ANY, QI_ANY, QI_ANY};
+    QI_TRY(read_cache(caches[0], "k_cache", kv_layout, shape, &p->k));
+    QI_TRY(read_cache(caches[1], "v_cache", kv_layout, shape, &p->v));
+    QI_REQUIRE(shape->page_size > 0, "k_cache: expected a page_size of at least 1, got 0");
+    QI_TRY(read_rows(k, "k", QI_ANY, &p->k));
+    QI_TRY(read_rows(v, "v", k->shape[0], &p->v));
+    for (int i = 0; i < 2; i++)
+        QI_REQUIRE(!qi_overlap(k, caches[i]) && !qi_overlap(v, caches[i]),
+                   "k, v: expected memory apart from the caches");
+    p->page_size = shape->page_size;
+    p->nnz = k->shape[0];
+    return QKV_OK;
+}
+
+/* Every new row has a position among its request's keys, and the page there is in the pool. */
+static qkv_status check_destinations(const append_params *p, i64 pages)
+{
+    const qi_kv_view *view = &p->index;
+    for (i64 r = 0; r < view->num_requests; r++) {
+        const i64 begin = view->qo_indptr[r], end = view->qo_indptr[r + 1];
+        if (begin == end) continue;
+        QI_REQUIRE(pages > 0, "k_cache: expected at least 1 page, got 0");
+        const i64 kv_len = qi_kv_len(view, r);
+        if (!p->positions) {
+            QI_REQUIRE(end - begin <= kv_len,
+                       "qo_indptr: expected at most kv_len = %lld rows, got %lld (request %lld)",
+                       (long long)kv_len, (long long)(end - begin), (long long)r);
+            QI_TRY(qi_kv_check_pages(view, r, (kv_len - (end - begin)) / p->page_size,
+                                     (kv_len - 1) / p->page_size + 1, pages, NULL));
+            continue;
+        }
+        for (i64 row = begin; row < end; row++) {
+            const i64 position = p->positions[row];
+            QI_REQUIRE(position >= 0 && position < kv_len,
+                       "positions: expected >= 0 and below kv_len = %lld, got %lld (request %lld, "
+                       "entry %lld)",
+                       (long long)kv_len, (long long)position, (long long)r, (long long)row);
+            const i64 page = position / p->page_size;
+            QI_TRY(qi_kv_check_pages(view, r, page, page + 1, pages, NULL));
+        }
+    }
+    return QKV_OK;
+}
+
+/* Every slot is in the pool; negative ones are fine. */
+static qkv_status check_slots(const append_params *p, i64 pages)
+{
+    const i32 *slots32 = p->slots;
+    const i64 *slots64 = p->slots;
+    const int is32 = p->slots_dtype == QI_I32;
+    for (i64 i = 0; i < p->nnz; i++) {
+        const i64 slot = is32 ? slots32[i] : slots64[i];
+        QI_REQUIRE(slot < 0 || slot / p->page_size < pages,
+                   "slot_mapping: expected a slot below %lld pages of %lld, got %lld (row %lld)",
+                   (long long)pages, (long long)p->page_size, (long long)slot, (long long)i);
+    }
+    return QKV_OK;
+}
+
+static qkv_status launch(const qkv_context *ctx, const append_params *p)
+{
+    if (p->nnz == 0) return QKV_OK;
+    const qi_kernel *row;
+    QI_TRY(qi_select(ctx, qi_append_kernels, NULL, &row));
+    const append_tensor *k = &p->k, *v = &p->v;
+    const i64 elements = k->num_heads * k->head_dim + v->num_heads * v->head_dim;
+    const i64 bytes = (i64)(qi_dtype_bytes(k->dtype) + qi_dtype_bytes(k->cache_dtype));
+    qi_launch(ctx, row, qi_tasks_for(p->nnz * elements * bytes), p);
+    return QKV_OK;
+}
+
+qkv_status qkv_kv_append(qkv_context *ctx, DLTensor *k_cache, DLTensor *v_cache, int32_t kv_layout,
+                         const DLTensor *k, const DLTensor *v, const qkv_kv_index *index,
+                         const DLTensor *positions, void *stream)
+{
+    (void)stream;
+    QI_REQUIRE_CONTEXT(ctx);
+    append_params params = {.slots = NULL};
+    pool_shape shape;
+    QI_TRY(read_tensors(k_cache, v_cache, kv_layout, k, v, &shape, &params));
+    QI_TRY(qi_kv_index_read(index, shape.page_size, &params.index));
+    if (positions) {
+        QI_TRY(qi_expect(positions, "positions", QKV_I32, QI_SHAPE(params.nnz)));
+        params.positions = qi_data(positions);
+    }
+    const i64 appended = params.index.qo_indptr[params.index.num_requests];
+    QI_REQUIRE(appended <= params.nnz, "qo_indptr: expected at most the %lld rows of k, got %lld",
+               (long long)params.nnz, (long long)appended);
+    params.nnz = appended;
+    QI_TRY(check_destinations(&params, shape.pages));
+    return launch(ctx, &params);
+}
+
+qkv_status qkv_kv_append_slots(qkv_context *ctx, DLTensor *k_cache, DLTensor *v_cache,
+                               int32_t kv_layout, const DLTensor *k, const DLTensor *v,
+                               const DLTensor *slot_mapping, void *stream)
+{
+    (void)stream;
+    QI_REQUIRE_CONTEXT(ctx);
+    append_params params = {.nnz = 0};
+    pool_shape shape;
+    QI_TRY(read_tensors(k_cache, v_cache, kv_layout, k, v, &shape, &params));
+    const int is64 = slot_mapping && qi_dtype_of(slot_mapping->dtype) == QI_I64;
+    QI_TRY(qi_expect(slot_mapping, "slot_mapping", is64 ? QKV_I64 : QKV_I32,
+                     QI_SHAPE(params.nnz)));
+    params.slots = qi_data(slot_mapping);
+    params.slots_dtype = is64 ? QI_I64 : QI_I32;
+    QI_TRY(check_slots(&params, shape.pages));
+    return launch(ctx, &params);
+}

@@ -1,0 +1,28 @@
+/* append_params.h - what qkv_kv_append and qkv_kv_append_slots hand to their kernel.
+ * SPDX-License-Identifier: Apache-2.0 */
+#ifndef QI_APPEND_PARAMS_H
+#define QI_APPEND_PARAMS_H
+
+#include "kern/kv_view.h"
+
+/* Rows of k or v, and the cache that they go to. Strides in elements. */
+typedef struct append_tensor {
+    const void *rows; /* dtype       [nnz, num_heads, head_dim]              */
+    void *cache;      /* cache_dtype [pages, page_size, num_heads, head_dim] */
+    i64 row_stride, row_head_stride;
+    i64 page_stride, slot_stride, head_stride;
+    i64 num_heads, head_dim; /* 1, num_heads * head_dim where heads adjoin on both sides */
+    qi_dtype dtype, cache_dtype;
+} append_tensor;
+
+/* Where the rows go: by slot number, or by position within a request. All of it is checked. */
+typedef struct append_params {
+    append_tensor k, v;
+    i64 nnz, page_size;
+    const void *slots; /* slots_dtype [nnz], negative: skip; NULL: by index and positions */
+    qi_dtype slots_dtype;
+    const i32 *positions; /* [nnz], NULL: the last ones of each request */
+    qi_kv_view index;
+} append_params;
+
+#endif

@@ -1,0 +1,110 @@
+/* copy_pages.c - host side of qkv_kv_copy_pages: check, choose, launch.
+ * SPDX-License-Identifier: Apache-2.0 */
+#include <string.h>
+
+#include "core/launch.h"
+#include "ops/page/copy_pages_params.h"
+#include "qkv/page.h"
+
+QI_CPU_DECLARE(copy_pages);
+
+const qi_kernel qi_copy_pages_kernels[] = {
+    {"copy_pages.any", kDLCPU, NULL, QI_CPU_ENTRIES(copy_pages)},
+    {0},
+};
+
+/* A pool [pages, ...] of pages pages (QI_ANY: any number). */
+static qkv_status read_pool(const DLTensor *cache, const char *name, i64 pages, copy_pool *pool)
+{
+    QI_REQUIRE(cache, "%s: expected a tensor, got NULL", name);
+    QI_REQUIRE(qi_dtype_of(cache->dtype) >= 0, "%s: expected a dtype of this library, got code %d, %d bits",
+               name, (int)cache->dtype.code, (int)cache->dtype.bits);
+    if (cache->ndim == 5)
+        QI_TRY(qi_expect(cache, name, cache->dtype, QI_SHAPE(pages, QI_ANY, QI_ANY, QI_ANY, QI_ANY)));
+    else
+        QI_TRY(qi_expect(cache, name, cache->dtype, QI_SHAPE(pages, QI_ANY, QI_ANY, QI_ANY)));
+
+    const i64 size = (i64)qi_dtype_bytes((qi_dtype)qi_dtype_of(cache->dtype));
+    *pool = (copy_pool){.data = qi_data(cache), .page_stride = qi_stride(cache, 0) * size,
+                        .runs = {1, 1, 1}, .run_bytes = size};
+    /* From the last axis outwards: what adjoins joins the run, the rest become loops. */
+    int loop = 3;
+    for (int axis = cache->ndim - 1; axis > 0; axis--) {
+        const i64 n = cache->shape[axis], stride = qi_stride(cache, axis) * size;
+        if (n == 1) continue;
+        if (loop == 3 && stride == pool->run_bytes) {
+            pool->run_bytes *= n;
+        } else {
+            pool->runs[--loop] = n;
+            pool->run_strides[loop] = stride;
+        }
+    }
+    return QKV_OK;
+}
+
+static qkv_status check_range(const i32 *numbers, const char *name, i64 n, i64 pages)
+{
+    for (i64 i = 0; i < n; i++)
+        QI_REQUIRE(numbers[i] >= 0 && numbers[i] < pages,
+                   "%s: expected a page from 0 to %lld, got %d (entry %lld)", name,
+                   (long long)pages - 1, (int)numbers[i], (long long)i);
+    return QKV_OK;
+}
+
+enum { WINDOW = 1 << 16 }; /* pages whose marks fit the stack */
+
+/* No page twice in dst, and none in both: one bit a page of dst, a window of the pool at a time. */
+static qkv_status check_distinct(const i32 *src, const i32 *dst, i64 n, i64 pages)
+{
+    u64 marks[WINDOW / 64];
+    for (i64 base = 0; base < pages; base += WINDOW) {
+        const i64 size = pages - base < WINDOW ? pages - base : WINDOW;
+        memset(marks, 0, (size_t)(size + 63) / 64 * 8);
+        for (i64 i = 0; i < n; i++) {
+            const i64 page = dst[i] - base;
+            if (page < 0 || page >= size) continue;
+            QI_REQUIRE(!(marks[page / 64] >> page % 64 & 1),
+                       "dst: expected no page twice, got %d again (entry %lld)", (int)dst[i],
+                       (long long)i);
+            marks[page / 64] |= (u64)1 << page % 64;
+        }
+        for (i64 i = 0; i < n; i++) {
+            const i64 page = src[i] - base;
+            QI_REQUIRE(page < 0 || page >= size || !(marks[page / 64] >> page % 64 & 1),
+                       "src: expected no page that is in dst too, got %d (entry %lld)", (int)src[i],
+                       (long long)i);
+        }
+    }
+    return QKV_OK;
+}
+
+qkv_status qkv_kv_copy_pages(qkv_context *ctx, DLTensor *k_cache, DLTensor *v_cache,
+                             const DLTensor *src, const DLTensor *dst, void *stream)
+{
+    (void)stream;
+    QI_REQUIRE_CONTEXT(ctx);
+    copy_pages_params params = {.num_pools = v_cache ? 2 : 1};
+    QI_TRY(read_pool(k_cache, "k_cache", QI_ANY, &params.pools[0]));
+    const i64 pages = k_cache->shape[0];
+    if (v_cache) QI_TRY(read_pool(v_cache, "v_cache", pages, &params.pools[1]));
+    QI_TRY(qi_expect(src, "src", QKV_I32, QI_SHAPE(QI_ANY)));
+    const i64 n = params.num_copies = src->shape[0];
+    QI_TRY(qi_expect(dst, "dst", QKV_I32, QI_SHAPE(n)));
+    params.src = qi_data(src);
+    params.dst = qi_data(dst);
+    QI_TRY(check_range(params.src, "src", n, pages));
+    QI_TRY(check_range(params.dst, "dst", n, pages));
+    QI_TRY(check_distinct(params.src, params.dst, n, pages));
+    if (n == 0) return QKV_OK;
+
+    const qi_kernel *row;
+    QI_TRY(qi_select(ctx, qi_copy_pages_kernels, NULL, &row));
+    i64 bytes = 0; /* of a page of every pool */
+    for (i64 i = 0; i < params.num_pools; i++) {
+        const copy_pool *pool = &params.pools[i];
+        bytes += pool->runs[0] * pool->runs[1] * pool->runs[2] * pool->run_bytes;
+    }
+    if (bytes == 0) return QKV_OK;
+    qi_launch(ctx, row, qi_tasks_for(n * bytes * 2), &params);
+    return QKV_OK;
+}

@@ -1,0 +1,577 @@
+/* attention_case.h - what the attention tests share: a configuration becomes tensors, index arrays
+ * and reference results; an operator on a guarded workspace runs it; every byte of the outputs is
+ * judged.
+ *
+ * Inputs lie between NaNs: unused pages, slots past a request's end, padding of strides, rows past
+ * the last request. Outputs are all NaN before a run, and all that is not the result must stay so.
+ * SPDX-License-Identifier: Apache-2.0 */
+#ifndef QKV_TESTS_ATTENTION_CASE_H
+#define QKV_TESTS_ATTENTION_CASE_H
+
+#include <stdbool.h>
+
+#include "ref/attention_ref.h"
+#include "support.h"
+
+enum { CASE_CSR, CASE_TABLE, CASE_RAGGED };
+enum { CASE_MAX_REQUESTS = 512 };
+
+/* Everything that is chosen about a case. */
+typedef struct case_config {
+    qkv_attention_spec spec;
+    qkv_attention_limits limits; /* limits of 0 (but max_qo_len, ...) become what the case needs */
+    int32_t form;                /* CASE_...; spec.page_size follows it for CASE_RAGGED          */
+    bool combined;               /* K and V in one tensor                                        */
+    bool strided;                /* tensors are views with gaps, permuted axes and byte_offset   */
+    bool shared_pages;           /* some pages are listed by several requests                    */
+    bool use_qo_pos, no_lse;
+    int32_t num_requests;
+    int32_t qo_len[CASE_MAX_REQUESTS], kv_len[CASE_MAX_REQUESTS], qo_pos[CASE_MAX_REQUESTS];
+    float io_sm_scale, io_soft_cap;
+    int32_t set_window, io_window_left, io_window_right;
+    double q_scale, k_bias, v_scale; /* 0 = 1, 0, 1 */
+} case_config;
+
+/* A tensor in a block of its own, NaN wherever nothing was put. */
+typedef struct case_view {
+    test_tensor x;
+    size_t bytes;
+} case_view;
+
+typedef struct attn_case {
+    int64_t number; /* in a random test: what repeats it */
+    case_config config;
+    case_view q, k, v, o, lse;
+    case_view qo_indptr, kv_indptr, kv_indices, kv_last_page_len, block_table, kv_lens, qo_pos;
+    qkv_attention_limits limits;
+    qkv_kv_index index;
+    qkv_attention_batch batch;
+    qkv_attention_io io;
+    int64_t tokens, rows;        /* those of the requests; those of q */
+    int32_t *pages, *first_page; /* all page lists, one after another; where each begins */
+    double *ref_o;
+    attention_ref_row *ref_rows;
+    void *got_o;    /* [tokens, num_qo_heads, head_dim_vo] of dtype_o, contiguous */
+    float *got_lse; /* [tokens, num_qo_heads] */
+} attn_case;
+
+/* ---- configurations ----------------------------------------------------------------------- */
+
+/* A plain f32 spec that the tests change from. */
+static inline qkv_attention_spec case_spec(int32_t num_qo_heads, int32_t num_kv_heads,
+                                           int32_t head_dim, int32_t page_size)
+{
+    return (qkv_attention_spec){QKV_ATTENTION_SPEC_INIT,
+                                .num_qo_heads = num_qo_heads,
+                                .num_kv_heads = num_kv_heads,
+                                .head_dim_qk = head_dim,
+                                .head_dim_vo = head_dim,
+                                .page_size = page_size,
+                                .kv_layout = QKV_NHD,
+                                .mask = QKV_MASK_CAUSAL,
+                                .dtype_q = QKV_F32,
+                                .dtype_kv = QKV_F32,
+                                .dtype_o = QKV_F32};
+}
+
+static inline case_config case_config_init(qkv_attention_spec spec)
+{
+    return (case_config){.spec = spec,
+                         .limits = {QKV_ATTENTION_LIMITS_INIT},
+                         .form = spec.page_size ? CASE_CSR : CASE_RAGGED};
+}
+
+static inline void case_add(case_config *c, int32_t qo_len, int32_t kv_len)
+{
+    assert_true(c->num_requests < CASE_MAX_REQUESTS);
+    c->qo_len[c->num_requests] = qo_len;
+    c->kv_len[c->num_requests++] = kv_len;
+}
+
+static inline void case_print(int64_t number, const case_config *c)
+{
+    const qkv_attention_spec *s = &c->spec;
+    fprintf(stderr,
+            "QKV_TEST_CASE=%lld: heads %d/%d, dims %d/%d, page %d %s %s%s%s%s, q %d:%d kv %d:%d o "
+            "%d:%d, mask %d, "
+            "features %d, flags %u, sm_scale %g, cap %g, window %d/%d; layer: scale %g, cap %g, "
+            "window %d: %d/%d; workers %d, split rows %lld, max_qo_len %d; data %g, %g, %g\n",
+            (long long)number, s->num_qo_heads, s->num_kv_heads, s->head_dim_qk, s->head_dim_vo,
+            s->page_size, s->kv_layout ? "HND" : "NHD",
+            c->form == CASE_CSR     ? "csr"
+            : c->form == CASE_TABLE ? "table"
+                                    : "ragged",
+            c->combined ? " combined" : "", c->strided ? " strided" : "",
+            c->shared_pages ? " shared" : "", s->dtype_q.code, s->dtype_q.bits, s->dtype_kv.code,
+            s->dtype_kv.bits, s->dtype_o.code, s->dtype_o.bits, s->mask, s->features, s->flags,
+            (double)s->sm_scale, (double)s->logits_soft_cap, s->window_left, s->window_right,
+            (double)c->io_sm_scale, (double)c->io_soft_cap, c->set_window, c->io_window_left,
+            c->io_window_right, c->limits.max_workers, (long long)c->limits.max_split_rows,
+            c->limits.max_qo_len, c->q_scale, c->k_bias, c->v_scale);
+    for (int32_t r = 0; r < c->num_requests && r < 40; r++) {
+        fprintf(stderr, " %d:%d", c->qo_len[r], c->kv_len[r]);
+        if (c->use_qo_pos) fprintf(stderr, "@%d", c->qo_pos[r]);
+    }
+    fprintf(stderr, "%s\n", c->num_requests > 40 ? " ..." : "");
+}
+
+/* EXPECT_OK that says which case it was. */
+#define CASE_OK(a, expr)                                                                           \
+    do {                                                                                           \
+        const qkv_status case_ = (expr);                                                           \
+        if (case_ != QKV_OK) {                                                                     \
+            case_print((a)->number, &(a)->config);                                                 \
+            fail_msg("%s: %s: %s", #expr, qkv_status_name(case_), qkv_last_error());               \
+        }                                                                                          \
+    } while (0)
+
+/* ---- views -------------------------------------------------------------------------------- */
+
+static inline void *case_alloc(size_t n, size_t bytes)
+{
+    void *p = calloc(n ? n : 1, bytes);
+    assert_non_null(p);
+    return p;
+}
+
+/* strided: outer axes in any order, gaps after each, a byte_offset; free_last: the last one too.
+ * Contiguous tensors come with and without strides. */
+static inline void case_view_new(case_view *view, DLDataType dtype, int ndim, const int64_t *shape,
+                                 bool strided, bool free_last)
+{
+    test_tensor_init(&view->x, NULL, dtype, ndim, shape);
+    int64_t span = 1, offset = 0;
+    int order[8];
+    for (int i = 0; i < ndim; i++) order[i] = ndim - 1 - i; /* innermost first */
+    if (strided) {
+        for (int i = ndim - 1; i > (free_last ? 0 : 1); i--) {
+            const int low = free_last ? 0 : 1, j = low + (int)test_below(i - low + 1);
+            const int swap = order[i];
+            order[i] = order[j];
+            order[j] = swap;
+        }
+        offset = test_below(9);
+    }
+    bool empty = false;
+    int64_t end = 1; /* one past the last element */
+    for (int i = 0; i < ndim; i++) {
+        const int axis = order[i];
+        view->x.strides[axis] = span;
+        end += (shape[axis] - 1) * span;
+        empty = empty || shape[axis] == 0;
+        span *= shape[axis] > 0 ? shape[axis] : 1;
+        if (strided) span += test_below(2) * test_below(20);
+    }
+    view->bytes = (size_t)(offset + (empty ? 0 : end)) * test_bytes(dtype);
+    view->x.owned = case_alloc(view->bytes, 1);
+    memset(view->x.owned, 0xff, view->bytes);
+    view->x.t.data = view->x.owned;
+    view->x.t.byte_offset = (uint64_t)offset * test_bytes(dtype);
+    if (!strided && test_below(2)) view->x.t.strides = NULL;
+}
+
+static inline void *case_data(const case_view *view)
+{
+    return (char *)view->x.owned + view->x.t.byte_offset;
+}
+
+static inline int32_t *case_ints(const case_view *view)
+{
+    return case_data(view);
+}
+
+/* An i32 index array that is contiguous but for its rows, full of nonsense. */
+static inline int32_t *case_ints_new(case_view *view, int ndim, const int64_t *shape, bool strided)
+{
+    case_view_new(view, QKV_I32, ndim, shape, strided && ndim == 1, false);
+    if (strided && ndim == 2) { /* rows with a gap: wider storage, seen in part */
+        const int64_t wide[] = {shape[0], shape[1] + test_below(5)};
+        free(view->x.owned);
+        case_view_new(view, QKV_I32, 2, wide, false, false);
+        view->x.shape[1] = shape[1];
+        view->x.t.strides = view->x.strides;
+    }
+    for (size_t i = 0; i < view->bytes / 4; i++)
+        ((int32_t *)view->x.owned)[i] = (int32_t)(uint32_t)test_u64();
+    return case_ints(view);
+}
+
+/* ---- building ----------------------------------------------------------------------------- */
+
+static inline int32_t case_num_pages(const case_config *c, int32_t request)
+{
+    const int32_t page_size = c->spec.page_size;
+    return page_size ? (c->kv_len[request] + page_size - 1) / page_size : 0;
+}
+
+/* Page lists over a pool with some pages to spare, in random order. Returns the pool's size. */
+static inline int64_t case_deal_pages(attn_case *a)
+{
+    const case_config *c = &a->config;
+    a->first_page = case_alloc((size_t)c->num_requests + 1, sizeof(int32_t));
+    for (int32_t r = 0; r < c->num_requests; r++)
+        a->first_page[r + 1] = a->first_page[r] + case_num_pages(c, r);
+    const int32_t used = a->first_page[c->num_requests];
+    const int64_t pool = used + 1 + test_below(4);
+    a->pages = case_alloc((size_t)pool, sizeof(int32_t));
+    for (int32_t i = 0; i < pool; i++) a->pages[i] = i;
+    for (int64_t i = pool - 1; i > 0; i--) {
+        const int64_t j = test_below(i + 1);
+        const int32_t swap = a->pages[i];
+        a->pages[i] = a->pages[j];
+        a->pages[j] = swap;
+    }
+    for (int32_t i = 1; i < used && c->shared_pages; i++)
+        if (test_below(4) == 0) a->pages[i] = a->pages[test_below(i)];
+    return pool;
+}
+
+static inline void case_build_index(attn_case *a)
+{
+    const case_config *c = &a->config;
+    const int64_t n = c->num_requests;
+    const bool strided = c->strided;
+    a->index = (qkv_kv_index){QKV_KV_INDEX_INIT, .qo_indptr = &a->qo_indptr.x.t};
+    int32_t *qo_indptr = case_ints_new(&a->qo_indptr, 1, (int64_t[]){n + 1}, strided);
+    qo_indptr[0] = 0;
+    for (int32_t r = 0; r < n; r++) qo_indptr[r + 1] = qo_indptr[r] + c->qo_len[r];
+
+    if (c->form == CASE_TABLE) {
+        int32_t columns = 0;
+        for (int32_t r = 0; r < n; r++)
+            if (case_num_pages(c, r) > columns) columns = case_num_pages(c, r);
+        columns += (int32_t)test_below(3);
+        int32_t *table = case_ints_new(&a->block_table, 2, (int64_t[]){n, columns}, strided);
+        int32_t *lens = case_ints_new(&a->kv_lens, 1, (int64_t[]){n}, strided);
+        for (int32_t r = 0; r < n; r++) {
+            lens[r] = c->kv_len[r];
+            for (int32_t i = 0; i < case_num_pages(c, r); i++)
+                table[r * a->block_table.x.strides[0] + i] = a->pages[a->first_page[r] + i];
+        }
+        a->index.block_table = &a->block_table.x.t;
+        a->index.kv_lens = &a->kv_lens.x.t;
+    } else {
+        const int32_t first = strided ? (int32_t)test_below(4) : 0; /* skipped in front */
+        int32_t *indptr = case_ints_new(&a->kv_indptr, 1, (int64_t[]){n + 1}, strided);
+        indptr[0] = first;
+        for (int32_t r = 0; r < n; r++)
+            indptr[r + 1] = indptr[r] + (c->form == CASE_CSR ? case_num_pages(c, r) : c->kv_len[r]);
+        a->index.kv_indptr = &a->kv_indptr.x.t;
+        if (c->form == CASE_CSR) {
+            const int64_t num_indices = indptr[n] + (strided ? test_below(4) : 0);
+            int32_t *indices = case_ints_new(&a->kv_indices, 1, (int64_t[]){num_indices}, strided);
+            int32_t *last = case_ints_new(&a->kv_last_page_len, 1, (int64_t[]){n}, strided);
+            for (int32_t i = 0; i < a->first_page[n]; i++) indices[first + i] = a->pages[i];
+            for (int32_t r = 0; r < n; r++)
+                if (c->kv_len[r]) last[r] = (c->kv_len[r] - 1) % c->spec.page_size + 1;
+            a->index.kv_indices = &a->kv_indices.x.t;
+            a->index.kv_last_page_len = &a->kv_last_page_len.x.t;
+        }
+    }
+    a->batch =
+        (qkv_attention_batch){QKV_ATTENTION_BATCH_INIT, .num_levels = 1, .levels = &a->index};
+    if (c->use_qo_pos) {
+        int32_t *qo_pos = case_ints_new(&a->qo_pos, 1, (int64_t[]){n}, strided);
+        for (int32_t r = 0; r < n; r++) qo_pos[r] = c->qo_pos[r];
+        a->batch.qo_pos = &a->qo_pos.x.t;
+    }
+}
+
+/* K or V with its axes in the layout's order; second: the V half of K. */
+static inline void case_fill_kv(attn_case *a, const case_view *view, bool second, int64_t dim,
+                                double scale, double bias)
+{
+    const case_config *c = &a->config;
+    const int64_t *strides = view->x.strides, page_size = c->spec.page_size;
+    const int inner = page_size == 0 ? 0 : c->combined ? 2 : 1;
+    const bool nhd = c->spec.kv_layout == QKV_NHD;
+    const int64_t slot_stride = strides[nhd ? inner : inner + 1];
+    const int64_t head_stride = strides[nhd ? inner + 1 : inner];
+    int64_t token = page_size == 0 ? case_ints(&a->kv_indptr)[0] : 0;
+    for (int32_t r = 0; r < c->num_requests; r++) {
+        for (int64_t j = 0; j < c->kv_len[r]; j++, token++) {
+            const int64_t at = page_size == 0
+                                   ? token * slot_stride
+                                   : a->pages[a->first_page[r] + j / page_size] * strides[0] +
+                                         j % page_size * slot_stride;
+            for (int64_t h = 0; h < c->spec.num_kv_heads; h++)
+                for (int64_t d = 0; d < dim; d++)
+                    test_put(case_data(view), c->spec.dtype_kv,
+                             at + (second ? strides[1] : 0) + h * head_stride + d,
+                             bias + test_uniform(scale));
+        }
+    }
+}
+
+static inline void case_build_kv(attn_case *a, int64_t pool)
+{
+    const case_config *c = &a->config;
+    const qkv_attention_spec *s = &c->spec;
+    const bool nhd = s->kv_layout == QKV_NHD;
+    case_view *views[] = {&a->k, &a->v};
+    for (int i = 0; i < (c->combined ? 1 : 2); i++) {
+        int64_t shape[5];
+        int ndim = 0;
+        int64_t tokens = s->page_size;
+        if (s->page_size == 0)
+            tokens = case_ints(&a->kv_indptr)[c->num_requests] + test_below(4);
+        else
+            shape[ndim++] = pool;
+        if (c->combined) shape[ndim++] = 2;
+        shape[ndim++] = nhd ? tokens : s->num_kv_heads;
+        shape[ndim++] = nhd ? s->num_kv_heads : tokens;
+        shape[ndim++] = i ? s->head_dim_vo : s->head_dim_qk;
+        case_view_new(views[i], s->dtype_kv, ndim, shape, c->strided, false);
+    }
+    const double v_scale = c->v_scale > 0 ? c->v_scale : 1;
+    case_fill_kv(a, &a->k, false, s->head_dim_qk, 1, c->k_bias);
+    case_fill_kv(a, c->combined ? &a->k : &a->v, c->combined, s->head_dim_vo, v_scale, 0);
+}
+
+/* Limits that are 0 and must not be: exactly what the case needs. */
+static inline void case_complete_limits(attn_case *a)
+{
+    const case_config *c = &a->config;
+    qkv_attention_limits *l = &a->limits;
+    *l = c->limits;
+    int64_t max_kv_len = 1, num_pages = 1;
+    for (int32_t r = 0; r < c->num_requests; r++)
+        if (c->kv_len[r] > max_kv_len) max_kv_len = c->kv_len[r];
+    if (a->first_page[c->num_requests] > 1) num_pages = a->first_page[c->num_requests];
+    if (!l->max_requests) l->max_requests = c->num_requests ? c->num_requests : 1;
+    if (!l->max_tokens) l->max_tokens = a->tokens ? a->tokens : 1;
+    if (!l->max_kv_len) l->max_kv_len = max_kv_len;
+    if (!l->max_pages) l->max_pages = num_pages;
+}
+
+/* Built in place: its parts point at each other. */
+static inline void case_build(attn_case *a, const case_config *config)
+{
+    memset(a, 0, sizeof *a);
+    a->config = *config;
+    const case_config *c = &a->config;
+    const qkv_attention_spec *s = &c->spec;
+    const int64_t heads = s->num_qo_heads;
+    for (int32_t r = 0; r < c->num_requests; r++) a->tokens += c->qo_len[r];
+    a->rows = a->tokens + (c->strided ? test_below(4) : 0);
+
+    const int64_t pool = case_deal_pages(a);
+    case_complete_limits(a);
+    case_build_index(a);
+    case_build_kv(a, pool);
+    case_view_new(&a->q, s->dtype_q, 3, (int64_t[]){a->rows, heads, s->head_dim_qk}, c->strided,
+                  false);
+    for (int64_t t = 0; t < a->tokens; t++)
+        for (int64_t h = 0; h < heads; h++)
+            for (int64_t d = 0; d < s->head_dim_qk; d++)
+                test_put(case_data(&a->q), s->dtype_q,
+                         t * a->q.x.strides[0] + h * a->q.x.strides[1] + d,
+                         test_uniform(c->q_scale > 0 ? c->q_scale : 1) + c->k_bias);
+    case_view_new(&a->o, s->dtype_o, 3, (int64_t[]){a->rows, heads, s->head_dim_vo}, c->strided,
+                  false);
+    case_view_new(&a->lse, QKV_F32, 2, (int64_t[]){a->rows, heads}, c->strided, true);
+    a->io = (qkv_attention_io){QKV_ATTENTION_IO_INIT,
+                               .q = &a->q.x.t,
+                               .k = &a->k.x.t,
+                               .v = c->combined ? NULL : &a->v.x.t,
+                               .o = &a->o.x.t,
+                               .lse = c->no_lse ? NULL : &a->lse.x.t,
+                               .sm_scale = c->io_sm_scale,
+                               .logits_soft_cap = c->io_soft_cap,
+                               .set_window = c->set_window,
+                               .window_left = c->io_window_left,
+                               .window_right = c->io_window_right};
+    const size_t n = (size_t)(a->tokens * heads);
+    a->ref_o = case_alloc(n * (size_t)s->head_dim_vo, sizeof(double));
+    a->ref_rows = case_alloc(n, sizeof *a->ref_rows);
+    a->got_o = case_alloc(n * (size_t)s->head_dim_vo, test_bytes(s->dtype_o));
+    a->got_lse = case_alloc(n, sizeof(float));
+    attention_ref(s, &a->batch, &a->io, a->ref_o, a->ref_rows);
+}
+
+static inline void case_free(attn_case *a)
+{
+    case_view *views[] = {&a->q,           &a->k,          &a->v,
+                          &a->o,           &a->lse,        &a->qo_indptr,
+                          &a->kv_indptr,   &a->kv_indices, &a->kv_last_page_len,
+                          &a->block_table, &a->kv_lens,    &a->qo_pos};
+    for (size_t i = 0; i < sizeof views / sizeof *views; i++) free(views[i]->x.owned);
+    free(a->pages), free(a->first_page), free(a->ref_o), free(a->ref_rows);
+    free(a->got_o), free(a->got_lse);
+}
+
+/* ---- running ------------------------------------------------------------------------------ */
+
+/* An operator on blocks of exactly the reported sizes, with a guard behind each. */
+enum { CASE_GUARD_BYTES = 256 };
+typedef struct case_op {
+    qkv_attention *op;
+    qkv_workspace workspace;
+} case_op;
+
+static inline void *case_guarded(uint64_t bytes)
+{
+    const size_t n = (size_t)bytes + CASE_GUARD_BYTES;
+    char *p = aligned_alloc(64, (n + 63) / 64 * 64);
+    assert_non_null(p);
+    memset(p, 0xff, (size_t)bytes); /* nothing need be zeroed */
+    memset(p + bytes, 0x5a, CASE_GUARD_BYTES);
+    return p;
+}
+
+static inline void case_guard_check(const void *block, uint64_t bytes, const char *what)
+{
+    const unsigned char *guard = (const unsigned char *)block + bytes;
+    for (int i = 0; i < CASE_GUARD_BYTES; i++)
+        if (guard[i] != 0x5a) fail_msg("written %d bytes behind the %s workspace", i, what);
+}
+
+static inline case_op case_op_new(qkv_context *ctx, const attn_case *a)
+{
+    const qkv_attention_spec *spec = &a->config.spec;
+    const qkv_attention_limits *limits = &a->limits;
+    qkv_workspace_size size;
+    CASE_OK(a, qkv_attention_workspace_size(ctx, spec, limits, &size));
+    assert_true(size.pinned_bytes == 0);
+    case_op op = {.workspace = {QKV_WORKSPACE_INIT, .plan_bytes = size.plan_bytes,
+                                .scratch_bytes = size.scratch_bytes}};
+    op.workspace.plan = case_guarded(size.plan_bytes);
+    op.workspace.scratch = case_guarded(size.scratch_bytes);
+    CASE_OK(a, qkv_attention_create(ctx, spec, limits, &op.workspace, &op.op));
+    return op;
+}
+
+static inline void case_op_free(case_op *op)
+{
+    case_guard_check(op->workspace.plan, op->workspace.plan_bytes, "plan");
+    case_guard_check(op->workspace.scratch, op->workspace.scratch_bytes, "scratch");
+    qkv_attention_destroy(op->op);
+    free(op->workspace.plan), free(op->workspace.scratch);
+}
+
+static inline void case_expect_poison(const case_view *view, const char *name)
+{
+    const unsigned char *p = view->x.owned;
+    for (size_t i = 0; i < view->bytes; i++)
+        if (p[i] != 0xff) fail_msg("%s: byte %zu is no result and was written", name, i);
+}
+
+/* Takes the results out of o and lse, and checks that nothing else of them was written. */
+static inline void case_collect(attn_case *a)
+{
+    const int64_t heads = a->config.spec.num_qo_heads, vo = a->config.spec.head_dim_vo;
+    const size_t size = test_bytes(a->config.spec.dtype_o);
+    for (int64_t i = 0; i < a->tokens * heads; i++) {
+        const int64_t t = i / heads, h = i % heads;
+        char *o = (char *)case_data(&a->o) +
+                  (size_t)(t * a->o.x.strides[0] + h * a->o.x.strides[1]) * size;
+        memcpy((char *)a->got_o + (size_t)(i * vo) * size, o, (size_t)vo * size);
+        memset(o, 0xff, (size_t)vo * size);
+        if (!a->io.lse) continue;
+        float *lse =
+            (float *)case_data(&a->lse) + t * a->lse.x.strides[0] + h * a->lse.x.strides[1];
+        a->got_lse[i] = *lse;
+        memset(lse, 0xff, sizeof *lse);
+    }
+    case_expect_poison(&a->o, "o");
+    case_expect_poison(&a->lse, "lse");
+}
+
+/* Outputs are NaN before: case_view_new and case_collect leave them so. */
+static inline void case_run(attn_case *a, qkv_attention *op)
+{
+    CASE_OK(a, qkv_attention_run(op, &a->io, NULL));
+    case_collect(a);
+}
+
+static inline void case_judge(const attn_case *a, const char *device, const char *what, int64_t i,
+                              double got, double want, double allowed)
+{
+    const double error = fabs(got - want);
+    if (error <= allowed || got == want) return; /* a NaN fails; so does a wrong infinity */
+    case_print(a->number, &a->config);
+    const int64_t heads = a->config.spec.num_qo_heads;
+    fail_msg("%s: %s of token %lld, head %lld: got %.9g, expected %.9g +- %.3g", device, what,
+             (long long)(i / heads), (long long)(i % heads), got, want, allowed);
+}
+
+/*
+ * Against the reference. With e = 2^-24:
+ *   a logit  adding it up errs by 4 walks (some seven standard deviations), scaling it by a few
+ *            units, the soft cap's tanh by a few units of the cap
+ *   o        each weight errs by its logit's error; sums of n terms by about sqrt(n) e / 2; then
+ *            the store rounds. bf16 q on bf16 KV where the level multiplies bf16: the weights
+ *            are rounded to bf16, which lse does not see.
+ */
+static inline void case_check(attn_case *a, const char *device)
+{
+    const qkv_attention_spec *s = &a->config.spec;
+    const bool bf16_weights =
+        strstr(device, "bf16") && s->dtype_q.code == 4 && s->dtype_kv.code == 4;
+    const double e = 0x1p-24, o_eps = test_eps(s->dtype_o);
+    const double soft_cap = !(s->features & QKV_FEATURE_SOFT_CAP) ? 0
+                            : a->config.io_soft_cap > 0           ? (double)a->config.io_soft_cap
+                                                                  : (double)s->logits_soft_cap;
+    const double log_base = s->flags & QKV_ATTENTION_LSE_BASE_2 ? log(2) : 1;
+    for (int64_t i = 0; i < a->tokens * s->num_qo_heads; i++) {
+        const attention_ref_row *row = &a->ref_rows[i];
+        const double logit = e * (4 * row->max_walk + 4 * row->max_logit + 4 * soft_cap);
+        const double sum = e * (3 + 0.5 * sqrt((double)row->num_keys));
+        const double weight = sum + logit + (bf16_weights ? 0x1p-9 : 0);
+        for (int64_t d = 0; d < s->head_dim_vo; d++) {
+            const double want = a->ref_o[i * s->head_dim_vo + d];
+            const double tiny = s->dtype_o.code == 2 && s->dtype_o.bits == 16 ? 0x1p-25 : 0;
+            const double allowed = weight * row->max_v + o_eps * fabs(want) + tiny;
+            case_judge(a, device, "o", i, test_get(a->got_o, s->dtype_o, i * s->head_dim_vo + d),
+                       want, allowed);
+        }
+        if (!a->io.lse) continue;
+        const double lse_allowed = (logit + sum) / log_base + 2 * e * fabs(row->lse);
+        case_judge(a, device, "lse", i, (double)a->got_lse[i], row->lse,
+                   row->num_keys ? lse_allowed : 0);
+    }
+}
+
+static inline size_t case_o_bytes(const attn_case *a)
+{
+    return (size_t)(a->tokens * a->config.spec.num_qo_heads * a->config.spec.head_dim_vo) *
+           test_bytes(a->config.spec.dtype_o);
+}
+
+static inline size_t case_lse_bytes(const attn_case *a)
+{
+    return (size_t)(a->tokens * a->config.spec.num_qo_heads) * sizeof(float);
+}
+
+/* Plan, run and check on a fresh operator. */
+static inline void case_try(attn_case *a, qkv_context *ctx)
+{
+    case_op op = case_op_new(ctx, a);
+    CASE_OK(a, qkv_attention_plan(op.op, &a->batch, NULL));
+    case_run(a, op.op);
+    case_check(a, qkv_context_device_name(ctx));
+    case_op_free(&op);
+}
+
+/* ---- how much to do ----------------------------------------------------------------------- */
+
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+#define CASE_SANITIZED 1
+#endif
+#endif
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define CASE_SANITIZED 1
+#endif
+#ifndef CASE_SANITIZED
+#define CASE_SANITIZED 0
+#endif
+
+/* QKV_TEST_CASES sets the number of random cases; sanitizers make each some ten times slower. */
+static inline int64_t case_count(int64_t n)
+{
+    const char *text = getenv("QKV_TEST_CASES");
+    return text ? strtoll(text, NULL, 0) : CASE_SANITIZED ? n / 10 : n;
+}
+
+#endif

@@ -1,0 +1,196 @@
+/* support.h - what the tests share: seeded random data, tensors over plain arrays, every CPU level.
+ * SPDX-License-Identifier: Apache-2.0 */
+#ifndef QKV_TESTS_SUPPORT_H
+#define QKV_TESTS_SUPPORT_H
+
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include <cmocka.h>
+
+#include "qkv/qkv.h"
+
+/* ---- checks ------------------------------------------------------------------------------- */
+
+#define EXPECT_OK(expr)                                                                      \
+    do {                                                                                     \
+        const qkv_status expect_ = (expr);                                                   \
+        if (expect_ != QKV_OK)                                                               \
+            fail_msg("%s: %s: %s", #expr, qkv_status_name(expect_), qkv_last_error());        \
+    } while (0)
+
+/* The call fails with this status, and the message contains text. */
+#define EXPECT_FAIL(status, text, expr)                                                      \
+    do {                                                                                     \
+        const qkv_status expect_ = (expr);                                                   \
+        if (expect_ != (status) || !strstr(qkv_last_error(), (text)))                        \
+            fail_msg("%s: expected %s with \"%s\", got %s: %s", #expr,                       \
+                     qkv_status_name(status), (text), qkv_status_name(expect_),              \
+                     qkv_last_error());                                                      \
+    } while (0)
+
+/* ---- random data: one 64-bit counter hashed (splitmix64) ---------------------- */
+
+static uint64_t test_state;
+
+static inline uint64_t test_u64(void)
+{
+    uint64_t z = (test_state += 0x9e3779b97f4a7c15u);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+}
+
+/* [0, n) */
+static inline int64_t test_below(int64_t n)
+{
+    return (int64_t)(test_u64() % (uint64_t)n);
+}
+
+/* [-scale, scale) */
+static inline double test_uniform(double scale)
+{
+    return ((double)(test_u64() >> 11) / 4503599627370496.0 - 1.0) * scale;
+}
+
+/* A fresh seed each run, printed; QKV_TEST_SEED repeats one. Call first in main(). */
+static inline void test_seed(void)
+{
+    const char *text = getenv("QKV_TEST_SEED");
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    const uint64_t seed = text ? strtoull(text, NULL, 0)
+                               : (uint64_t)now.tv_sec * 1000003u + (uint64_t)now.tv_nsec;
+    test_state = seed;
+    printf("QKV_TEST_SEED=%llu\n", (unsigned long long)seed);
+}
+
+/* ---- scalar conversions, by the book ------------------------------------------------------- */
+
+static inline float test_bits_float(uint32_t bits)
+{
+    float f;
+    memcpy(&f, &bits, sizeof f);
+    return f;
+}
+
+static inline uint16_t test_to_bf16(float f)
+{
+    uint32_t bits;
+    memcpy(&bits, &f, sizeof bits);
+    if (f != f) return 0x7fc0;
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+static inline double test_f16_value(uint16_t h)
+{
+    const int exponent = (h >> 10) & 31, mantissa = h & 1023;
+    const double sign = h & 0x8000 ? -1 : 1;
+    if (exponent == 31) return mantissa ? NAN : sign * INFINITY;
+    return sign * (exponent ? ldexp(1024 + mantissa, exponent - 25) : ldexp(mantissa, -24));
+}
+
+static inline uint16_t test_to_f16(float f)
+{
+    const uint16_t sign = signbit(f) ? 0x8000 : 0;
+    const double a = fabs((double)f);
+    if (f != f) return 0x7e00;
+    if (a >= 65520) return sign | 0x7c00;
+    int e;
+    frexp(a, &e); /* a = m * 2^e, m in [1/2, 1) */
+    const int unit = e - 11 < -24 ? -24 : e - 11;
+    const long n = (long)nearbyint(ldexp(a, -unit)); /* 0 .. 2048 units */
+    return (uint16_t)(sign | (unit == -24 ? n : n + ((long)(unit + 24) << 10)));
+}
+
+static inline size_t test_bytes(DLDataType t)
+{
+    return t.bits / 8u;
+}
+
+static inline double test_get(const void *data, DLDataType t, int64_t i)
+{
+    if (t.code == 2 && t.bits == 32) return ((const float *)data)[i];
+    const uint16_t h = ((const uint16_t *)data)[i];
+    return t.code == 4 ? test_bits_float((uint32_t)h << 16) : test_f16_value(h);
+}
+
+static inline void test_put(void *data, DLDataType t, int64_t i, double value)
+{
+    if (t.code == 2 && t.bits == 32)
+        ((float *)data)[i] = (float)value;
+    else
+        ((uint16_t *)data)[i] = t.code == 4 ? test_to_bf16((float)value) : test_to_f16((float)value);
+}
+
+/* Half the distance of neighbouring numbers at 1: the rounding of one store. */
+static inline double test_eps(DLDataType t)
+{
+    return t.bits == 32 ? 0x1p-24 : t.code == 4 ? 0x1p-8 : 0x1p-11;
+}
+
+/* ---- tensors ------------------------------------------------------------------------------ */
+
+/* A tensor that owns its shape and strides; data by test_tensor_new belongs to it. */
+typedef struct test_tensor {
+    DLTensor t;
+    int64_t shape[8], strides[8];
+    void *owned;
+} test_tensor;
+
+/* A contiguous tensor over data: TENSOR(data, QKV_F32, 2, 3). */
+static inline test_tensor *test_tensor_init(test_tensor *x, void *data, DLDataType dtype, int ndim,
+                                            const int64_t *shape)
+{
+    memset(x, 0, sizeof *x);
+    int64_t stride = 1;
+    for (int i = ndim - 1; i >= 0; i--) {
+        x->shape[i] = shape[i];
+        x->strides[i] = stride;
+        stride *= shape[i];
+    }
+    x->t = (DLTensor){.data = data, .device = {kDLCPU, 0}, .ndim = ndim, .dtype = dtype,
+                      .shape = x->shape, .strides = x->strides};
+    return x;
+}
+
+#define TEST_SHAPE(...)                                              \
+    (int)(sizeof((int64_t[]){__VA_ARGS__}) / sizeof(int64_t)),       \
+        (const int64_t[]){__VA_ARGS__}
+/* A DLTensor * that lives to the end of the enclosing block. */
+#define TENSOR(data, dtype, ...) \
+    (&test_tensor_init(&(test_tensor){.owned = NULL}, (data), (dtype), TEST_SHAPE(__VA_ARGS__))->t)
+
+/* ---- levels ------------------------------------------------------------------------------- */
+
+/* Calls body(ctx, user) with a context of every level that this machine can run. */
+static inline void test_every_level(int32_t num_threads, void (*body)(qkv_context *ctx, void *user),
+                                    void *user)
+{
+    int32_t usable, count = 0;
+    const char *level;
+    for (int32_t i = 0; (level = qkv_cpu_level(i, &usable)); i++) {
+        if (!usable) {
+            printf("skipped: this machine cannot run %s\n", level);
+            continue;
+        }
+        qkv_context *ctx;
+        EXPECT_OK(qkv_context_create(&(qkv_context_options){QKV_CONTEXT_OPTIONS_INIT,
+                                                            .isa = level,
+                                                            .num_threads = num_threads},
+                                     &ctx));
+        body(ctx, user);
+        qkv_context_destroy(ctx);
+        count++;
+    }
+    assert_true(count > 0);
+}
+
+#endif

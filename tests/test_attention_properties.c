@@ -1,0 +1,325 @@
+/* test_attention_properties.c - what must hold between runs of attention: same bits, same plan.
+ * SPDX-License-Identifier: Apache-2.0 */
+#include "attention_case.h"
+
+/* The results of one run, to compare bit for bit. */
+typedef struct bits {
+    void *o;
+    float *lse;
+} bits;
+
+static bits bits_of(const attn_case *a)
+{
+    bits b = {case_alloc(case_o_bytes(a), 1), case_alloc(case_lse_bytes(a), 1)};
+    memcpy(b.o, a->got_o, case_o_bytes(a));
+    memcpy(b.lse, a->got_lse, case_lse_bytes(a));
+    return b;
+}
+
+static bool bits_equal(const bits *b, const attn_case *a)
+{
+    return memcmp(b->o, a->got_o, case_o_bytes(a)) == 0 &&
+           memcmp(b->lse, a->got_lse, case_lse_bytes(a)) == 0;
+}
+
+static void bits_free(bits *b)
+{
+    free(b->o), free(b->lse);
+}
+
+/* Plan and run on a new operator with these limits changed. */
+static void run_with(attn_case *a, qkv_context *ctx, int32_t max_workers, int64_t max_split_rows)
+{
+    a->limits.max_workers = max_workers;
+    a->limits.max_split_rows = max_split_rows;
+    case_try(a, ctx);
+}
+
+static case_config any_dims(int i, int32_t page_size)
+{
+    const DLDataType types[] = {QKV_F32, QKV_F16, QKV_BF16};
+    const int32_t dims[] = {64, 128, 40, 96};
+    qkv_attention_spec s = case_spec(6, 2, dims[i % 4], page_size);
+    s.dtype_q = s.dtype_o = types[i % 3];
+    s.dtype_kv = types[(i + i / 3) % 3];
+    return case_config_init(s);
+}
+
+/* Long requests of 1, 5 and 200 rows. */
+static void add_long_requests(case_config *c)
+{
+    case_add(c, 1, 6000 + (int32_t)test_below(500));
+    case_add(c, 5, 2500);
+    case_add(c, 0, 7);
+    case_add(c, 200, 900 + (int32_t)test_below(100));
+}
+
+/* ---- splits ------------------------------------------------------------------------------- */
+
+static void split_and_whole(qkv_context *ctx, void *user)
+{
+    attn_case *a = user;
+    run_with(a, ctx, 1, 0);
+    bits whole = bits_of(a);
+    run_with(a, ctx, 7, 1);
+    if (!bits_equal(&whole, a)) fail_msg("without room for partial rows nothing may be split");
+    run_with(a, ctx, 7, 0);
+    if (a->config.spec.dtype_o.bits == 32 && bits_equal(&whole, a))
+        fail_msg("seven workers and a long request: expected a split, got the bits of one worker");
+    bits_free(&whole);
+}
+
+/* Each is also compared with the reference, by case_try. */
+static void attention_split_equals_whole(void **state)
+{
+    (void)state;
+    for (int i = 0; i < 4; i++) {
+        attn_case a;
+        case_config c = any_dims(i, 16);
+        case_add(&c, 1, 9000);
+        case_add(&c, 3, 2500);
+        case_build(&a, &c);
+        test_every_level(2, split_and_whole, &a);
+        case_free(&a);
+    }
+}
+
+/* ---- same bits ---------------------------------------------------------------------------- */
+
+static void run_backwards(void *user, int32_t num_tasks, void (*task)(void *, int32_t), void *arg)
+{
+    (void)user;
+    for (int32_t i = num_tasks - 1; i >= 0; i--) task(arg, i);
+}
+
+static void same_bits_with_any_threads(qkv_context *ctx, void *user)
+{
+    attn_case *a = user;
+    const char *level = strchr(qkv_context_device_name(ctx), ':') + 1;
+    run_with(a, ctx, 5, 0);
+    bits first = bits_of(a);
+    for (int32_t threads = 0; threads <= 8; threads += threads < 3 ? 1 : 5) { /* 0: the engine's */
+        qkv_context_options o = {QKV_CONTEXT_OPTIONS_INIT, .isa = level, .num_threads = threads};
+        if (threads == 0) o.parallel = (qkv_parallel){.run = run_backwards, .num_threads = 4};
+        qkv_context *other;
+        EXPECT_OK(qkv_context_create(&o, &other));
+        case_op op = case_op_new(other, a);
+        for (int repeat = 0; repeat < 3; repeat++) {
+            if (repeat < 2) CASE_OK(a, qkv_attention_plan(op.op, &a->batch, NULL));
+            case_run(a, op.op);
+            if (!bits_equal(&first, a)) {
+                case_print(0, &a->config);
+                fail_msg("%s: %d threads, repeat %d: other bits than the first run", level, threads,
+                         repeat);
+            }
+        }
+        case_op_free(&op);
+        qkv_context_destroy(other);
+    }
+    bits_free(&first);
+}
+
+static void attention_gives_the_same_bits_with_any_threads(void **state)
+{
+    (void)state;
+    for (int i = 0; i < 3; i++) {
+        attn_case a;
+        case_config c = any_dims(i, 16);
+        add_long_requests(&c);
+        case_build(&a, &c);
+        test_every_level(4, same_bits_with_any_threads, &a);
+        case_free(&a);
+    }
+}
+
+static void same_bits_after_permutation(qkv_context *ctx, void *user)
+{
+    attn_case *a = user;
+    const int64_t pool = a->k.x.shape[0];
+    run_with(a, ctx, 5, 0);
+    bits first = bits_of(a);
+    /* swap page p with page pool - 1 - p, in the pool and in the list */
+    case_view *views[] = {&a->k, &a->v};
+    for (int v = 0; v < 2; v++) {
+        const size_t page = views[v]->bytes / (size_t)pool;
+        char *data = views[v]->x.owned, *tmp = case_alloc(page, 1);
+        for (int64_t i = 0; i < pool / 2; i++) {
+            char *x = data + (size_t)i * page, *y = data + (size_t)(pool - 1 - i) * page;
+            memcpy(tmp, x, page);
+            memcpy(x, y, page);
+            memcpy(y, tmp, page);
+        }
+        free(tmp);
+    }
+    int32_t *indices = case_ints(&a->kv_indices);
+    for (int64_t i = 0; i < a->kv_indices.x.shape[0]; i++)
+        indices[i] = (int32_t)pool - 1 - indices[i];
+    run_with(a, ctx, 5, 0);
+    assert_true(bits_equal(&first, a));
+    bits_free(&first);
+}
+
+static void attention_gives_the_same_bits_for_permuted_pages(void **state)
+{
+    (void)state;
+    for (int i = 0; i < 3; i++) {
+        attn_case a;
+        case_config c = any_dims(i, 1 + i * 8);
+        add_long_requests(&c);
+        case_build(&a, &c);
+        test_every_level(2, same_bits_after_permutation, &a);
+        case_free(&a);
+    }
+}
+
+/* The batch of request r alone: the same tensors, one row of each index array. */
+static void run_alone(attn_case *a, qkv_context *ctx, int32_t r, const bits *together)
+{
+    const qkv_attention_spec *s = &a->config.spec;
+    int32_t *qo = case_ints(&a->qo_indptr), *kv = case_ints(&a->kv_indptr);
+    int32_t *last = case_ints(&a->kv_last_page_len);
+    const int64_t q_rows = qo[r + 1] - qo[r], first = qo[r];
+    const qkv_kv_index index = {
+        QKV_KV_INDEX_INIT, .qo_indptr = TENSOR(((int32_t[]){0, qo[r + 1] - qo[r]}), QKV_I32, 2),
+        .kv_indptr = TENSOR(&kv[r], QKV_I32, 2), .kv_indices = &a->kv_indices.x.t,
+        .kv_last_page_len = TENSOR(&last[r], QKV_I32, 1)};
+    const qkv_attention_batch batch = {QKV_ATTENTION_BATCH_INIT, .num_levels = 1, .levels = &index};
+    const size_t row_o = (size_t)s->num_qo_heads * (size_t)s->head_dim_vo * test_bytes(s->dtype_o);
+    const size_t row_lse = (size_t)s->num_qo_heads * sizeof(float);
+    void *o = case_alloc((size_t)q_rows, row_o), *lse = case_alloc((size_t)q_rows, row_lse);
+    qkv_attention_io io = a->io;
+    io.q = TENSOR((char *)a->q.x.owned +
+                      first * s->num_qo_heads * s->head_dim_qk * (int64_t)test_bytes(s->dtype_q),
+                  s->dtype_q, q_rows, s->num_qo_heads, s->head_dim_qk);
+    io.o = TENSOR(o, s->dtype_o, q_rows, s->num_qo_heads, s->head_dim_vo);
+    io.lse = TENSOR(lse, QKV_F32, q_rows, s->num_qo_heads);
+    case_op op = case_op_new(ctx, a);
+    EXPECT_OK(qkv_attention_plan(op.op, &batch, NULL));
+    EXPECT_OK(qkv_attention_run(op.op, &io, NULL));
+    if (memcmp(o, (char *)together->o + (size_t)first * row_o, (size_t)q_rows * row_o) != 0 ||
+        memcmp(lse, (char *)together->lse + (size_t)first * row_lse, (size_t)q_rows * row_lse) != 0)
+        fail_msg("request %d of %lld rows: other bits alone than in company", r, (long long)q_rows);
+    case_op_free(&op);
+    free(o), free(lse);
+}
+
+static void same_bits_alone(qkv_context *ctx, void *user)
+{
+    attn_case *a = user;
+    run_with(a, ctx, 5, 1);
+    bits together = bits_of(a);
+    for (int32_t r = 0; r < a->config.num_requests; r++) run_alone(a, ctx, r, &together);
+    bits_free(&together);
+}
+
+/* Without splits, neighbours do not change a request. */
+static void attention_without_splits_ignores_neighbours(void **state)
+{
+    (void)state;
+    for (int i = 0; i < 6; i++) {
+        attn_case a;
+        case_config c = any_dims(i, 16);
+        for (int r = 0; r < 12; r++)
+            case_add(&c, 1 + (int32_t)test_below(r % 3 ? 1 : 40), 60 + (int32_t)test_below(700));
+        case_build(&a, &c);
+        test_every_level(2, same_bits_alone, &a);
+        case_free(&a);
+    }
+}
+
+/* ---- plans -------------------------------------------------------------------------------- */
+
+/* The caller's arrays are copied by plan, and a plan that fails changes nothing. */
+static void keep_plan(qkv_context *ctx, void *user)
+{
+    attn_case *a = user;
+    a->limits.max_workers = 5;
+    case_op op = case_op_new(ctx, a);
+    CASE_OK(a, qkv_attention_plan(op.op, &a->batch, NULL));
+    case_run(a, op.op);
+    bits first = bits_of(a);
+
+    case_view *arrays[] = {&a->qo_indptr, &a->kv_indptr, &a->kv_indices, &a->kv_last_page_len};
+    for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) {
+        void *saved = case_alloc(arrays[i]->bytes, 1);
+        memcpy(saved, arrays[i]->x.owned, arrays[i]->bytes);
+        /* the last entry breaks, after all others were looked at; then everything does */
+        case_ints(arrays[i])[arrays[i]->x.shape[0] - 1] = INT32_MIN;
+        EXPECT_FAIL(QKV_ERR_INVALID, "", qkv_attention_plan(op.op, &a->batch, NULL));
+        case_run(a, op.op);
+        assert_true(bits_equal(&first, a));
+        memset(arrays[i]->x.owned, 0xee, arrays[i]->bytes);
+        EXPECT_FAIL(QKV_ERR_INVALID, "", qkv_attention_plan(op.op, &a->batch, NULL));
+        case_run(a, op.op);
+        assert_true(bits_equal(&first, a));
+        memcpy(arrays[i]->x.owned, saved, arrays[i]->bytes);
+        free(saved);
+    }
+    case_op_free(&op);
+    bits_free(&first);
+}
+
+static void attention_keeps_its_plan(void **state)
+{
+    (void)state;
+    attn_case a;
+    case_config c = any_dims(0, 16);
+    add_long_requests(&c);
+    case_build(&a, &c);
+    test_every_level(2, keep_plan, &a);
+    case_free(&a);
+}
+
+/* Many batches, large and small, through one operator: nothing of a former plan is left. */
+static void replan(qkv_context *ctx, void *user)
+{
+    const qkv_attention_limits *limits = user;
+    attn_case a;
+    case_op op = {.op = NULL};
+    for (int64_t i = case_count(60); i >= 0; i--) {
+        case_config c = any_dims(0, 8);
+        c.form = test_below(2) ? CASE_CSR : CASE_TABLE;
+        c.strided = true;
+        c.limits = *limits;
+        const int64_t n = test_below(30);
+        for (int64_t r = 0; r < n; r++)
+            case_add(&c, (int32_t)test_below(1 + test_below(30)), (int32_t)test_below(300));
+        if (test_below(4) == 0) case_add(&c, (int32_t)test_below(4), 3000);
+        case_build(&a, &c);
+        if (!op.op) op = case_op_new(ctx, &a);
+        CASE_OK(&a, qkv_attention_plan(op.op, &a.batch, NULL));
+        case_run(&a, op.op);
+        case_check(&a, qkv_context_device_name(ctx));
+        case_free(&a);
+    }
+    case_op_free(&op);
+}
+
+static void attention_takes_one_plan_after_another(void **state)
+{
+    (void)state;
+    for (int64_t max_split_rows = 0; max_split_rows <= 20; max_split_rows += 20) {
+        qkv_attention_limits limits = {QKV_ATTENTION_LIMITS_INIT,
+                                       .max_requests = 31,
+                                       .max_tokens = 1000,
+                                       .max_workers = 6,
+                                       .max_kv_len = 3000,
+                                       .max_pages = 2000,
+                                       .max_split_rows = max_split_rows};
+        test_every_level(2, replan, &limits);
+    }
+}
+
+int main(void)
+{
+    test_seed();
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(attention_split_equals_whole),
+        cmocka_unit_test(attention_gives_the_same_bits_with_any_threads),
+        cmocka_unit_test(attention_gives_the_same_bits_for_permuted_pages),
+        cmocka_unit_test(attention_without_splits_ignores_neighbours),
+        cmocka_unit_test(attention_keeps_its_plan),
+        cmocka_unit_test(attention_takes_one_plan_after_another),
+    };
+    return cmocka_run_group_tests_name("attention_properties", tests, NULL, NULL);
+}
