@@ -103,6 +103,7 @@ static inline uint16_t test_to_f16(float f)
     const double a = fabs((double)f);
     if (f != f) return 0x7e00;
     if (a >= 65520) return sign | 0x7c00;
+    if (a == 0) return sign;
     int e;
     frexp(a, &e); /* a = m * 2^e, m in [1/2, 1) */
     const int unit = e - 11 < -24 ? -24 : e - 11;

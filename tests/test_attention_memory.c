@@ -1,5 +1,6 @@
 /* test_attention_memory.c - who allocates what: exact workspaces, and no allocation in plan and
- * run. SPDX-License-Identifier: Apache-2.0 */
+ * run.
+ * SPDX-License-Identifier: Apache-2.0 */
 #include <stdatomic.h>
 
 #include "attention_case.h"

@@ -90,10 +90,11 @@ static void bytes_json_string_is_escaped(void **state)
     } cases[] = {
         {"", 0, "\"\""},
         {"a\"b\\c/", 6, "\"a\\\"b\\\\c/\""},
-        {"\n\t\r\b\f", 5, "\"\\n\\t\\r\\b\\f\""},
+        {"\n\t\r\b\f", 5, "\"\\n\\t\\r\\u0008\\u000c\""},
         {"\0\x01\x1f\x7f", 4, "\"\\u0000\\u0001\\u001f\x7f\""},
         {"nrtb", 4, "\"nrtb\""},
         {"\xc3\xa9\xf0\x9f\x8d\x82", 6, "\"\xc3\xa9\xf0\x9f\x8d\x82\""},
+        {"\xc2\x85\xc2\x86\xe2\x80\xa8\xe2\x80\xa9", 10, "\"\\u0085\xc2\x86\\u2028\\u2029\""},
         {"a\xff\xe2\x82", 4, "\"a" BAD BAD "\""},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {

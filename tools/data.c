@@ -1,5 +1,4 @@
 /* data.c - SPDX-License-Identifier: Apache-2.0 */
-#define _GNU_SOURCE
 #include "data.h"
 
 #include <math.h>

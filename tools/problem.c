@@ -293,11 +293,11 @@ bool problem_parse(const char *op, const char *text, problem *out, char error[PR
     return true;
 }
 
-/* The fewest digits that read back to the same number. */
+/* Six digits, or as many as it takes to read back the same number. */
 static int print_real(double value, char *text, size_t size)
 {
     int n = 0;
-    for (int digits = 1; digits <= 17; digits++) {
+    for (int digits = 6; digits <= 17; digits++) {
         n = snprintf(text, size, "%.*g", digits, value);
         if (strtod(text, NULL) == value) break;
     }

@@ -64,16 +64,34 @@ size_t utf8_write(FILE *file, const char *data, size_t len, bool last)
     return at;
 }
 
+/* What stands for a character in JSON if it may not stand for itself, else NULL. The line breaks of
+ * Unicode may, but many readers split text at them, and an object is to stay one line. */
+static const char *json_escape(const char *data, size_t len)
+{
+    static const char *const escapes[][2] = {
+        {"\"", "\\\""},
+        {"\\", "\\\\"},
+        {"\n", "\\n"},
+        {"\t", "\\t"},
+        {"\r", "\\r"},
+        {"\xc2\x85", "\\u0085"},
+        {"\xe2\x80\xa8", "\\u2028"},
+        {"\xe2\x80\xa9", "\\u2029"},
+    };
+    for (size_t i = 0; i < sizeof escapes / sizeof escapes[0]; i++)
+        if (strlen(escapes[i][0]) == len && !memcmp(escapes[i][0], data, len)) return escapes[i][1];
+    return NULL;
+}
+
 static void json_write_character(FILE *file, const char *data, size_t len)
 {
-    const unsigned char c = (unsigned char)data[0];
-    const char *const short_form = strchr("\"\"\\\\\nn\tt\rr\bb\ff", c); /* pairs: it, its letter */
-    if (len > 1 || (c >= 0x20 && c != '"' && c != '\\'))
-        fwrite(data, 1, len, file);
-    else if (c && short_form)
-        fprintf(file, "\\%c", short_form[1]);
+    const char *const escape = json_escape(data, len);
+    if (escape)
+        fputs(escape, file);
+    else if ((unsigned char)data[0] < 0x20)
+        fprintf(file, "\\u%04x", data[0]);
     else
-        fprintf(file, "\\u%04x", c);
+        fwrite(data, 1, len, file);
 }
 
 void json_write_string(FILE *file, const char *data, size_t len)

@@ -87,7 +87,7 @@ FAILURES = (Mismatch, subprocess.TimeoutExpired, ValueError, LookupError)
 
 
 class Subject:
-    """The program under test; every call is one process. messages: the last one's standard error."""
+    """The program under test, a process per call; messages: the last one's standard error."""
 
     def __init__(self, program, model):
         self.command = [program, model]
@@ -98,8 +98,8 @@ class Subject:
                               encoding="utf-8", errors="replace", timeout=TIMEOUT_S)
         if done.returncode != 0:
             last = (done.stderr.strip() or "no message").splitlines()[-1]
-            raise Mismatch(f"exit status {done.returncode} with {' '.join(map(str, options))[:200]!r}"
-                           f": {last}")
+            words = " ".join(map(str, options))[:200]
+            raise Mismatch(f"exit status {done.returncode} with {words!r}: {last}")
         self.messages = done.stderr
         return done.stdout
 
@@ -146,7 +146,8 @@ class Reference:
     def greedy(self, prompts):
         """prompts: lists of token ids."""
         new = [list(p) for p in {tuple(p) for p in prompts} - self.known.keys()]
-        self.known.update(zip(map(tuple, new), self.model.greedy(new, self.num_tokens) if new else []))
+        if new:
+            self.known.update(zip(map(tuple, new), self.model.greedy(new, self.num_tokens)))
         return [self.known[tuple(p)] for p in prompts]
 
     def require_greedy(self, prompts, got):
@@ -165,7 +166,8 @@ class Reference:
         # Where near-ties are the rule, the margin would excuse anything.
         if 2 * close > len(got):
             raise Mismatch(f"{close} of {len(got)} prompts needed the margin")
-        return f"{len(got) - close} of {len(got)} prompts identical, the rest within {MARGIN:g}"
+        rest = f", {close} within {MARGIN:g}" if close else ""
+        return f"{len(got) - close} prompts identical{rest}"
 
 
 def require_same(want, got):
@@ -284,7 +286,7 @@ def checks(subject, reference, quick, folder):
 
     text = sample_text(quick)
     if text is None:
-        print("skip perplexity: the program `bible` (Debian: bible-kjv) is not installed", flush=True)
+        print("skip perplexity: `bible` (Debian: bible-kjv) is not installed", flush=True)
         return
     path = os.path.join(folder, "text.txt")
     with open(path, "w", encoding="utf-8") as file:

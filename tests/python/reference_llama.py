@@ -11,7 +11,8 @@ import numpy as np
 
 # ---- GGUF: header, metadata, tensor table, then the aligned data (all little-endian) -----------
 
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i",
+            6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
 
@@ -226,7 +227,7 @@ class Llama:
         return out
 
     def _attend(self, q, k, v):
-        """Causal attention of the last n positions. q [n, H, D], k and v [G, m, D] -> [n, H * D]."""
+        """Causal, of the last n positions. q [n, H, D], k and v [G, m, D] -> [n, H * D]."""
         n, m = len(q), k.shape[1]
         group = self.num_qo_heads // self.num_kv_heads
         q = q.transpose(1, 0, 2).reshape(self.num_kv_heads, group, n, self.head_dim)

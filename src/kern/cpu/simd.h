@@ -127,13 +127,15 @@ QI_INLINE vf qi_load(const void *p, const qi_dtype t)
     if (t == QI_F32) return vf_load(p);
     vu16 h;
     memcpy(&h, p, sizeof h);
-    if (t == QI_BF16) return (vf)(__builtin_convertvector(h, vu) << 16);
 #if QI_VW == 16
-    return (vf)_mm512_cvtph_ps((__m256i)h);
+    return t == QI_BF16 ? (vf)((vu)_mm512_cvtepu16_epi32((__m256i)h) << 16)
+                        : (vf)_mm512_cvtph_ps((__m256i)h);
 #elif QI_VW == 8
-    return (vf)_mm256_cvtph_ps((__m128i)h);
+    return t == QI_BF16 ? (vf)((vu)_mm256_cvtepu16_epi32((__m128i)h) << 16)
+                        : (vf)_mm256_cvtph_ps((__m128i)h);
 #else
-    return (vf)vcvt_f32_f16(vreinterpret_f16_u16((uint16x4_t)h));
+    return t == QI_BF16 ? (vf)((vu)vmovl_u16((uint16x4_t)h) << 16)
+                        : (vf)vcvt_f32_f16(vreinterpret_f16_u16((uint16x4_t)h));
 #endif
 }
 
@@ -154,18 +156,16 @@ QI_INLINE void qi_store(void *p, const qi_dtype t, vf v)
         vf_store(p, v);
         return;
     }
-    vu16 h;
-    if (t == QI_BF16) {
-        h = __builtin_convertvector(qi_round_bf16(v), vu16);
-    } else {
 #if QI_VW == 16
-        h = (vu16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+    const vu16 h = t == QI_BF16 ? (vu16)_mm512_cvtepi32_epi16((__m512i)qi_round_bf16(v))
+                                : (vu16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
 #elif QI_VW == 8
-        h = (vu16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+    const vu16 h = t == QI_BF16 ? __builtin_convertvector(qi_round_bf16(v), vu16)
+                                : (vu16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
 #else
-        h = (vu16)vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v));
+    const vu16 h = t == QI_BF16 ? (vu16)vmovn_u32((uint32x4_t)qi_round_bf16(v))
+                                : (vu16)vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v));
 #endif
-    }
     memcpy(p, &h, sizeof h);
 }
 

@@ -6,6 +6,10 @@
 
 QI_CPU_DECLARE(gated);
 
+_Static_assert((int)GATED_SILU == QKV_SILU && (int)GATED_GELU == QKV_GELU &&
+                   (int)GATED_GELU_TANH == QKV_GELU_TANH,
+               "the kernel's kinds are those of qkv/activation.h");
+
 const qi_kernel qi_gated_kernels[] = {
     {"gated.any", kDLCPU, NULL, QI_CPU_ENTRIES(gated)},
     {0},
@@ -30,12 +34,18 @@ qkv_status qkv_gated_activation(qkv_context *ctx, DLTensor *out, const DLTensor 
     const qi_kernel *row;
     QI_TRY(qi_select(ctx, qi_gated_kernels, NULL, &row));
     const gated_params params = {
-        .out = qi_data(out), .gate = qi_data(gate), .up = qi_data(up),
-        .out_stride = qi_stride(out, 0), .gate_stride = qi_stride(gate, 0),
+        .out = qi_data(out),
+        .gate = qi_data(gate),
+        .up = qi_data(up),
+        .out_stride = qi_stride(out, 0),
+        .gate_stride = qi_stride(gate, 0),
         .up_stride = qi_stride(up, 0),
-        .num_tokens = num_tokens, .size = size,
-        .dtype = (qi_dtype)qi_dtype_of(gate->dtype), .kind = kind,
+        .num_tokens = num_tokens,
+        .size = size,
+        .dtype = (qi_dtype)qi_dtype_of(gate->dtype),
+        .kind = kind,
     };
-    qi_launch(ctx, row, qi_tasks_for(num_tokens * size * 4), &params);
+    const int64_t bytes = num_tokens * size * 3 * (int64_t)qi_dtype_bytes(params.dtype);
+    qi_launch(ctx, row, qi_tasks_for(bytes), &params);
     return QKV_OK;
 }

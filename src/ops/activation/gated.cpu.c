@@ -1,24 +1,39 @@
-/* gated.cpu.c - activation(gate) * up, elementwise.
- *
- * Tasks share blocks of BLOCK elements of rows, so that one long row is shared too.
- * Bound: memory, 3 x size bytes an element; exact GELU by libm's erfc a lane.
+/* gated.cpu.c - activation(gate) * up, elementwise. Tasks share blocks of BLOCK elements of rows, so
+ * that one long row is shared too.
+ * Bound: memory, 3 x size bytes an element; out of a cache, the exponential.
  * SPDX-License-Identifier: Apache-2.0 */
 #include "kern/cpu/simd.h"
 #include "ops/activation/gated_params.h"
 
 #define BLOCK 1024
 
+/* x Phi(x) = max(x, 0) - a Q(a), a = |x|, Q the normal tail. Q(a) exp(a^2/2) is smooth in
+ * u = 1 / (1 + 0.35 a): a minimax polynomial of degree 9 on a <= 14, relative error 3.2e-8. */
+QI_INLINE vf gelu(vf x)
+{
+    vf a = vf_abs(x);
+    a = vf_select(a > 15.f, vf_set1(15.f), a); /* Q is 0 from here on; NaN stays */
+    const vf u = 1.f / (a * 0.35f + 1.f);
+    vf q = vf_set1(-2.914586972e-2f);
+    q = q * u + 1.439714192e-1f;
+    q = q * u - 2.557137142e-1f;
+    q = q * u + 1.591735866e-1f;
+    q = q * u - 2.310947178e-2f;
+    q = q * u + 1.055078644e-1f;
+    q = q * u + 1.198328993e-1f;
+    q = q * u + 1.398618658e-1f;
+    q = q * u + 1.396214045e-1f;
+    q = q * u * vf_exp2(a * a * (-0.5f * QI_LOG2E));
+    return vf_max(x, vf_set1(0.f)) - a * q;
+}
+
 QI_INLINE vf activate(vf x, const i32 kind)
 {
-    if (kind == 0) return x / (1.f + vf_exp(-x));
-    if (kind == 2) { /* x/2 (1 + tanh u) = x / (1 + exp(-2u)), without cancellation */
-        const vf u = (x + x * x * x * 0.044715f) * 0.79788456080286536f;
-        return x / (1.f + vf_exp(u * -2.f));
-    }
-    float lane[QI_VW];
-    vf_store(lane, x);
-    for (int i = 0; i < QI_VW; i++) lane[i] = 0.5f * lane[i] * erfcf(lane[i] * -0.70710678118654752f);
-    return vf_load(lane);
+    if (kind == GATED_SILU) return x / (1.f + vf_exp(-x));
+    if (kind == GATED_GELU) return gelu(x);
+    /* x/2 (1 + tanh u) = x / (1 + exp(-2u)), without cancellation */
+    const vf u = (x + x * x * x * 0.044715f) * 0.79788456080286536f;
+    return x / (1.f + vf_exp(u * -2.f));
 }
 
 QI_INLINE void gated_block(const gated_params *p, i64 token, i64 begin, i64 n, const qi_dtype t,
@@ -34,7 +49,8 @@ QI_INLINE void gated_block(const gated_params *p, i64 token, i64 begin, i64 n, c
     if (i < n)
         qi_store_n(out + i * (i64)qi_size_of(t), t,
                    activate(qi_load_n(qi_at(gate, t, i), t, n - i), kind) *
-                       qi_load_n(qi_at(up, t, i), t, n - i), n - i);
+                       qi_load_n(qi_at(up, t, i), t, n - i),
+                   n - i);
 }
 
 QI_INLINE void gated_all(const gated_params *p, qi_task task, const qi_dtype t, const i32 kind)
@@ -51,9 +67,9 @@ QI_INLINE void gated_all(const gated_params *p, qi_task task, const qi_dtype t, 
 QI_INLINE void gated_kind(const gated_params *p, qi_task task, const qi_dtype t)
 {
     switch (p->kind) {
-    case 0: gated_all(p, task, t, 0); break;
-    case 1: gated_all(p, task, t, 1); break;
-    default: gated_all(p, task, t, 2); break;
+    case GATED_SILU: gated_all(p, task, t, GATED_SILU); break;
+    case GATED_GELU: gated_all(p, task, t, GATED_GELU); break;
+    default: gated_all(p, task, t, GATED_GELU_TANH); break;
     }
 }
 

@@ -5,6 +5,8 @@
 
 #include "kern/abi.h"
 
+enum { GATED_SILU = 0, GATED_GELU = 1, GATED_GELU_TANH = 2 }; /* QKV_SILU, ... */
+
 typedef struct gated_params {
     void *out;        /* dtype [num_tokens, size]              */
     const void *gate; /* dtype [num_tokens, size]              */
@@ -12,7 +14,7 @@ typedef struct gated_params {
     i64 out_stride, gate_stride, up_stride; /* of a token      */
     i64 num_tokens, size;
     qi_dtype dtype;
-    i32 kind; /* 0 SiLU, 1 GELU, 2 GELU by tanh                */
+    i32 kind;
 } gated_params;
 
 #endif

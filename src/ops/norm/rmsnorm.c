@@ -26,10 +26,8 @@ static qkv_status normalise(qkv_context *ctx, DLTensor *out, DLTensor *residual,
                MAX_HIDDEN_SIZE, (long long)hidden_size);
     QI_TRY(qi_expect(out, "out", x->dtype, QI_SHAPE(num_tokens, hidden_size)));
     QI_TRY(qi_expect_float(weight, "weight", QI_SHAPE(hidden_size)));
-    QI_REQUIRE(qi_dtype_of(weight->dtype) == QI_F32 ||
-                   qi_dtype_of(weight->dtype) == qi_dtype_of(x->dtype),
-               "weight: expected dtype f32 or %s, got %s", qi_dtype_name(x->dtype),
-               qi_dtype_name(weight->dtype));
+    if (qi_dtype_of(weight->dtype) != QI_F32)
+        QI_TRY(qi_expect(weight, "weight", x->dtype, QI_SHAPE(hidden_size)));
     QI_REQUIRE(eps >= 0.f && isfinite(eps), "eps: expected >= 0 and finite, got %g", (double)eps);
     QI_REQUIRE(isfinite(weight_bias), "weight_bias: expected a finite number, got %g",
                (double)weight_bias);
@@ -61,10 +59,10 @@ static qkv_status normalise(qkv_context *ctx, DLTensor *out, DLTensor *residual,
         .eps = eps,
         .weight_bias = weight_bias,
     };
-    const int64_t moved = residual ? 4 : 2; /* tensors read or written */
-    qi_launch(ctx, row,
-              qi_tasks_for(num_tokens * hidden_size * moved * (int64_t)qi_dtype_bytes(params.dtype)),
-              &params);
+    const int64_t row_bytes =
+        hidden_size * (residual ? 4 : 2) * (int64_t)qi_dtype_bytes(params.dtype);
+    const int64_t tasks = qi_tasks_for(num_tokens * row_bytes);
+    qi_launch(ctx, row, tasks < num_tokens ? tasks : num_tokens, &params);
     return QKV_OK;
 }
 

@@ -156,7 +156,8 @@ static qkv_status launch(const qkv_context *ctx, const append_params *p)
     const append_tensor *k = &p->k, *v = &p->v;
     const i64 elements = k->num_heads * k->head_dim + v->num_heads * v->head_dim;
     const i64 bytes = (i64)(qi_dtype_bytes(k->dtype) + qi_dtype_bytes(k->cache_dtype));
-    qi_launch(ctx, row, qi_tasks_for(p->nnz * elements * bytes), p);
+    const i64 tasks = qi_tasks_for(p->nnz * elements * bytes);
+    qi_launch(ctx, row, tasks < p->nnz ? tasks : p->nnz, p);
     return QKV_OK;
 }
 

@@ -105,6 +105,7 @@ qkv_status qkv_kv_copy_pages(qkv_context *ctx, DLTensor *k_cache, DLTensor *v_ca
         bytes += pool->runs[0] * pool->runs[1] * pool->runs[2] * pool->run_bytes;
     }
     if (bytes == 0) return QKV_OK;
-    qi_launch(ctx, row, qi_tasks_for(n * bytes * 2), &params);
+    const i64 tasks = qi_tasks_for(n * bytes * 2), pieces = n * params.num_pools;
+    qi_launch(ctx, row, tasks < pieces ? tasks : pieces, &params);
     return QKV_OK;
 }

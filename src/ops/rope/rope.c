@@ -25,7 +25,7 @@ static qkv_status read_spec(const qkv_rope_spec *in, int64_t head_dim, rope_para
                (int)s.interleaved);
     if (s.theta == 0.f) s.theta = 10000.f;
     if (s.scale == 0.f) s.scale = 1.f;
-    QI_REQUIRE(s.theta > 0.f && isfinite(s.theta), "theta: expected > 0, or 0 for 10000, got %g",
+    QI_REQUIRE(s.theta >= 1.f && isfinite(s.theta), "theta: expected >= 1, or 0 for 10000, got %g",
                (double)s.theta);
     QI_REQUIRE(s.scale >= 1.f && isfinite(s.scale), "scale: expected >= 1, or 0 for none, got %g",
                (double)s.scale);
@@ -54,7 +54,7 @@ static qkv_status read_pair(const DLTensor *in, const char *in_name, const DLTen
     QI_TRY(qi_expect(out, out_name, q->dtype, QI_SHAPE(q->shape[0], in->shape[1], q->shape[2])));
     QI_REQUIRE(qi_same(out, in) || !qi_overlap(out, in),
                "%s: expected %s itself or memory apart from it", out_name, in_name);
-    *x = (rope_tensor){.in = qi_data(in), .out = qi_data(out), .heads = (i32)in->shape[1],
+    *x = (rope_tensor){.in = qi_data(in), .out = qi_data(out), .heads = in->shape[1],
                        .in_stride = {qi_stride(in, 0), qi_stride(in, 1)},
                        .out_stride = {qi_stride(out, 0), qi_stride(out, 1)}};
     return QKV_OK;
@@ -98,17 +98,23 @@ qkv_status qkv_rope(qkv_context *ctx, const qkv_rope_spec *spec, DLTensor *q_out
     (void)stream;
     QI_REQUIRE_CONTEXT(ctx);
     QI_TRY(qi_expect_float(q, "q", QI_SHAPE(QI_ANY, QI_ANY, QI_ANY)));
-    rope_params params = {.head_dim = (i32)q->shape[2], .dtype = (qi_dtype)qi_dtype_of(q->dtype)};
+    rope_params params = {.head_dim = q->shape[2], .dtype = (qi_dtype)qi_dtype_of(q->dtype)};
     QI_TRY(read_spec(spec, q->shape[2], &params));
     QI_TRY(read_pair(q, "q", q_out, "q_out", q, &params.q));
     QI_REQUIRE(!k == !k_out, "k, k_out: expected both or neither, got one");
-    if (k) QI_TRY(read_pair(k, "k", k_out, "k_out", q, &params.k));
+    if (k) {
+        QI_TRY(read_pair(k, "k", k_out, "k_out", q, &params.k));
+        QI_REQUIRE(!qi_overlap(q_out, k) && !qi_overlap(k_out, q) && !qi_overlap(q_out, k_out),
+                   "k_out: expected q and q_out apart from k and k_out");
+    }
     QI_TRY(read_positions(positions, indptr, offsets, q->shape[0], &params));
     if (params.nnz == 0) return QKV_OK;
 
     const qi_kernel *row;
     QI_TRY(qi_select(ctx, qi_rope_kernels, NULL, &row));
-    const int64_t heads = params.q.heads + params.k.heads;
-    qi_launch(ctx, row, qi_tasks_for(params.nnz * heads * params.head_dim * 4), &params);
+    const int64_t row_bytes = (params.q.heads + params.k.heads) * params.head_dim *
+                              (int64_t)qi_dtype_bytes(params.dtype) * 2;
+    const int64_t tasks = qi_tasks_for(params.nnz * row_bytes);
+    qi_launch(ctx, row, tasks < params.nnz ? tasks : params.nnz, &params);
     return QKV_OK;
 }

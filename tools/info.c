@@ -1,0 +1,75 @@
+/* info.c - SPDX-License-Identifier: Apache-2.0 */
+#include "info.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#include "attention_problem.h"
+#include "ceilings.h"
+#include "tool.h"
+
+static void print_levels(void)
+{
+    const char *level;
+    int32_t usable;
+    for (int32_t i = 0; (level = qkv_cpu_level(i, &usable)); i++)
+        printf("level    %s: %s\n", level, usable ? "usable" : "not on this machine");
+}
+
+static void print_kernel(void *user, const qkv_kernel_info *info)
+{
+    (void)user;
+    printf("kernel   %s: %s%s\n", info->op, info->row, info->device_type == kDLCPU ? "" : " (not CPU)");
+}
+
+static void print_ceilings(const info_options *o, int32_t num_threads)
+{
+    ceilings *c = ceilings_create(num_threads, o->isa);
+    for (int i = 0; i < NUM_CEILINGS; i++) {
+        const ceiling_value v = ceilings_measure(c, (ceiling)i);
+        if (v.name)
+            printf("ceiling  %s: %.4g %s (best pass %.4g)\n", v.name, v.median,
+                   i == CEILING_READ || i == CEILING_COPY ? "GB/s" : "GFLOP/s", v.best);
+    }
+    ceilings_destroy(c);
+}
+
+static void print_problem(qkv_context *ctx, const problem *p)
+{
+    char text[PROBLEM_TEXT], reasons[4096];
+    problem_print(p, text);
+    data_random random = data_seed();
+    attention_problem a = attention_problem_create(p, &random);
+    const qkv_status status = qkv_attention_can_run(ctx, &a.spec, &a.limits, reasons, sizeof reasons);
+    if (status != QKV_ERR_UNSUPPORTED) tool_check(status, "qkv_attention_can_run");
+    printf("problem  %s %s\n", p->op, text);
+    for (const char *line = reasons; *line;) {
+        const size_t len = strcspn(line, "\n");
+        printf("row      %.*s\n", (int)len, line);
+        line += len + (line[len] == '\n');
+    }
+    if (status == QKV_OK) {
+        qkv_workspace_size size;
+        tool_check(qkv_attention_workspace_size(ctx, &a.spec, &a.limits, &size),
+                   "qkv_attention_workspace_size");
+        printf("memory   plan %llu bytes, scratch %llu bytes\n", (unsigned long long)size.plan_bytes,
+               (unsigned long long)size.scratch_bytes);
+    }
+    attention_problem_destroy(&a);
+}
+
+void info_print(const info_options *options)
+{
+    qkv_context *ctx;
+    const qkv_context_options o = {QKV_CONTEXT_OPTIONS_INIT, .num_threads = options->num_threads,
+                                   .isa = options->isa};
+    tool_check(qkv_context_create(&o, &ctx), "qkv_context_create");
+    const int32_t version = qkv_version(), num_threads = qkv_context_num_threads(ctx);
+    printf("qkv      %d.%d.%d\n", version / 10000, version / 100 % 100, version % 100);
+    printf("device   %s, %d threads\n", qkv_context_device_name(ctx), (int)num_threads);
+    print_levels();
+    qkv_enumerate_kernels(print_kernel, NULL);
+    if (options->ceilings) print_ceilings(options, num_threads);
+    if (options->p) print_problem(ctx, options->p);
+    qkv_context_destroy(ctx);
+}
