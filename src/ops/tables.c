@@ -3,7 +3,7 @@
 #include "core/launch.h"
 
 /* op, its table */
-#define TABLES(X) X(attention) X(gemm) X(rmsnorm) X(rope) X(gated) X(append) X(copy_pages)
+#define TABLES(X) X(attention) X(gemm) X(rmsnorm) X(rope) X(gated) X(append) X(copy_pages) X(argmax) X(sample)
 
 #define X(op) extern const qi_kernel qi_##op##_kernels[];
 TABLES(X)

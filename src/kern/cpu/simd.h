@@ -81,6 +81,18 @@ QI_INLINE vf vf_select(vi mask, vf a, vf b)
     return (vf)((mask & (vi)a) | (~mask & (vi)b));
 }
 
+/* Is a lane of a mask set? */
+QI_INLINE int vi_any(vi mask)
+{
+#if QI_VW == 16
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif QI_VW == 8
+    return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+    return vmaxvq_u32((uint32x4_t)mask) != 0;
+#endif
+}
+
 QI_INLINE vf vf_max(vf a, vf b)
 {
 #if QI_VW == 16
