@@ -4,7 +4,7 @@
 #ifndef QKV_TESTS_ATTENTION_ERRORS_H
 #define QKV_TESTS_ATTENTION_ERRORS_H
 
-#include "attention_case.h"
+#include "attention_run.h"
 
 #define COUNT(rows) (sizeof(rows) / sizeof *(rows))
 

@@ -2,7 +2,7 @@
  * SPDX-License-Identifier: Apache-2.0 */
 #include <sys/mman.h>
 
-#include "attention_case.h"
+#include "attention_run.h"
 
 /* Builds the case and tries it on every level. */
 static void try_case(qkv_context *ctx, void *user)

@@ -1,9 +1,10 @@
-/* test_attention_grid.c - thousands of small random attention problems, each on every CPU level.
+/* test_attention_grid.c - thousands of small random attention problems, each on every CPU level; and
+ * one axis at a time over all of its values, with the rest at random.
  *
- * QKV_TEST_SEED and QKV_TEST_CASE=n, both printed with a failure, repeat one case;
- * QKV_TEST_CASES=n runs n of them.
+ * QKV_TEST_SEED and QKV_TEST_CASE=n, both printed with a failure, repeat case n of each test;
+ * QKV_TEST_CASES=n runs so many random ones.
  * SPDX-License-Identifier: Apache-2.0 */
-#include "attention_case.h"
+#include "attention_run.h"
 
 #define PICK(...)                                                                                  \
     ((const int32_t[]){__VA_ARGS__}[test_below(                                                    \
@@ -137,9 +138,9 @@ static void any_limits(case_config *c)
     l->max_pages = pages + 1 + test_below(1000);
 }
 
-static case_config any_config(void)
+static case_config any_config(qkv_attention_spec spec)
 {
-    case_config c = case_config_init(any_spec());
+    case_config c = case_config_init(spec);
     c.form = c.spec.page_size == 0 ? CASE_RAGGED : chance(2) ? CASE_CSR : CASE_TABLE;
     c.combined = c.spec.page_size > 0 && c.spec.head_dim_qk == c.spec.head_dim_vo && chance(4);
     c.strided = !chance(4);
@@ -190,25 +191,85 @@ static int close_contexts(void **state)
     return 0;
 }
 
-static void attention_agrees_with_the_reference(void **state)
+/* Cases 0 .. count-1: any spec, changed by change(spec, number). */
+static void try_cases(int64_t count, void (*change)(qkv_attention_spec *s, int32_t number))
 {
-    (void)state;
     const char *only = getenv("QKV_TEST_CASE");
     const uint64_t seed = test_state;
-    const int64_t count = case_count(6000);
-    for (int64_t i = only ? strtoll(only, NULL, 0) : 0; i < count; i++) {
+    const int64_t first = only ? strtoll(only, NULL, 0) : 0;
+    for (int64_t i = first; i < (only && first < count ? first + 1 : count); i++) {
         test_state = seed + (uint64_t)i * 0x632be59bd9b4e019u;
-        const case_config config = any_config();
+        qkv_attention_spec spec = any_spec();
+        if (change) change(&spec, (int32_t)i);
+        const case_config config = any_config(spec);
         attn_case a;
         case_build(&a, &config);
         a.number = i;
         if (chance(2)) a.limits.pool_pages = config.spec.page_size ? a.k.x.shape[0] : 0;
-        for (int level = 0; level < num_levels; level++) {
+        for (int level = 0; level < num_levels; level++)
             case_try(&a, contexts[level][test_below(NUM_THREAD_COUNTS)]);
-        }
         case_free(&a);
-        if (only) break;
     }
+    test_state = seed;
+}
+
+static void attention_agrees_with_the_reference(void **state)
+{
+    (void)state;
+    try_cases(case_count(6000), NULL);
+}
+
+/* Each dim once for both, once for keys and once for values alone. */
+static void set_head_dim(qkv_attention_spec *s, int32_t number)
+{
+    const int32_t dim = 8 * (1 + number / 3);
+    if (number % 3 != 2) s->head_dim_qk = dim;
+    if (number % 3 != 1) s->head_dim_vo = dim;
+}
+
+static void attention_takes_every_head_dim(void **state)
+{
+    (void)state;
+    try_cases(3 * 64, set_head_dim);
+}
+
+static void set_dtypes(qkv_attention_spec *s, int32_t number)
+{
+    const DLDataType types[] = {QKV_F32, QKV_F16, QKV_BF16};
+    s->dtype_q = types[number % 3];
+    s->dtype_kv = types[number / 3 % 3];
+    s->dtype_o = types[number / 9 % 3];
+}
+
+/* Each mix several times, for decode and prefill tiles differ. */
+static void attention_takes_every_mix_of_dtypes(void **state)
+{
+    (void)state;
+    try_cases(27 * 6, set_dtypes);
+}
+
+static void set_group_size(qkv_attention_spec *s, int32_t number)
+{
+    const int32_t group_size = number < 64 ? number + 1 : 512 >> (number - 64);
+    s->num_kv_heads = number < 20 ? 1 + number % 3 : 1;
+    s->num_qo_heads = s->num_kv_heads * group_size;
+}
+
+static void attention_takes_every_group_size(void **state)
+{
+    (void)state;
+    try_cases(64 + 3, set_group_size);
+}
+
+static void set_page_size(qkv_attention_spec *s, int32_t number)
+{
+    s->page_size = number + 1;
+}
+
+static void attention_takes_every_page_size(void **state)
+{
+    (void)state;
+    try_cases(70, set_page_size);
 }
 
 int main(void)
@@ -216,6 +277,10 @@ int main(void)
     test_seed();
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(attention_agrees_with_the_reference),
+        cmocka_unit_test(attention_takes_every_head_dim),
+        cmocka_unit_test(attention_takes_every_mix_of_dtypes),
+        cmocka_unit_test(attention_takes_every_group_size),
+        cmocka_unit_test(attention_takes_every_page_size),
     };
     return cmocka_run_group_tests_name("attention_grid", tests, open_contexts, close_contexts);
 }

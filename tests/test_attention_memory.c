@@ -3,7 +3,7 @@
  * SPDX-License-Identifier: Apache-2.0 */
 #include <stdatomic.h>
 
-#include "attention_case.h"
+#include "attention_run.h"
 
 /* ---- every allocation of the process is counted ------------------------------------------- */
 

@@ -1,6 +1,6 @@
 /* test_attention_properties.c - what must hold between runs of attention: same bits, same plan.
  * SPDX-License-Identifier: Apache-2.0 */
-#include "attention_case.h"
+#include "attention_run.h"
 
 /* The results of one run, to compare bit for bit. */
 typedef struct bits {
@@ -270,6 +270,61 @@ static void attention_keeps_its_plan(void **state)
     case_free(&a);
 }
 
+/* Layers with parameters of their own under one plan; the first comes again at the end. */
+static void run_layers(qkv_context *ctx, void *user)
+{
+    attn_case *a = user;
+    static const struct {
+        const char *why;
+        float sm_scale, soft_cap;
+        int32_t set_window, window_left, window_right;
+    } layers[] = {
+        {"the spec's", 0, 0, 0, 0, 0},
+        {"a narrow window", 0, 0, 1, 20, 0},
+        {"a scale", 0.5f, 0, 0, 0, 0},
+        {"a window of the row's own key, and a cap", 0, 1.5f, 1, 0, 0},
+        {"the spec's window, given again", 0, 0, 1, 600, 2},
+        {"the spec's", 0, 0, 0, 0, 0},
+    };
+    enum { NUM_LAYERS = sizeof layers / sizeof *layers };
+    bits first = {NULL, NULL};
+    a->limits.max_workers = 5;
+    case_op op = case_op_new(ctx, a);
+    CASE_OK(a, qkv_attention_plan(op.op, &a->batch, NULL));
+    for (int i = 0; i < NUM_LAYERS; i++) {
+        a->io.sm_scale = layers[i].sm_scale;
+        a->io.logits_soft_cap = a->config.io_soft_cap = layers[i].soft_cap;
+        a->io.set_window = layers[i].set_window;
+        a->io.window_left = layers[i].window_left;
+        a->io.window_right = layers[i].window_right;
+        attention_ref(&a->config.spec, &a->batch, &a->io, a->ref_o, a->ref_rows);
+        case_run(a, op.op);
+        case_check(a, qkv_context_device_name(ctx));
+        if (i == 0) first = bits_of(a);
+        if (i == NUM_LAYERS - 1) assert_true(bits_equal(&first, a));
+    }
+    case_op_free(&op);
+    bits_free(&first);
+}
+
+static void attention_layers_differ_under_one_plan(void **state)
+{
+    (void)state;
+    for (int i = 0; i < 3; i++) {
+        attn_case a;
+        case_config c = any_dims(i, 16);
+        c.spec.mask = QKV_MASK_NONE;
+        c.spec.features = QKV_FEATURE_WINDOW | QKV_FEATURE_SOFT_CAP;
+        c.spec.logits_soft_cap = 30;
+        c.spec.window_left = 600;
+        c.spec.window_right = 2;
+        add_long_requests(&c);
+        case_build(&a, &c);
+        test_every_level(2, run_layers, &a);
+        case_free(&a);
+    }
+}
+
 /* Many batches, large and small, through one operator: nothing of a former plan is left. */
 static void replan(qkv_context *ctx, void *user)
 {
@@ -319,6 +374,7 @@ int main(void)
         cmocka_unit_test(attention_gives_the_same_bits_for_permuted_pages),
         cmocka_unit_test(attention_without_splits_ignores_neighbours),
         cmocka_unit_test(attention_keeps_its_plan),
+        cmocka_unit_test(attention_layers_differ_under_one_plan),
         cmocka_unit_test(attention_takes_one_plan_after_another),
     };
     return cmocka_run_group_tests_name("attention_properties", tests, NULL, NULL);

@@ -2,7 +2,7 @@
  * SPDX-License-Identifier: Apache-2.0 */
 #include <pthread.h>
 
-#include "attention_case.h"
+#include "attention_run.h"
 
 enum { NUM_THREADS = 4, NUM_STEPS = CASE_SANITIZED ? 15 : 60 };
 

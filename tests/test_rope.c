@@ -181,44 +181,35 @@ static void rope_takes_every_position(void **state)
     test_every_level(1, check_extremes, NULL);
 }
 
-/* q and k as parts of one tensor: side by side, and head by head (GPT-NeoX), in place. */
+/* q and k side by side in one tensor, in place. */
 static void check_fused(qkv_context *ctx, void *user)
 {
     (void)user;
-    enum { TOKENS = 5, HEADS = 3, DIM = 16 };
+    enum { TOKENS = 5, HEADS = 3, DIM = 16, WIDTH = HEADS * DIM };
     int32_t positions[TOKENS];
     for (int t = 0; t < TOKENS; t++) positions[t] = 17 * t + 3;
     DLTensor *at = TENSOR(positions, QKV_I32, TOKENS);
-    for (int by_head = 0; by_head < 2; by_head++) {
-        float fused[TOKENS * 3 * HEADS * DIM], apart[2][TOKENS * HEADS * DIM];
-        for (size_t i = 0; i < sizeof fused / sizeof *fused; i++) fused[i] = (float)test_uniform(1);
-        int64_t shape[] = {TOKENS, HEADS, DIM}, strides[] = {3 * HEADS * DIM, by_head ? 3 * DIM : DIM, 1};
-        const int64_t step = by_head ? DIM : HEADS * DIM; /* from q to k to v */
-        DLTensor part[2], *whole[2];
-        for (int i = 0; i < 2; i++) {
-            part[i] = (DLTensor){.data = fused + i * step, .device = {kDLCPU, 0}, .ndim = 3,
-                                 .dtype = {2, 32, 1}, .shape = shape, .strides = strides};
-            for (int64_t t = 0; t < TOKENS; t++)
-                for (int64_t h = 0; h < HEADS; h++)
-                    memcpy(apart[i] + (t * HEADS + h) * DIM,
-                           fused + i * step + t * strides[0] + h * strides[1], DIM * sizeof(float));
-        }
-        whole[0] = TENSOR(apart[0], QKV_F32, TOKENS, HEADS, DIM);
-        whole[1] = TENSOR(apart[1], QKV_F32, TOKENS, HEADS, DIM);
-        const qkv_rope_spec spec = {QKV_ROPE_SPEC_INIT};
-        EXPECT_OK(qkv_rope(ctx, &spec, whole[0], whole[0], whole[1], whole[1], at, NULL, NULL, NULL));
-        EXPECT_OK(qkv_rope(ctx, &spec, &part[0], &part[0], &part[1], &part[1], at, NULL, NULL, NULL));
-        for (int i = 0; i < 2; i++)
-            for (int64_t t = 0; t < TOKENS; t++)
-                for (int64_t h = 0; h < HEADS; h++)
-                    assert_memory_equal(apart[i] + (t * HEADS + h) * DIM,
-                                        fused + i * step + t * strides[0] + h * strides[1],
-                                        DIM * sizeof(float));
-        part[1].byte_offset = 4; /* now k's heads end in the next part, and q's in k's */
-        part[0].byte_offset = 8;
-        EXPECT_FAIL(QKV_ERR_INVALID, "k_out: expected q and q_out apart from k and k_out",
-                    qkv_rope(ctx, &spec, &part[0], &part[0], &part[1], &part[1], at, NULL, NULL, NULL));
+    float fused[TOKENS][3][WIDTH], apart[2][TOKENS][WIDTH];
+    for (size_t i = 0; i < sizeof fused / sizeof(float); i++)
+        (&fused[0][0][0])[i] = (float)test_uniform(1);
+    int64_t shape[] = {TOKENS, HEADS, DIM}, strides[] = {3 * WIDTH, DIM, 1};
+    DLTensor part[2];
+    for (int i = 0; i < 2; i++) {
+        part[i] = (DLTensor){.data = fused[0][i], .device = {kDLCPU, 0}, .ndim = 3,
+                             .dtype = {2, 32, 1}, .shape = shape, .strides = strides};
+        for (int t = 0; t < TOKENS; t++) memcpy(apart[i][t], fused[t][i], sizeof apart[i][t]);
     }
+    DLTensor *const q = TENSOR(apart[0], QKV_F32, TOKENS, HEADS, DIM);
+    DLTensor *const k = TENSOR(apart[1], QKV_F32, TOKENS, HEADS, DIM);
+    const qkv_rope_spec spec = {QKV_ROPE_SPEC_INIT};
+    EXPECT_OK(qkv_rope(ctx, &spec, q, q, k, k, at, NULL, NULL, NULL));
+    EXPECT_OK(qkv_rope(ctx, &spec, &part[0], &part[0], &part[1], &part[1], at, NULL, NULL, NULL));
+    for (int i = 0; i < 2; i++)
+        for (int t = 0; t < TOKENS; t++)
+            assert_memory_equal(apart[i][t], fused[t][i], sizeof apart[i][t]);
+    part[0].byte_offset = 4; /* now q's last head ends in k's first */
+    EXPECT_FAIL(QKV_ERR_INVALID, "k_out: expected q and q_out apart from k and k_out",
+                qkv_rope(ctx, &spec, &part[0], &part[0], &part[1], &part[1], at, NULL, NULL, NULL));
 }
 
 static void rope_takes_parts_of_a_fused_tensor(void **state)

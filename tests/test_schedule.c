@@ -171,8 +171,7 @@ static void check_strips(const trial *t, const account *a)
     i64 n = l->num_workers;
     if (l->cost_strip > 0 && a->total / l->cost_strip < n) n = a->total / l->cost_strip;
     if (n < 1) n = 1;
-    CHECK(t, h->num_strips <= n && h->num_strips >= (a->num_tiles > 0),
-          "expected at most %lld strips, got %d", (long long)n, h->num_strips);
+    CHECK(t, h->num_strips == n, "expected %lld strips, got %d", (long long)n, h->num_strips);
     const i64 share = (a->total + n - 1) / n;
     const i64 largest =
         a->largest_whole > a->largest_cut_step ? a->largest_whole : a->largest_cut_step;

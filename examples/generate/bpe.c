@@ -80,9 +80,9 @@ static bool reserve(bpe_scratch *scratch, size_t len)
     const size_t capacity = len < 256 ? 256 : len;
     bpe_scratch_free(scratch);
     /* Entries: one per pair of bytes, and two new neighbours per merge. */
-    *scratch = (bpe_scratch){.symbols = malloc(capacity * sizeof *scratch->symbols),
-                             .heap = malloc(3 * capacity * sizeof *scratch->heap),
-                             .capacity = capacity};
+    scratch->symbols = malloc(capacity * sizeof *scratch->symbols);
+    scratch->heap = malloc(3 * capacity * sizeof *scratch->heap);
+    scratch->capacity = capacity;
     if (scratch->symbols && scratch->heap) return true;
     bpe_scratch_free(scratch);
     return false;
@@ -92,7 +92,9 @@ void bpe_scratch_free(bpe_scratch *scratch)
 {
     free(scratch->symbols);
     free(scratch->heap);
-    *scratch = (bpe_scratch){.capacity = 0};
+    scratch->symbols = NULL;
+    scratch->heap = NULL;
+    scratch->capacity = 0;
 }
 
 /* The merge of the symbol at this position and the next one, or NULL. */

@@ -116,7 +116,7 @@ static bool read_rope(const gguf *file, const model_config *c, qkv_rope_spec *ro
 
 bool model_config_read(const gguf *file, model_config *config, char error[GGUF_ERROR])
 {
-    model_config c = {0};
+    model_config c = {.num_qo_heads = 1};
     if (!check_architecture(file, error)) return false;
     if (!read_int(file, "llama.block_count", 1, 1024, &c.num_layers, error) ||
         !read_int(file, "llama.embedding_length", 1, 65536, &c.hidden_size, error) ||

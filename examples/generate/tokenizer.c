@@ -562,7 +562,7 @@ char *tokenizer_chatml(const tokenizer *t, const char *system, const char *user,
     }
     for (size_t i = 0; i < 4; i++) at = append(at, parts[i], strlen(parts[i]));
     at = append(at, user, user_len);
-    at = append(at, tail, strlen(tail) + 1);
+    append(at, tail, strlen(tail) + 1);
     *len = bytes;
     return text;
 }

@@ -9,7 +9,9 @@
 __attribute__((format(printf, 4, 5))) qkv_status qi_fail(qkv_status status, const char *file,
                                                          int line, const char *format, ...);
 
-#define QI_FAIL(status, ...) return qi_fail((status), __FILE__, __LINE__, __VA_ARGS__)
+/* Names the status itself, so that a compiler which sees only the caller knows that it fails. */
+#define QI_FAIL(status, ...) \
+    return qi_fail((status), __FILE__, __LINE__, __VA_ARGS__), (status)
 #define QI_REQUIRE(cond, ...)                             \
     do {                                                  \
         if (!(cond)) QI_FAIL(QKV_ERR_INVALID, __VA_ARGS__); \

@@ -25,7 +25,13 @@ qkv_status qi_expect_float(const DLTensor *t, const char *name, int ndim, const 
 /* The address of element 0. */
 static inline void *qi_data(const DLTensor *t)
 {
-    return t && t->data ? (char *)t->data + t->byte_offset : NULL;
+    return t->data ? (char *)t->data + t->byte_offset : NULL;
+}
+
+/* The same of a tensor that need not be given. */
+static inline void *qi_optional_data(const DLTensor *t)
+{
+    return t ? qi_data(t) : NULL;
 }
 
 /* Elements from one index of the axis to the next. */

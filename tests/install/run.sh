@@ -33,5 +33,12 @@ done
 cmake -S "$here" -B "$work/cmake" -DCMAKE_PREFIX_PATH="$work/prefix" >/dev/null
 cmake --build "$work/cmake" >/dev/null
 for program in "$work"/cmake/user_*; do [ -x "$program" ] && [ -f "$program" ] && "$program" >/dev/null || fail "$program"; done
+# The tutorial's program, typed in as it stands; the README's excerpt, line by line in the example.
+sed -n '/^```c$/,/^```$/p' "$here/../../docs/tutorial.md" | grep -v '^```' >"$work/paged.c"
+cc -std=c11 -Wall $flags "$work/paged.c" $(pkg-config --libs qkv) -o "$work/paged"
+[ "$("$work/paged" | grep -c 'keys: o = [01]\(\.9\)\?')" -eq 21 ] || fail "docs/tutorial.md"
+sed -n '/^```c$/,/^```$/p' "$here/../../README.md" | grep -v '^```' | grep -v '^$' | while IFS= read -r line; do
+  grep -qF -- "$line" "$here/../../examples/decode.c" || fail "README.md: not in examples/decode.c: $line"
+done
 "$(find "$work/prefix" -path '*/bin/qkv')" info >/dev/null || fail "qkv info"
 echo "install: C and C++, pkg-config and CMake, shared and static: all run"

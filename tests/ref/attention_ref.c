@@ -6,6 +6,8 @@
 
 #include "support.h"
 
+enum { MAX_DIM = 512 };
+
 /* The layer's parameters after the overrides. */
 typedef struct layer {
     const qkv_attention_spec *spec;
@@ -98,14 +100,14 @@ static bool visible(const layer *l, int64_t key, int64_t position)
     return true;
 }
 
-/* *walk: the squares of all partial sums, added up. */
-static double dot(const double *a, const double *b, int64_t n, double *walk)
+/* *sum_abs: the sum of |a_i b_i|. */
+static double dot(const double *a, const double *b, int64_t n, double *sum_abs)
 {
     double sum = 0;
-    *walk = 0;
+    *sum_abs = 0;
     for (int64_t i = 0; i < n; i++) {
         sum += a[i] * b[i];
-        *walk += sum * sum;
+        *sum_abs += fabs(a[i] * b[i]);
     }
     return sum;
 }
@@ -116,28 +118,35 @@ static attention_ref_row row(const layer *l, const double *q, int64_t position, 
 {
     const int64_t qk = l->spec->head_dim_qk, vo = l->spec->head_dim_vo;
     attention_ref_row out = {.lse = -INFINITY};
-    double max = -INFINITY, sum = 0, walk;
+    double max = -INFINITY, sum = 0, sum_abs;
     for (int64_t j = 0; j < num_keys; j++) {
         if (!visible(l, j, position)) continue;
-        x[j] = dot(q, k + j * qk, qk, &walk) * l->sm_scale;
+        x[j] = dot(q, k + j * qk, qk, &sum_abs) * l->sm_scale;
         out.max_logit = fmax(out.max_logit, fabs(x[j]));
-        out.max_walk = fmax(out.max_walk, sqrt(walk) * l->sm_scale);
+        out.max_dot = fmax(out.max_dot, sum_abs * l->sm_scale);
         if (l->soft_cap > 0) x[j] = l->soft_cap * tanh(x[j] / l->soft_cap);
         max = fmax(max, x[j]);
         out.num_keys++;
     }
     for (int64_t d = 0; d < vo; d++) o[d] = 0;
     if (out.num_keys == 0) return out;
+    for (int64_t j = 0; j < num_keys; j++)
+        if (visible(l, j, position)) sum += exp(x[j] - max);
+    double means[MAX_DIM] = {0}, squares[MAX_DIM] = {0};
     for (int64_t j = 0; j < num_keys; j++) {
         if (!visible(l, j, position)) continue;
-        const double p = exp(x[j] - max);
-        sum += p;
+        const double weight = exp(x[j] - max) / sum;
         for (int64_t d = 0; d < vo; d++) {
-            o[d] += p * v[j * vo + d];
-            out.max_v = fmax(out.max_v, fabs(v[j * vo + d]));
+            const double wv = weight * v[j * vo + d];
+            o[d] += wv;
+            means[d] += fabs(wv);
+            squares[d] += wv * wv;
         }
     }
-    for (int64_t d = 0; d < vo; d++) o[d] /= sum;
+    for (int64_t d = 0; d < vo; d++) {
+        out.mean_v = fmax(out.mean_v, means[d]);
+        out.rms_v = fmax(out.rms_v, sqrt(squares[d]));
+    }
     out.lse = max + log(sum);
     if (l->spec->flags & QKV_ATTENTION_LSE_BASE_2) out.lse /= log(2);
     return out;

@@ -7,11 +7,11 @@
 
 /* What one (token, query head) saw: its lse, and the sizes that rounding errors scale with. */
 typedef struct attention_ref_row {
-    double lse;       /* in the base that the spec's flags ask for; -inf without a visible key   */
-    double max_logit; /* largest |logit| before the soft cap */
-    double max_walk;  /* largest root of the sum of squares of a logit's partial sums: what the
-                         roundings of adding it up amount to, in units of eps                      */
-    double max_v;     /* largest |v_jd| over visible j                                           */
+    double lse;       /* in the base of the spec's flags; -inf without a visible key             */
+    double max_logit; /* largest |logit| before the soft cap                                     */
+    double max_dot;   /* largest sum_d |q_d k_d| * sm_scale: what errors of adding up scale with */
+    double mean_v;    /* with w = softmax: largest over d of sum_j w_j |v_jd|                    */
+    double rms_v;     /* largest over d of sqrt(sum_j (w_j v_jd)^2)                              */
     int64_t num_keys; /* visible ones                                                            */
 } attention_ref_row;
 

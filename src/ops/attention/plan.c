@@ -21,13 +21,15 @@ static qkv_status check_limits(const qkv_attention *a, const qi_kv_view *view)
                    "qo_indptr: expected at most max_qo_len = %d rows a request, got %lld (request "
                    "%lld)", (int)l->max_qo_len, (long long)qo_len, (long long)r);
         QI_REQUIRE(kv_len <= l->max_kv_len,
-                   "kv length: expected at most max_kv_len = %lld, got %lld (request %lld)",
-                   (long long)l->max_kv_len, (long long)kv_len, (long long)r);
+                   "%s: expected at most max_kv_len = %lld keys a request, got %lld (request %lld)",
+                   view->block_table ? "kv_lens" : "kv_indptr", (long long)l->max_kv_len,
+                   (long long)kv_len, (long long)r);
         pages += a->spec.page_size ? qi_kv_num_pages(view, r) : 0;
     }
     QI_REQUIRE(pages <= l->max_pages || a->spec.page_size == 0,
-               "kv_indices: expected at most max_pages = %lld pages in use, got %lld",
-               (long long)l->max_pages, (long long)pages);
+               "%s: expected at most max_pages = %lld pages in use, got %lld",
+               view->block_table ? "block_table" : "kv_indices", (long long)l->max_pages,
+               (long long)pages);
     return QKV_OK;
 }
 

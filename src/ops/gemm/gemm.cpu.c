@@ -1,51 +1,58 @@
-/* gemm.cpu.c - out = x w^T as dot products of rows.
+/* gemm.cpu.c - out = x w^T: w is transposed on its way in, so that lanes are columns of out.
  *
- * k is cut into equal pieces of at most MAX_K. Within a piece, lane l of an output's accumulator sums
- * the products of k = l modulo QI_VW in ascending order, with zeros after the end; one tree adds the
- * lanes; the pieces are added in order. Every path below keeps to that, so an output's bits depend on
- * its two rows alone: not on m, the blocking, the threads, or its neighbours (batch invariance).
+ * Each output is one chain of multiply-adds in f32, k ascending from 0: its bits depend on its row of
+ * x and its row of w alone, not on m, the blocking, the threads or the ISA level (batch invariance).
  *
  * A task owns a range of columns (rows of w), or of rows of x when those are the more. It walks blocks
- * of columns, of rows, and pieces of k. Per block, x is widened to f32 in scratch, then panels of
- * COLUMNS rows of w pass: the first row tile reads the panel as it is stored and leaves it widened for
- * the others.
- *
- * Bound: few rows of x, memory: n * k * size of w, so the tiles of a panel share the prefetch of the
- * next one; many, multiply-adds: 2 * m * n * k flops, 8 loads for 16 of them.
+ * of columns, rows and k, and widens the block's x to f32 in scratch. Then
+ *   - many rows of x: panels of COLUMNS rows of w, a piece of k at a time, are packed in scratch, and
+ *     the rows of x pass in register tiles of up to ROWS. Bound: multiply-adds, 2 * m * n * k flops.
+ *   - few rows: squares of w are transposed in registers and multiplied there, along whole rows of w.
+ *     Bound: memory, n * k * size of w.
+ * NOTES.md has the reasons and figures.
  * SPDX-License-Identifier: Apache-2.0 */
 #include "kern/cpu/simd.h"
 #include "ops/gemm/gemm_params.h"
 
 enum {
-    COLUMNS = 4, /* a register tile: ROWS x COLUMNS accumulators */
-    ROWS = QI_NUM_VREGS == 32 ? 4 : 2,
-    STEP = 16,    /* of k: a cache line of f32 */
-    MAX_K = 1024, /* of a piece */
-    MAX_M = 64,   /* rows of a block */
-    MAX_X = MAX_M * (MAX_K + STEP),
-    MAX_SUMS = MAX_M * 512,
+    /* many rows */
+    ROWS = QI_NUM_VREGS == 32 ? 12 : 6, /* a register tile: ROWS x VECTORS accumulators */
+    VECTORS = 2,
+    COLUMNS = VECTORS * QI_VW,
+    PIECE = 256, /* k of a packed panel: with a tile's rows of x, what L1 holds */
+    MAX_M = 192, /* rows of a block: they share the packing of a panel */
+    /* few rows */
+    FEW = 8,
+    FEW_VECTORS = QI_VW == 16 ? 1 : 2, /* of one or two rows, where one chain a row is too slow */
+    AHEAD_BYTES = 512,                 /* of a row of w, to bring closer */
+    /* scratch */
+    LINE = 16, /* floats; rows of x are set apart by it, so that they do not meet in the same sets */
+    MAX_X = MAX_M * (PIECE + LINE),
+    MAX_SUMS = MAX_M * 320,
 };
 
-/* Task scratch, 411 KB. */
 typedef struct scratch {
-    float sums[MAX_SUMS];              /* [m, n] of the block, over the pieces so far     */
-    float x[MAX_X];                    /* [m, k] of the block, `stride` apart             */
-    float w[COLUMNS * (MAX_K + STEP)]; /* [COLUMNS, piece] of the panel, `stride` apart   */
+    float w[PIECE * COLUMNS]; /* [piece][COLUMNS] of the panel                           */
+    float x[MAX_X];           /* [padded_m, k] of the block, x_stride apart              */
+    float sums[MAX_SUMS];     /* [padded_m, n] of the block so far, sum_stride apart     */
 } scratch;
 _Static_assert(sizeof(scratch) <= QI_TASK_SCRATCH_BYTES, "blocks live in task scratch");
 
-/* The part of the problem at hand: rows [m0, m0 + m) by columns [n0, n0 + n) over [k0, k0 + k), where
- * k is some pieces: the more, the fewer rows, since w is read best in long runs. */
+/* The part of the problem at hand: rows [m0, m0 + m) by columns [n0, n0 + n) over [k0, k0 + k). */
 typedef struct block {
     i64 m0, m, n0, n, k0, k;
-    i64 piece;      /* of k, whole steps */
-    i64 x_stride;   /* k and a line, so that rows do not meet in the same sets of the cache */
-    i64 sum_stride; /* n in whole tiles */
+    i64 padded_m; /* with rows of zeros, when few, to a power of 2 */
+    i64 x_stride, sum_stride;
 } block;
 
 QI_INLINE i64 round_up(i64 n, i64 grain)
 {
     return (n + grain - 1) / grain * grain;
+}
+
+QI_INLINE i64 least(i64 a, i64 b)
+{
+    return a < b ? a : b;
 }
 
 /* The size of equal parts of n > 0, multiples of grain, none above max (itself such a multiple). */
@@ -55,135 +62,227 @@ QI_INLINE i64 even_part(i64 n, i64 max, i64 grain)
     return round_up((n + parts - 1) / parts, grain);
 }
 
-/* One step of k: acc += x rows times w rows. copy: where w goes widened, or NULL. */
-QI_INLINE void multiply_step(vf acc[ROWS][COLUMNS], const float *x, i64 x_stride,
-                             const char *const w[COLUMNS], i64 i, float *copy, i64 copy_stride,
-                             const int rows, const qi_dtype wt)
-{
-    QI_UNROLL(4)
-    for (int v = 0; v < STEP; v += QI_VW) {
-        vf b[COLUMNS];
-        QI_UNROLL(4)
-        for (int c = 0; c < COLUMNS; c++) {
-            b[c] = qi_load(qi_at(w[c], wt, i + v), wt);
-            if (copy) vf_store(copy + c * copy_stride + v, b[c]);
-        }
-        QI_UNROLL(4)
-        for (int r = 0; r < rows; r++) {
-            const vf a = vf_load(x + r * x_stride + v);
-            QI_UNROLL(4)
-            for (int c = 0; c < COLUMNS; c++) acc[r][c] = acc[r][c] + a * b[c];
-        }
-    }
-}
-
-/* Adds the lanes of each accumulator to its output's sum. */
-QI_INLINE void add_sums(float *sums, i64 sum_stride, vf acc[ROWS][COLUMNS], const int rows)
-{
-    float lanes[ROWS * COLUMNS];
-    QI_UNROLL(4)
-    for (int i = 0; i < rows * COLUMNS; i += QI_VW) {
-        vf each[QI_VW];
-        QI_UNROLL(16)
-        for (int j = 0; j < QI_VW; j++)
-            each[j] = i + j < rows * COLUMNS ? acc[(i + j) / COLUMNS][(i + j) % COLUMNS] : vf_set1(0.f);
-        vf_store(lanes + i, vf_sum_each(each));
-    }
-    for (int r = 0; r < rows; r++)
-        for (int c = 0; c < COLUMNS; c++) sums[r * sum_stride + c] += lanes[r * COLUMNS + c];
-}
-
-/* A tile over the first k of a piece. copy: where w goes widened, or NULL; ahead: rows of w to bring
- * closer meanwhile, or NULL. */
-QI_INLINE void multiply_tile(const block *b, float *sums, const float *x, const char *const w[COLUMNS],
-                             i64 k, float *copy, const char *const *ahead, const int rows,
-                             const qi_dtype wt)
-{
-    const i64 x_stride = b->x_stride, copy_stride = b->piece + STEP;
-    vf acc[ROWS][COLUMNS];
-    QI_UNROLL(4)
-    for (int r = 0; r < rows; r++) {
-        QI_UNROLL(4)
-        for (int c = 0; c < COLUMNS; c++) acc[r][c] = vf_set1(0.f);
-    }
-    i64 i = 0;
-    for (; i + STEP <= k; i += STEP) {
-        QI_UNROLL(4)
-        for (int c = 0; ahead && c < COLUMNS; c++) qi_prefetch(qi_at(ahead[c], wt, i));
-        multiply_step(acc, x + i, x_stride, w, i, copy ? copy + i : NULL, copy_stride, rows, wt);
-    }
-    if (i < k) {
-        float last[COLUMNS][STEP] = {{0}};
-        const char *lasts[COLUMNS];
-        for (int c = 0; c < COLUMNS; c++) {
-            qi_widen(last[c], qi_at(w[c], wt, i), wt, k - i);
-            lasts[c] = (const char *)last[c];
-        }
-        multiply_step(acc, x + i, x_stride, lasts, 0, copy ? copy + i : NULL, copy_stride, rows, QI_F32);
-    }
-    add_sums(sums, b->sum_stride, acc, rows);
-}
-
-/* A tile of a widened panel, whatever dtype w has. k is whole steps. */
-static void multiply_widened(const block *b, float *sums, const float *x, const float *w, i64 k)
-{
-    const char *rows[COLUMNS];
-    QI_UNROLL(4)
-    for (int c = 0; c < COLUMNS; c++) rows[c] = (const char *)(w + c * (b->piece + STEP));
-    multiply_tile(b, sums, x, rows, k, NULL, NULL, ROWS, QI_F32);
-}
+/* ---- squares of w ---------------------------------------------------------------------------- */
 
 /* The row of w for a column of the block, at k. Columns past the end repeat the last. */
 QI_INLINE const char *w_row(const gemm_params *p, const block *b, i64 column, i64 k, const qi_dtype wt)
 {
-    const i64 n = b->n0 + (column < b->n ? column : b->n - 1);
+    const i64 n = b->n0 + least(column, b->n - 1);
     return qi_at(p->w, wt, n * p->w_stride + b->k0 + k);
 }
 
-/* All row tiles of the panel of w that starts at a column of the block. The first one brings the next
- * panel closer: in rows as short as a few KB the hardware sees no stream to follow. */
-QI_INLINE void multiply_panel(const gemm_params *p, const block *b, scratch *s, i64 column,
-                              const int rows, const qi_dtype wt)
+/* k of a square: its rows are QI_VW words. A word of bf16 is a pair, split after the transposition. */
+QI_INLINE i64 square_k(const qi_dtype wt)
 {
-    float *sums = s->sums + column;
-    for (i64 k0 = 0; k0 < b->k; k0 += b->piece) {
-        const i64 k = b->k - k0 < b->piece ? b->k - k0 : b->piece;
-        const char *w[COLUMNS], *next[COLUMNS];
-        for (int c = 0; c < COLUMNS; c++) {
-            w[c] = w_row(p, b, column + c, k0, wt);
-            next[c] = w_row(p, b, column + COLUMNS + c, k0, wt);
+    return wt == QI_BF16 ? 2 * QI_VW : QI_VW;
+}
+
+/* QI_VW rows of w at [i, i + n), n <= square_k, transposed; for square_column() to read. */
+QI_INLINE void load_square(vf square[QI_VW], const char *const rows[QI_VW], i64 i, i64 n,
+                           const qi_dtype wt)
+{
+    QI_UNROLL(16)
+    for (int j = 0; j < QI_VW; j++) {
+        const char *from = qi_at(rows[j], wt, i);
+        float last[QI_VW] = {0};
+        if (n < square_k(wt)) from = memcpy(last, from, (size_t)n * qi_size_of(wt));
+        square[j] = qi_load(from, wt == QI_BF16 ? QI_F32 : wt);
+    }
+    vf_transpose(square);
+}
+
+/* Elements j of the rows. */
+QI_INLINE vf square_column(const vf square[QI_VW], int j, const qi_dtype wt)
+{
+    if (wt != QI_BF16) return square[j];
+    if (j % 2) return (vf)((vu)square[j / 2] & 0xffff0000u);
+    return (vf)((vu)square[j / 2] << 16);
+}
+
+/* ---- many rows of x: pack, then multiply ------------------------------------------------------- */
+
+/* Columns [i, i + n) of QI_VW rows of w to out [n][COLUMNS]. */
+QI_INLINE void pack_square(float *out, const char *const rows[QI_VW], i64 i, i64 n, const qi_dtype wt)
+{
+    vf square[QI_VW];
+    load_square(square, rows, i, n, wt);
+    QI_UNROLL(32)
+    for (int j = 0; j < square_k(wt); j++)
+        if (j < n) vf_store(out + j * COLUMNS, square_column(square, j, wt));
+}
+
+/* Packs the panel of w at (column, k0) of the block, and brings the next one closer: in so many short
+ * rows the hardware sees no stream to follow. A prefetch may miss w; it cannot fault. */
+QI_INLINE void pack_panel(const gemm_params *p, const block *b, float *out, i64 column, i64 k0, i64 k,
+                          const qi_dtype wt)
+{
+    const i64 step = square_k(wt);
+    const int wraps = k0 + k == b->k;
+    for (int v = 0; v < VECTORS; v++, out += QI_VW) {
+        const char *rows[QI_VW], *next[QI_VW];
+        for (int j = 0; j < QI_VW; j++) {
+            const i64 c = column + v * QI_VW + j;
+            rows[j] = w_row(p, b, c, k0, wt);
+            next[j] = wraps ? w_row(p, b, c + COLUMNS, 0, wt) : w_row(p, b, c, k0 + k, wt);
         }
-        const float *x = s->x + k0;
-        if (b->m <= rows) {
-            multiply_tile(b, sums, x, w, k, NULL, next, rows, wt);
-            continue;
+        i64 i = 0;
+        for (; i + step <= k; i += step) {
+            QI_UNROLL(16)
+            for (int j = 0; j < QI_VW; j++) qi_prefetch(qi_at(next[j], wt, i));
+            pack_square(out + i * COLUMNS, rows, i, step, wt);
         }
-        multiply_tile(b, sums, x, w, k, s->w, next, ROWS, wt);
-        for (i64 r = ROWS; r < b->m; r += ROWS)
-            multiply_widened(b, sums + r * b->sum_stride, x + r * b->x_stride, s->w,
-                             round_up(k, STEP));
+        if (i < k) pack_square(out + i * COLUMNS, rows, i, k - i, wt);
     }
 }
 
-/* The block's rows of x to scratch: whole tiles of whole steps, filled up with zeros. */
-QI_INLINE void widen_rows(const gemm_params *p, const block *b, float *out, const int rows,
-                          const qi_dtype t)
+/* sums [rows, COLUMNS] += x [rows, k] times w [k][COLUMNS]. */
+QI_INLINE void multiply_tile(const block *b, float *sums, const float *x, const float *w, i64 k,
+                             const int rows)
 {
-    const i64 padded = round_up(b->k, STEP);
-    for (i64 r = 0; r < round_up(b->m, rows); r++, out += b->x_stride) {
-        const i64 k = r < b->m ? b->k : 0;
-        if (k) qi_widen(out, qi_at(p->x, t, (b->m0 + r) * p->x_stride + b->k0), t, k);
-        for (i64 i = k; i < padded; i++) out[i] = 0.f;
+    vf acc[ROWS][VECTORS];
+    QI_UNROLL(12)
+    for (int r = 0; r < rows; r++) {
+        QI_UNROLL(2)
+        for (int v = 0; v < VECTORS; v++) acc[r][v] = vf_load(sums + r * b->sum_stride + v * QI_VW);
+    }
+    for (i64 i = 0; i < k; i++) {
+        vf columns[VECTORS];
+        QI_UNROLL(2)
+        for (int v = 0; v < VECTORS; v++) columns[v] = vf_load(w + i * COLUMNS + v * QI_VW);
+        QI_UNROLL(12)
+        for (int r = 0; r < rows; r++) {
+            const vf a = vf_splat(x + r * b->x_stride + i);
+            QI_UNROLL(2)
+            for (int v = 0; v < VECTORS; v++) acc[r][v] = acc[r][v] + a * columns[v];
+        }
+    }
+    QI_UNROLL(12)
+    for (int r = 0; r < rows; r++) {
+        QI_UNROLL(2)
+        for (int v = 0; v < VECTORS; v++) vf_store(sums + r * b->sum_stride + v * QI_VW, acc[r][v]);
     }
 }
 
-static void widen_x(const gemm_params *p, const block *b, float *out, const int rows)
+/* All rows of the block with a packed panel. */
+static void multiply_panel(const block *b, float *sums, const float *x, const float *w, i64 k)
 {
-    switch (p->dtype_x) {
-    case QI_F32: widen_rows(p, b, out, rows, QI_F32); break;
-    case QI_F16: widen_rows(p, b, out, rows, QI_F16); break;
-    default: widen_rows(p, b, out, rows, QI_BF16); break;
+    for (i64 m = b->m, rows; m > 0; m -= rows) {
+        rows = m >= ROWS ? ROWS : m >= 4 ? 4 : m >= 2 ? 2 : 1;
+        switch (rows) {
+        case ROWS: multiply_tile(b, sums, x, w, k, ROWS); break;
+        case 4: multiply_tile(b, sums, x, w, k, 4); break;
+        case 2: multiply_tile(b, sums, x, w, k, 2); break;
+        default: multiply_tile(b, sums, x, w, k, 1); break;
+        }
+        sums += rows * b->sum_stride;
+        x += rows * b->x_stride;
     }
+}
+
+QI_INLINE void multiply_many(const gemm_params *p, const block *b, scratch *s, const qi_dtype wt)
+{
+    for (i64 c = 0; c < b->n; c += COLUMNS) {
+        for (i64 i = 0; i < b->k; i += PIECE) {
+            const i64 k = least(b->k - i, PIECE);
+            pack_panel(p, b, s->w, c, i, k, wt);
+            multiply_panel(b, s->sums + c, s->x + i, s->w, k);
+        }
+    }
+}
+
+/* ---- few rows of x: multiply what is read ------------------------------------------------------ */
+
+/* acc += x [rows, n] times columns [i, i + n) of QI_VW rows of w. */
+QI_INLINE void multiply_square(vf acc[FEW], const float *x, i64 x_stride, const char *const w[QI_VW],
+                               i64 i, i64 n, const int rows, const qi_dtype wt)
+{
+    vf square[QI_VW];
+    load_square(square, w, i, n, wt);
+    QI_UNROLL(32)
+    for (int j = 0; j < square_k(wt); j++) {
+        if (j >= n) break;
+        const vf column = square_column(square, j, wt);
+        QI_UNROLL(8)
+        for (int r = 0; r < rows; r++) acc[r] = acc[r] + vf_splat(x + r * x_stride + i + j) * column;
+    }
+}
+
+/* sums [rows, vectors] += x [rows, k] times rows of w over the block's k; next: the rows after. */
+QI_INLINE void stream_rows(const block *b, float *sums, const float *x, const char *const w[],
+                           const char *const next[], const int rows, const int vectors,
+                           const qi_dtype wt)
+{
+    const i64 step = square_k(wt), ahead = AHEAD_BYTES / (i64)qi_size_of(wt);
+    vf acc[FEW_VECTORS][FEW];
+    QI_UNROLL(2)
+    for (int v = 0; v < vectors; v++) {
+        QI_UNROLL(8)
+        for (int r = 0; r < rows; r++) acc[v][r] = vf_load(sums + r * b->sum_stride + v * QI_VW);
+    }
+    i64 i = 0;
+    for (; i + step <= b->k; i += step) {
+        const int wraps = i + ahead >= b->k;
+        QI_UNROLL(2)
+        for (int v = 0; v < vectors; v++) {
+            const char *const *later = (wraps ? next : w) + v * QI_VW;
+            QI_UNROLL(16)
+            for (int j = 0; j < QI_VW; j++)
+                qi_prefetch(qi_at(later[j], wt, i + ahead - (wraps ? b->k : 0)));
+            multiply_square(acc[v], x, b->x_stride, w + v * QI_VW, i, step, rows, wt);
+        }
+    }
+    QI_UNROLL(2)
+    for (int v = 0; v < vectors; v++) {
+        if (i < b->k)
+            multiply_square(acc[v], x, b->x_stride, w + v * QI_VW, i, b->k - i, rows, wt);
+        QI_UNROLL(8)
+        for (int r = 0; r < rows; r++) vf_store(sums + r * b->sum_stride + v * QI_VW, acc[v][r]);
+    }
+}
+
+QI_INLINE void stream_block(const gemm_params *p, const block *b, scratch *s, const int rows,
+                            const int vectors, const qi_dtype wt)
+{
+    const int columns = vectors * QI_VW;
+    for (i64 c = 0; c < b->n; c += columns) {
+        const char *w[FEW_VECTORS * QI_VW], *next[FEW_VECTORS * QI_VW];
+        for (int j = 0; j < columns; j++) {
+            w[j] = w_row(p, b, c + j, 0, wt);
+            next[j] = w_row(p, b, c + columns + j, 0, wt);
+        }
+        stream_rows(b, s->sums + c, s->x, w, next, rows, vectors, wt);
+    }
+}
+
+QI_INLINE void multiply_few(const gemm_params *p, const block *b, scratch *s, const qi_dtype wt)
+{
+    switch (b->padded_m) {
+    case 1: stream_block(p, b, s, 1, FEW_VECTORS, wt); break;
+    case 2: stream_block(p, b, s, 2, FEW_VECTORS, wt); break;
+    case 4: stream_block(p, b, s, 4, 1, wt); break;
+    default: stream_block(p, b, s, FEW, 1, wt); break;
+    }
+}
+
+/* ---- blocks ------------------------------------------------------------------------------------ */
+
+QI_INLINE i64 pad_few(i64 m)
+{
+    return m > FEW ? m : m > 4 ? FEW : m > 2 ? 4 : m;
+}
+
+/* The block's rows of x to scratch. */
+static void widen_x(const gemm_params *p, const block *b, float *out)
+{
+    for (i64 r = 0; r < b->m; r++, out += b->x_stride) {
+        const i64 at = (b->m0 + r) * p->x_stride + b->k0;
+        switch (p->dtype_x) {
+        case QI_F32: qi_widen(out, qi_at(p->x, QI_F32, at), QI_F32, b->k); break;
+        case QI_F16: qi_widen(out, qi_at(p->x, QI_F16, at), QI_F16, b->k); break;
+        default: qi_widen(out, qi_at(p->x, QI_BF16, at), QI_BF16, b->k); break;
+        }
+    }
+    memset(out, 0, (size_t)((b->padded_m - b->m) * b->x_stride) * sizeof *out);
 }
 
 static void store_block(const gemm_params *p, const block *b, const float *sums)
@@ -195,50 +294,44 @@ static void store_block(const gemm_params *p, const block *b, const float *sums)
     }
 }
 
-/* Rows [m0, m1), at least one, by columns [n0, n1). */
+/* Rows [m0, m1), at least one, by columns [n0, n1). The fewer the rows, the more of k is in a block,
+ * since w is read best in long runs. */
 QI_INLINE void multiply(const gemm_params *p, scratch *s, i64 m0, i64 m1, i64 n0, i64 n1,
-                        const int rows, const qi_dtype wt)
+                        const qi_dtype wt)
 {
-    const i64 piece = p->k ? even_part(p->k, MAX_K, STEP) : STEP; /* of k alone: it decides the bits */
-    const i64 block_m = even_part(m1 - m0, MAX_M, rows);
+    const i64 block_m = m1 - m0 > FEW ? even_part(m1 - m0, MAX_M, ROWS) : pad_few(m1 - m0);
     const i64 block_n = MAX_SUMS / block_m / COLUMNS * COLUMNS;
-    const i64 block_k = (MAX_X / block_m - STEP) / piece * piece;
-    block b = {.piece = piece};
-    i64 held_m = -1, held_k = -1; /* what s->x holds */
+    const i64 block_k = (MAX_X / block_m - LINE) / PIECE * PIECE;
+    block b = {0};
     for (b.n0 = n0; b.n0 < n1; b.n0 += block_n) {
-        b.n = n1 - b.n0 < block_n ? n1 - b.n0 : block_n;
+        b.n = least(n1 - b.n0, block_n);
         b.sum_stride = round_up(b.n, COLUMNS);
         for (b.m0 = m0; b.m0 < m1; b.m0 += block_m) {
-            b.m = m1 - b.m0 < block_m ? m1 - b.m0 : block_m;
-            memset(s->sums, 0, (size_t)(round_up(b.m, rows) * b.sum_stride) * sizeof *s->sums);
+            b.m = least(m1 - b.m0, block_m);
+            b.padded_m = pad_few(b.m);
+            memset(s->sums, 0, (size_t)(b.padded_m * b.sum_stride) * sizeof *s->sums);
             for (b.k0 = 0; b.k0 < p->k; b.k0 += block_k) {
-                b.k = p->k - b.k0 < block_k ? p->k - b.k0 : block_k;
-                b.x_stride = round_up(b.k, STEP) + STEP;
-                if (b.m0 != held_m || b.k0 != held_k) widen_x(p, &b, s->x, rows);
-                held_m = b.m0;
-                held_k = b.k0;
-                for (i64 c = 0; c < b.n; c += COLUMNS) multiply_panel(p, &b, s, c, rows, wt);
+                b.k = least(p->k - b.k0, block_k);
+                b.x_stride = round_up(b.k, LINE) + LINE;
+                widen_x(p, &b, s->x);
+                if (b.m > FEW) multiply_many(p, &b, s, wt);
+                else multiply_few(p, &b, s, wt);
             }
             store_block(p, &b, s->sums);
         }
     }
 }
 
-QI_INLINE void gemm_share(const gemm_params *p, qi_task task, const qi_dtype wt)
-{
-    i64 m0 = 0, m1 = p->m, n0 = 0, n1 = p->n;
-    if (p->m > p->n) qi_task_share(task, p->m, ROWS, &m0, &m1);
-    else qi_task_share(task, p->n, COLUMNS, &n0, &n1);
-    if (m1 - m0 == 1) multiply(p, task.scratch, m0, m1, n0, n1, 1, wt);
-    else if (m0 < m1) multiply(p, task.scratch, m0, m1, n0, n1, ROWS, wt);
-}
-
 QI_CPU_KERNEL(gemm)
 {
     const gemm_params *p = params;
+    i64 m0 = 0, m1 = p->m, n0 = 0, n1 = p->n;
+    if (p->m > p->n) qi_task_share(task, p->m, ROWS, &m0, &m1);
+    else qi_task_share(task, p->n, COLUMNS, &n0, &n1);
+    if (m0 == m1 || n0 == n1) return;
     switch (p->dtype_w) {
-    case QI_F32: gemm_share(p, task, QI_F32); break;
-    case QI_F16: gemm_share(p, task, QI_F16); break;
-    default: gemm_share(p, task, QI_BF16); break;
+    case QI_F32: multiply(p, task.scratch, m0, m1, n0, n1, QI_F32); break;
+    case QI_F16: multiply(p, task.scratch, m0, m1, n0, n1, QI_F16); break;
+    default: multiply(p, task.scratch, m0, m1, n0, n1, QI_BF16); break;
     }
 }

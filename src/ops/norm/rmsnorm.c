@@ -46,7 +46,7 @@ static qkv_status normalise(qkv_context *ctx, DLTensor *out, DLTensor *residual,
     QI_TRY(qi_select(ctx, qi_rmsnorm_kernels, NULL, &row));
     const rmsnorm_params params = {
         .out = qi_data(out),
-        .residual = qi_data(residual),
+        .residual = qi_optional_data(residual),
         .x = qi_data(x),
         .weight = qi_data(weight),
         .out_stride = qi_stride(out, 0),

@@ -96,12 +96,12 @@ qkv_status qkv_sample(qkv_context *ctx, DLTensor *tokens, const DLTensor *logits
     QI_TRY(check_values(s.min_p, "min_p", QKV_F32, tokens));
     QI_TRY(check_values(s.seed, "seed", QKV_U64, tokens));
     QI_TRY(check_values(s.offset, "offset", QKV_U64, tokens));
-    params.temperature = qi_data(s.temperature);
-    params.top_k = qi_data(s.top_k);
-    params.top_p = qi_data(s.top_p);
-    params.min_p = qi_data(s.min_p);
+    params.temperature = qi_optional_data(s.temperature);
+    params.top_k = qi_optional_data(s.top_k);
+    params.top_p = qi_optional_data(s.top_p);
+    params.min_p = qi_optional_data(s.min_p);
     params.seed = qi_data(s.seed);
-    params.offset = qi_data(s.offset);
+    params.offset = qi_optional_data(s.offset);
     QI_TRY(check_ranges(&params));
     if (params.rows.batch == 0) return QKV_OK;
 

@@ -1,0 +1,93 @@
+# What a newcomer types: each word is a few lines over CMake, CTest and the scripts in tools/.
+# SPDX-License-Identifier: Apache-2.0
+JOBS ?= $(shell nproc)
+BUILD ?= build
+PREFIX ?= /usr/local
+MODEL ?=
+PROBLEMS ?= bench/problems/smoke.txt
+
+CTEST = ctest --output-on-failure -j $(JOBS) --test-dir
+C_FILES = $(shell git ls-files --cached --others --exclude-standard '*.[ch]')
+
+# $(call configure_and_build,FOLDER,CMAKE OPTIONS): the log of a configuration is shown if it fails.
+configure_and_build = @cmake -S . -B $(1) $(2) >$(1).log 2>&1 && rm $(1).log || { cat $(1).log; exit 1; }; \
+	cmake --build $(1) -j $(JOBS)
+
+.PHONY: help
+help: ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | column -t -s'|'
+
+.PHONY: build
+build: ## library, qkv tool and examples, in build/
+	@tools/setup.sh build
+	$(call configure_and_build,$(BUILD),-DQKV_BUILD_TESTS=OFF)
+
+.PHONY: demo
+demo: build ## a real model answers a batch of prompts; MODEL=file.gguf takes another
+	@tools/setup.sh demo
+	@tools/demo.sh $(BUILD)/qkv-generate "$(MODEL)"
+
+.PHONY: check
+check: lint check-clang check-aarch64 check-asan check-tsan docs ## all of it; the tests' summary comes last
+	$(call configure_and_build,$(BUILD),-DQKV_BUILD_TESTS=ON)
+	@$(CTEST) $(BUILD)
+
+.PHONY: setup-check
+setup-check:
+	@tools/setup.sh check
+
+.PHONY: lint
+lint: setup-check ## formatting, include directions, clang-tidy
+	@tools/layers.sh --self-test
+	@tools/layers.sh
+	@clang-format --dry-run -Werror $(C_FILES)
+	@tools/tidy.sh $(BUILD)-tidy $(JOBS)
+
+.PHONY: format
+format: ## clang-format over the tree
+	@clang-format -i $(C_FILES)
+
+.PHONY: check-clang
+check-clang: setup-check ## everything compiles with clang too
+	$(call configure_and_build,$(BUILD)-clang,-DCMAKE_C_COMPILER=clang)
+
+.PHONY: check-asan
+check-asan: setup-check ## all tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(call configure_and_build,$(BUILD)-asan,-DQKV_SANITIZE=address$(comma)undefined)
+	@$(CTEST) $(BUILD)-asan -LE no-sanitizer
+comma := ,
+
+.PHONY: check-tsan
+check-tsan: setup-check ## the tests that share contexts and threads, under ThreadSanitizer
+	$(call configure_and_build,$(BUILD)-tsan,-DQKV_SANITIZE=thread)
+	@$(CTEST) $(BUILD)-tsan -L threads
+
+.PHONY: check-aarch64
+check-aarch64: setup-check ## compiles for AArch64 with NEON, and runs what an emulator can
+	@tools/check_aarch64.sh $(BUILD)-aarch64 $(JOBS)
+
+.PHONY: check-model
+check-model: build ## the demo's model against an independent forward pass in NumPy; half an hour
+	@tools/setup.sh check-model
+	@tools/check_model.sh $(BUILD)/qkv-generate "$(MODEL)"
+
+.PHONY: docs
+docs: setup-check ## API reference into build/docs; a warning is an error
+	@mkdir -p $(BUILD)
+	@QKV_DOCS=$(BUILD)/docs doxygen docs/Doxyfile
+
+.PHONY: bench
+bench: build ## verifies and times every problem of PROBLEMS
+	@$(BUILD)/qkv bench --file $(PROBLEMS)
+
+.PHONY: fuzz
+fuzz: ## one minute of each fuzzer; needs clang
+	@tools/fuzz.sh $(BUILD)-fuzz
+
+.PHONY: install
+install: build ## into PREFIX (/usr/local)
+	@cmake --install $(BUILD) --prefix $(PREFIX)
+
+.PHONY: clean
+clean: ## removes the build folders
+	@rm -rf $(BUILD) $(BUILD)-*

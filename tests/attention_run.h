@@ -1,0 +1,197 @@
+/* attention_run.h - running an attention case: an operator on a guarded workspace, and every byte of
+ * the outputs judged. What is not a result must stay NaN.
+ * SPDX-License-Identifier: Apache-2.0 */
+#ifndef QKV_TESTS_ATTENTION_RUN_H
+#define QKV_TESTS_ATTENTION_RUN_H
+
+#include "attention_case.h"
+
+/* ---- an operator ------------------------------------------------------------------------- */
+
+/* An operator on blocks of exactly the reported sizes, with a guard behind each. */
+enum { CASE_GUARD_BYTES = 256 };
+typedef struct case_op {
+    qkv_attention *op;
+    qkv_workspace workspace;
+} case_op;
+
+static inline void *case_guarded(uint64_t bytes)
+{
+    const size_t n = (size_t)bytes + CASE_GUARD_BYTES;
+    char *p = aligned_alloc(64, (n + 63) / 64 * 64);
+    assert_non_null(p);
+    memset(p, 0xff, (size_t)bytes); /* nothing need be zeroed */
+    memset(p + bytes, 0x5a, CASE_GUARD_BYTES);
+    return p;
+}
+
+static inline void case_guard_check(const void *block, uint64_t bytes, const char *what)
+{
+    const unsigned char *guard = (const unsigned char *)block + bytes;
+    for (int i = 0; i < CASE_GUARD_BYTES; i++)
+        if (guard[i] != 0x5a) fail_msg("written %d bytes behind the %s workspace", i, what);
+}
+
+static inline case_op case_op_new(qkv_context *ctx, const attn_case *a)
+{
+    const qkv_attention_spec *spec = &a->config.spec;
+    const qkv_attention_limits *limits = &a->limits;
+    qkv_workspace_size size;
+    CASE_OK(a, qkv_attention_workspace_size(ctx, spec, limits, &size));
+    assert_true(size.pinned_bytes == 0);
+    case_op op = {.workspace = {QKV_WORKSPACE_INIT, .plan_bytes = size.plan_bytes,
+                                .scratch_bytes = size.scratch_bytes}};
+    op.workspace.plan = case_guarded(size.plan_bytes);
+    op.workspace.scratch = case_guarded(size.scratch_bytes);
+    CASE_OK(a, qkv_attention_create(ctx, spec, limits, &op.workspace, &op.op));
+    return op;
+}
+
+static inline void case_op_free(case_op *op)
+{
+    case_guard_check(op->workspace.plan, op->workspace.plan_bytes, "plan");
+    case_guard_check(op->workspace.scratch, op->workspace.scratch_bytes, "scratch");
+    qkv_attention_destroy(op->op);
+    free(op->workspace.plan), free(op->workspace.scratch);
+}
+
+/* ---- results ------------------------------------------------------------------------------ */
+
+static inline void case_expect_poison(const case_view *view, const char *name)
+{
+    const unsigned char *p = view->x.owned;
+    for (size_t i = 0; i < view->bytes; i++)
+        if (p[i] != 0xff) fail_msg("%s: byte %zu is no result and was written", name, i);
+}
+
+/* Takes the results out of o and lse, and checks that nothing else of them was written. */
+static inline void case_collect(attn_case *a)
+{
+    const int64_t heads = a->config.spec.num_qo_heads, vo = a->config.spec.head_dim_vo;
+    const size_t size = test_bytes(a->config.spec.dtype_o);
+    for (int64_t i = 0; i < a->tokens * heads; i++) {
+        const int64_t t = i / heads, h = i % heads;
+        char *o = (char *)case_data(&a->o) +
+                  (size_t)(t * a->o.x.strides[0] + h * a->o.x.strides[1]) * size;
+        memcpy((char *)a->got_o + (size_t)(i * vo) * size, o, (size_t)vo * size);
+        memset(o, 0xff, (size_t)vo * size);
+        if (!a->io.lse) continue;
+        float *lse =
+            (float *)case_data(&a->lse) + t * a->lse.x.strides[0] + h * a->lse.x.strides[1];
+        a->got_lse[i] = *lse;
+        memset(lse, 0xff, sizeof *lse);
+    }
+    case_expect_poison(&a->o, "o");
+    case_expect_poison(&a->lse, "lse");
+}
+
+/* Outputs are NaN before: case_view_new and case_collect leave them so. */
+static inline void case_run(attn_case *a, qkv_attention *op)
+{
+    CASE_OK(a, qkv_attention_run(op, &a->io, NULL));
+    case_collect(a);
+}
+
+static inline void case_judge(const attn_case *a, const char *device, const char *what, int64_t i,
+                              double got, double want, double allowed)
+{
+    const double error = fabs(got - want);
+    if (error <= allowed || got == want) return; /* a NaN fails; so does a wrong infinity */
+    case_print(a->number, &a->config);
+    const int64_t heads = a->config.spec.num_qo_heads;
+    fail_msg("%s: %s of token %lld, head %lld: got %.9g, expected %.9g +- %.3g", device, what,
+             (long long)(i / heads), (long long)(i % heads), got, want, allowed);
+}
+
+/* Adding up n terms in f32, in whatever order, errs by no more than this times the sum of their
+ * magnitudes. The worst case is n e; the roundings being independent, more than 7 sqrt(n) e happens
+ * less than once in 10^10 sums (Higham and Mary 2019, a probabilistic error analysis). */
+static inline double case_sum_error(int64_t n)
+{
+    return 0x1p-24 * fmin((double)n, 7 * sqrt((double)n));
+}
+
+/*
+ * Against the reference. What f32 rounding can do, with e = 2^-24:
+ *   logit   adding up head_dim terms, then a rounding each of sm_scale, of log2(e), of their
+ *           products and of x - max (twice as large); tanh, as wrong as four units of the cap
+ *   weight  that of its logit, four units of the exponential, and as many of one rescaling
+ *   o       its weights' errors; adding up num_keys terms above and below the fraction; division and
+ *           store. Where the level multiplies bf16, each weight of bf16 q and KV is rounded to it,
+ *           which the sum below does not see: independent errors, again by 7 standard deviations
+ *   lse     a logit's error, the sum's, and two roundings of the logarithm's parts
+ */
+static inline void case_check(attn_case *a, const char *device)
+{
+    const qkv_attention_spec *s = &a->config.spec;
+    const bool bf16_weights =
+        strstr(device, "bf16") && s->dtype_q.code == 4 && s->dtype_kv.code == 4;
+    const double e = 0x1p-24, o_eps = test_eps(s->dtype_o), bf16_eps = test_eps(QKV_BF16);
+    const double soft_cap = !(s->features & QKV_FEATURE_SOFT_CAP) ? 0
+                            : a->config.io_soft_cap > 0           ? (double)a->config.io_soft_cap
+                                                                  : (double)s->logits_soft_cap;
+    const double log_base = s->flags & QKV_ATTENTION_LSE_BASE_2 ? log(2) : 1;
+    const double tiny = s->dtype_o.code == 2 && s->dtype_o.bits == 16 ? 0x1p-25 : 0; /* subnormal */
+    for (int64_t i = 0; i < a->tokens * s->num_qo_heads; i++) {
+        const attention_ref_row *row = &a->ref_rows[i];
+        const double logit = case_sum_error(s->head_dim_qk) * row->max_dot +
+                             e * (6 * row->max_logit + 4 * soft_cap);
+        const double sum = case_sum_error(row->num_keys) + 8 * e;
+        const double rounded =
+            bf16_weights ? bf16_eps * fmin(row->mean_v, 7 * row->rms_v) : 0;
+        const double o_error = (2 * logit + 2 * sum + e) * row->mean_v + rounded + tiny;
+        for (int64_t d = 0; d < s->head_dim_vo; d++) {
+            const double want = a->ref_o[i * s->head_dim_vo + d];
+            case_judge(a, device, "o", i, test_get(a->got_o, s->dtype_o, i * s->head_dim_vo + d),
+                       want, o_error + o_eps * (fabs(want) + o_error));
+        }
+        if (!a->io.lse) continue;
+        const double lse_error = (logit + sum) / log_base + 2 * e * fabs(row->lse);
+        case_judge(a, device, "lse", i, (double)a->got_lse[i], row->lse,
+                   row->num_keys ? lse_error : 0);
+    }
+}
+
+static inline size_t case_o_bytes(const attn_case *a)
+{
+    return (size_t)(a->tokens * a->config.spec.num_qo_heads * a->config.spec.head_dim_vo) *
+           test_bytes(a->config.spec.dtype_o);
+}
+
+static inline size_t case_lse_bytes(const attn_case *a)
+{
+    return (size_t)(a->tokens * a->config.spec.num_qo_heads) * sizeof(float);
+}
+
+/* Plan, run and check on a fresh operator. */
+static inline void case_try(attn_case *a, qkv_context *ctx)
+{
+    case_op op = case_op_new(ctx, a);
+    CASE_OK(a, qkv_attention_plan(op.op, &a->batch, NULL));
+    case_run(a, op.op);
+    case_check(a, qkv_context_device_name(ctx));
+    case_op_free(&op);
+}
+
+/* ---- how much to do ----------------------------------------------------------------------- */
+
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+#define CASE_SANITIZED 1
+#endif
+#endif
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define CASE_SANITIZED 1
+#endif
+#ifndef CASE_SANITIZED
+#define CASE_SANITIZED 0
+#endif
+
+/* QKV_TEST_CASES sets the number of random cases; sanitizers make each some ten times slower. */
+static inline int64_t case_count(int64_t n)
+{
+    const char *text = getenv("QKV_TEST_CASES");
+    return text ? strtoll(text, NULL, 0) : CASE_SANITIZED ? n / 10 : n;
+}
+
+#endif
