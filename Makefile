@@ -13,10 +13,6 @@ C_FILES = $(shell git ls-files --cached --others --exclude-standard '*.[ch]')
 configure_and_build = @cmake -S . -B $(1) $(2) >$(1).log 2>&1 && rm $(1).log || { cat $(1).log; exit 1; }; \
 	cmake --build $(1) -j $(JOBS)
 
-.PHONY: help
-help: ## this list
-	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | column -t -s'|'
-
 .PHONY: build
 build: ## library, qkv tool and examples, in build/
 	@tools/setup.sh build
@@ -87,6 +83,10 @@ fuzz: ## one minute of each fuzzer; needs clang
 .PHONY: install
 install: build ## into PREFIX (/usr/local)
 	@cmake --install $(BUILD) --prefix $(PREFIX)
+
+.PHONY: help
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: clean
 clean: ## removes the build folders

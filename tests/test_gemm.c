@@ -1,5 +1,5 @@
-/* test_gemm.c - out = x w^T against sums in double, over dtypes, sizes, strides, levels and threads.
- * SPDX-License-Identifier: Apache-2.0 */
+/* test_gemm.c - out = x w^T against sums in double, over dtypes, sizes, strides, levels and
+ * threads. SPDX-License-Identifier: Apache-2.0 */
 #include "view.h"
 
 typedef struct gemm_case {
@@ -54,7 +54,8 @@ static void check_sums(const gemm_case *c, const double *x, const double *w, con
         const double walk = 0x1p-24 * 4 * (1 + sqrt((double)c->k)) * sqrt(squares);
         const double bound = test_eps(c->out) * fabs(want) + walk + (c->out.bits == 16 ? 3e-8 : 0);
         const double got = view_get(out, i);
-        const int good = c->integers ? got == view_rounded(c->out, want) : fabs(got - want) <= bound;
+        const int good =
+            c->integers ? got == view_rounded(c->out, want) : fabs(got - want) <= bound;
         if (!good)
             fail_msg("%s: [%lld, %lld, %lld] at [%lld, %lld]: expected %.9g, got %.9g", c->why,
                      (long long)c->m, (long long)c->n, (long long)c->k, (long long)(i / c->n),
@@ -117,9 +118,14 @@ static void check_mixes(qkv_context *ctx, void *user)
 {
     (void)user;
     for (int mix = 0; mix < 27; mix++) {
-        gemm_case c = {.why = "mixed dtypes", .n = 1 + test_below(80), .k = 1 + test_below(600),
-                       .out = float_dtypes[mix / 9], .x = float_dtypes[mix / 3 % 3],
-                       .w = float_dtypes[mix % 3], .pad = 3, .integers = mix % 2};
+        gemm_case c = {.why = "mixed dtypes",
+                       .n = 1 + test_below(80),
+                       .k = 1 + test_below(600),
+                       .out = float_dtypes[mix / 9],
+                       .x = float_dtypes[mix / 3 % 3],
+                       .w = float_dtypes[mix % 3],
+                       .pad = 3,
+                       .integers = mix % 2};
         for (c.m = 1; c.m < 40; c.m = c.m * 3 + 1) check_case(ctx, &c);
     }
 }
@@ -171,7 +177,8 @@ static void check_same_bits(qkv_context *ctx, const batch *b)
         if (memcmp((float *)(void *)out.block + i * n,
                    (float *)(void *)b->out.block + (first + i) * COLUMNS, (size_t)n * 4) != 0)
             fail_msg("row %lld has other bits among rows [%lld, %lld), %lld columns",
-                     (long long)(first + i), (long long)first, (long long)(first + m), (long long)n);
+                     (long long)(first + i), (long long)first, (long long)(first + m),
+                     (long long)n);
     view_free(&out);
 }
 
@@ -201,17 +208,18 @@ static void gemm_gives_a_row_the_same_bits_in_any_batch(void **state)
         if (!usable) continue;
         qkv_context *contexts[2];
         for (int32_t j = 0; j < 2; j++)
-            EXPECT_OK(qkv_context_create(&(qkv_context_options){QKV_CONTEXT_OPTIONS_INIT,
-                                                                .isa = level,
-                                                                .num_threads = 1 + 2 * j},
-                                         &contexts[j]));
+            EXPECT_OK(
+                qkv_context_create(&(qkv_context_options){QKV_CONTEXT_OPTIONS_INIT, .isa = level,
+                                                          .num_threads = 1 + 2 * j},
+                                   &contexts[j]));
         check_invariance(contexts[0], contexts[1]);
         qkv_context_destroy(contexts[0]);
         qkv_context_destroy(contexts[1]);
     }
 }
 
-/* NaN and infinity reach their own row and column, and no padding of the kernel turns them into more. */
+/* NaN and infinity reach their own row and column, and no padding of the kernel turns them into
+ * more. */
 static void check_non_finite(qkv_context *ctx, void *user)
 {
     (void)user;
@@ -221,6 +229,7 @@ static void check_non_finite(qkv_context *ctx, void *user)
         view_new(&out, QKV_F32, 3, TEST_SHAPE(m, n));
         view_new(&x, float_dtypes[i % 3], 3, TEST_SHAPE(m, k));
         view_new(&w, float_dtypes[i / 3 % 3], 3, TEST_SHAPE(n, k));
+        EXPECT_OK(qkv_gemm(ctx, &out.t, &x.t, &w.t, NULL)); /* leaves NaN in the kernel's scratch */
         for (int64_t j = 0; j < m * k; j++) view_put(&x, j, 1);
         for (int64_t j = 0; j < n * k; j++) view_put(&w, j, 1);
         const int64_t row = test_below(m), column = test_below(n);
@@ -230,8 +239,9 @@ static void check_non_finite(qkv_context *ctx, void *user)
         for (int64_t j = 0; j < m * n; j++) {
             const double got = view_get(&out, j), want = j % n == column ? INFINITY : (double)k;
             if (j / n == row ? !isnan(got) : got != want)
-                fail_msg("[%lld, %lld, %lld] at %lld: expected %g, got %g", (long long)m, (long long)n,
-                         (long long)k, (long long)j, j / n == row ? (double)NAN : want, got);
+                fail_msg("[%lld, %lld, %lld] at %lld: expected %g, got %g", (long long)m,
+                         (long long)n, (long long)k, (long long)j,
+                         j / n == row ? (double)NAN : want, got);
         }
         view_free(&out);
         view_free(&x);
@@ -298,12 +308,16 @@ static void gemm_names_the_bad_argument(void **state)
         {"x: expected a tensor, got NULL", ctx, out, NULL, w},
         {"w: expected a tensor, got NULL", ctx, out, x, NULL},
         {"out: expected a tensor, got NULL", ctx, NULL, x, w},
-        {"x: expected dtype f32, f16 or bf16, got i32", ctx, out, TENSOR(data[1], QKV_I32, 2, 16), w},
-        {"w: expected dtype f32, f16 or bf16, got i32", ctx, out, x, TENSOR(data[2], QKV_I32, 3, 16)},
-        {"out: expected dtype f32, f16 or bf16, got i32", ctx, TENSOR(data[0], QKV_I32, 2, 3), x, w},
+        {"x: expected dtype f32, f16 or bf16, got i32", ctx, out, TENSOR(data[1], QKV_I32, 2, 16),
+         w},
+        {"w: expected dtype f32, f16 or bf16, got i32", ctx, out, x,
+         TENSOR(data[2], QKV_I32, 3, 16)},
+        {"out: expected dtype f32, f16 or bf16, got i32", ctx, TENSOR(data[0], QKV_I32, 2, 3), x,
+         w},
         {"x: expected shape [*, *], got [16]", ctx, out, TENSOR(data[1], QKV_F32, 16), w},
         {"w: expected shape [*, 16], got [3, 15]", ctx, out, x, TENSOR(data[2], QKV_F32, 3, 15)},
-        {"w: expected shape [*, 16], got [3, 16, 1]", ctx, out, x, TENSOR(data[2], QKV_F32, 3, 16, 1)},
+        {"w: expected shape [*, 16], got [3, 16, 1]", ctx, out, x,
+         TENSOR(data[2], QKV_F32, 3, 16, 1)},
         {"out: expected shape [2, 3], got [3, 2]", ctx, TENSOR(data[0], QKV_F32, 3, 2), x, w},
         {"x: expected a contiguous last axis, got stride 2", ctx, out, &gaps, w},
         {"x: expected sizes and strides within 63 bits and not negative", ctx, out, &back, w},
@@ -318,7 +332,7 @@ static void gemm_names_the_bad_argument(void **state)
                     qkv_gemm(cases[i].ctx, cases[i].out, cases[i].x, cases[i].w, NULL));
     for (size_t i = 0; i < sizeof data; i++)
         assert_int_equal(((unsigned char *)data)[i], VIEW_POISON); /* untouched */
-    EXPECT_OK(qkv_gemm(ctx, out, x, w, NULL)); /* the context is usable */
+    EXPECT_OK(qkv_gemm(ctx, out, x, w, NULL));                     /* the context is usable */
     qkv_context_destroy(ctx);
 }
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Makes sure that the system packages for a goal are there: installs what is missing where it may (as
 # root, or with a sudo that asks nothing), else says what to type and stops.
-# usage: setup.sh build|demo|check
+# usage: setup.sh build|demo|check|check-model
 # SPDX-License-Identifier: Apache-2.0
 set -euo pipefail
 
 # command or file to look for : Debian/Ubuntu package
-build="cc:gcc cmake:cmake make:make ninja:ninja-build /usr/include/dlpack/dlpack.h:libdlpack-dev
+build="cc:gcc cmake:cmake make:make /usr/include/dlpack/dlpack.h:libdlpack-dev
        /usr/include/pcre2.h:libpcre2-dev python3:python3"
 demo="$build python3-pip:python3-pip"
 check="$build /usr/include/cmocka.h:libcmocka-dev clang:clang clang-format:clang-format
@@ -16,11 +16,13 @@ case $(uname -m) in
 x86_64) check="$check aarch64-linux-gnu-gcc:gcc-aarch64-linux-gnu aarch64-linux-gnu-ld:libc6-dev-arm64-cross
          qemu-aarch64:qemu-user" ;;
 esac
+model="$demo python3-numpy:python3-numpy bible:bible-kjv openblas:libopenblas0-pthread"
 case ${1:-build} in
 build) wanted=$build ;;
 demo) wanted=$demo ;;
 check) wanted=$check ;;
-*) echo "usage: setup.sh build|demo|check" >&2; exit 2 ;;
+check-model) wanted=$model ;;
+*) echo "usage: setup.sh build|demo|check|check-model" >&2; exit 2 ;;
 esac
 
 have() {
@@ -28,6 +30,7 @@ have() {
   /*) [ -e "$1" ] ;;
   python3-pip) python3 -m pip --version >/dev/null 2>&1 ;;
   python3-numpy) python3 -c 'import numpy' 2>/dev/null || /usr/bin/python3 -c 'import numpy' 2>/dev/null ;;
+  openblas) ldconfig -p | grep -q libopenblas ;;
   *) command -v "$1" >/dev/null ;;
   esac
 }

@@ -1,14 +1,10 @@
 /* fuzz_gguf.c - libFuzzer: any bytes are refused with a message or are a file that can be used.
- *
- *   clang -g -O1 -fsanitize=fuzzer,address,undefined tests/fuzz/fuzz_gguf.c \
- *       examples/generate/{gguf,tokenizer,bpe}.c -lpcre2-8 -o fuzz_gguf
- *   ./fuzz_gguf -max_total_time=60 CORPUS     with tiny files of make_tiny_gguf.py in CORPUS
- *
+ * Built and run by tools/fuzz.sh, from the tiny model that the tests use.
  * SPDX-License-Identifier: Apache-2.0 */
 #include <stdlib.h>
 
-#include "../../examples/generate/gguf.h"
-#include "../../examples/generate/tokenizer.h"
+#include "gguf.h"
+#include "tokenizer.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 

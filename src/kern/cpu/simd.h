@@ -324,7 +324,7 @@ QI_INLINE vf vf_exp2(vf x)
     p = p * f + 2.402264791e-1f;
     p = p * f + 6.931472029e-1f;
     p = p * f + 1.f;
-    return (vf)(~low & ((vi)p + ((vi)shifted << 23)));
+    return (vf)(~(vu)low & ((vu)p + ((vu)shifted << 23)));
 }
 
 /* e^x, at most 2^127. */

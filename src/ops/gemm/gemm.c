@@ -1,17 +1,18 @@
 /* gemm.c - host side of qkv_gemm: check, choose, launch.
  * SPDX-License-Identifier: Apache-2.0 */
+#include "qkv/gemm.h"
 #include "core/launch.h"
 #include "ops/gemm/gemm_params.h"
-#include "qkv/gemm.h"
 
 QI_CPU_DECLARE(gemm);
 
 const qi_kernel qi_gemm_kernels[] = {
-    {"gemm.dot", kDLCPU, NULL, QI_CPU_ENTRIES(gemm)},
+    {"gemm.any", kDLCPU, NULL, QI_CPU_ENTRIES(gemm)},
     {0},
 };
 
-qkv_status qkv_gemm(qkv_context *ctx, DLTensor *out, const DLTensor *x, const DLTensor *w, void *stream)
+qkv_status qkv_gemm(qkv_context *ctx, DLTensor *out, const DLTensor *x, const DLTensor *w,
+                    void *stream)
 {
     (void)stream;
     QI_REQUIRE_CONTEXT(ctx);
@@ -21,10 +22,17 @@ qkv_status qkv_gemm(qkv_context *ctx, DLTensor *out, const DLTensor *x, const DL
     QI_REQUIRE(!qi_overlap(out, x), "out: expected memory apart from x");
     QI_REQUIRE(!qi_overlap(out, w), "out: expected memory apart from w");
     const gemm_params params = {
-        .out = qi_data(out), .x = qi_data(x), .w = qi_data(w),
-        .out_stride = qi_stride(out, 0), .x_stride = qi_stride(x, 0), .w_stride = qi_stride(w, 0),
-        .m = x->shape[0], .n = w->shape[0], .k = x->shape[1],
-        .dtype_out = (qi_dtype)qi_dtype_of(out->dtype), .dtype_x = (qi_dtype)qi_dtype_of(x->dtype),
+        .out = qi_data(out),
+        .x = qi_data(x),
+        .w = qi_data(w),
+        .out_stride = qi_stride(out, 0),
+        .x_stride = qi_stride(x, 0),
+        .w_stride = qi_stride(w, 0),
+        .m = x->shape[0],
+        .n = w->shape[0],
+        .k = x->shape[1],
+        .dtype_out = (qi_dtype)qi_dtype_of(out->dtype),
+        .dtype_x = (qi_dtype)qi_dtype_of(x->dtype),
         .dtype_w = (qi_dtype)qi_dtype_of(w->dtype),
     };
     if (params.m == 0 || params.n == 0) return QKV_OK;

@@ -1,15 +1,17 @@
 /* gemm.cpu.c - out = x w^T: w is transposed on its way in, so that lanes are columns of out.
  *
- * Each output is one chain of multiply-adds in f32, k ascending from 0: its bits depend on its row of
- * x and its row of w alone, not on m, the blocking, the threads or the ISA level (batch invariance).
+ * Each output is one chain of multiply-adds in f32, k ascending from 0: its bits depend on its row
+ * of x and its row of w alone, not on m, the blocking, the threads or the ISA level (batch
+ * invariance).
  *
- * A task owns a range of columns (rows of w), or of rows of x when those are the more. It walks blocks
- * of columns, rows and k, and widens the block's x to f32 in scratch. Then
- *   - many rows of x: panels of COLUMNS rows of w, a piece of k at a time, are packed in scratch, and
- *     the rows of x pass in register tiles of up to ROWS. Bound: multiply-adds, 2 * m * n * k flops.
- *   - few rows: squares of w are transposed in registers and multiplied there, along whole rows of w.
- *     Bound: memory, n * k * size of w.
- * NOTES.md has the reasons and figures.
+ * A task owns a range of columns (rows of w), or of rows of x when those are the more. It walks
+ * blocks of columns, rows and k, and widens the block's x to f32 in scratch.
+ *
+ * Many rows of x: panels of COLUMNS rows of w, a piece of k at a time, are packed in scratch, and
+ * the rows of x pass in register tiles of up to ROWS. Bound: multiply-adds, 2 * m * n * k flops.
+ *
+ * Few rows: squares of w are transposed in registers and multiplied there, along whole rows of w.
+ * Bound: memory, n * k * size of w. NOTES.md has the reasons and figures.
  * SPDX-License-Identifier: Apache-2.0 */
 #include "kern/cpu/simd.h"
 #include "ops/gemm/gemm_params.h"
@@ -26,7 +28,7 @@ enum {
     FEW_VECTORS = QI_VW == 16 ? 1 : 2, /* of one or two rows, where one chain a row is too slow */
     AHEAD_BYTES = 512,                 /* of a row of w, to bring closer */
     /* scratch */
-    LINE = 16, /* floats; rows of x are set apart by it, so that they do not meet in the same sets */
+    LINE = 16, /* floats between rows of x, so that they do not meet in the same cache sets */
     MAX_X = MAX_M * (PIECE + LINE),
     MAX_SUMS = MAX_M * 320,
 };
@@ -65,13 +67,15 @@ QI_INLINE i64 even_part(i64 n, i64 max, i64 grain)
 /* ---- squares of w ---------------------------------------------------------------------------- */
 
 /* The row of w for a column of the block, at k. Columns past the end repeat the last. */
-QI_INLINE const char *w_row(const gemm_params *p, const block *b, i64 column, i64 k, const qi_dtype wt)
+QI_INLINE const char *w_row(const gemm_params *p, const block *b, i64 column, i64 k,
+                            const qi_dtype wt)
 {
     const i64 n = b->n0 + least(column, b->n - 1);
     return qi_at(p->w, wt, n * p->w_stride + b->k0 + k);
 }
 
-/* k of a square: its rows are QI_VW words. A word of bf16 is a pair, split after the transposition. */
+/* k of a square: its rows are QI_VW words. A word of bf16 is a pair, split after the transposition.
+ */
 QI_INLINE i64 square_k(const qi_dtype wt)
 {
     return wt == QI_BF16 ? 2 * QI_VW : QI_VW;
@@ -99,22 +103,24 @@ QI_INLINE vf square_column(const vf square[QI_VW], int j, const qi_dtype wt)
     return (vf)((vu)square[j / 2] << 16);
 }
 
-/* ---- many rows of x: pack, then multiply ------------------------------------------------------- */
+/* ---- many rows of x: pack, then multiply -------------------------------------------------------
+ */
 
-/* Columns [i, i + n) of QI_VW rows of w to out [n][COLUMNS]. */
-QI_INLINE void pack_square(float *out, const char *const rows[QI_VW], i64 i, i64 n, const qi_dtype wt)
+/* Columns [i, i + n) of QI_VW rows of w to out [square_k][COLUMNS], zeros after n. */
+QI_INLINE void pack_square(float *out, const char *const rows[QI_VW], i64 i, i64 n,
+                           const qi_dtype wt)
 {
     vf square[QI_VW];
     load_square(square, rows, i, n, wt);
     QI_UNROLL(32)
     for (int j = 0; j < square_k(wt); j++)
-        if (j < n) vf_store(out + j * COLUMNS, square_column(square, j, wt));
+        vf_store(out + j * COLUMNS, square_column(square, j, wt));
 }
 
-/* Packs the panel of w at (column, k0) of the block, and brings the next one closer: in so many short
- * rows the hardware sees no stream to follow. A prefetch may miss w; it cannot fault. */
-QI_INLINE void pack_panel(const gemm_params *p, const block *b, float *out, i64 column, i64 k0, i64 k,
-                          const qi_dtype wt)
+/* Packs the panel of w at (column, k0) of the block, and brings the next one closer: in so many
+ * short rows the hardware sees no stream to follow. A prefetch may miss w; it cannot fault. */
+QI_INLINE void pack_panel(const gemm_params *p, const block *b, float *out, i64 column, i64 k0,
+                          i64 k, const qi_dtype wt)
 {
     const i64 step = square_k(wt);
     const int wraps = k0 + k == b->k;
@@ -179,10 +185,12 @@ static void multiply_panel(const block *b, float *sums, const float *x, const fl
     }
 }
 
-QI_INLINE void multiply_many(const gemm_params *p, const block *b, scratch *s, const qi_dtype wt)
+/* The block over its k from first on. */
+QI_INLINE void multiply_many(const gemm_params *p, const block *b, scratch *s, i64 first,
+                             const qi_dtype wt)
 {
     for (i64 c = 0; c < b->n; c += COLUMNS) {
-        for (i64 i = 0; i < b->k; i += PIECE) {
+        for (i64 i = first; i < b->k; i += PIECE) {
             const i64 k = least(b->k - i, PIECE);
             pack_panel(p, b, s->w, c, i, k, wt);
             multiply_panel(b, s->sums + c, s->x + i, s->w, k);
@@ -190,26 +198,27 @@ QI_INLINE void multiply_many(const gemm_params *p, const block *b, scratch *s, c
     }
 }
 
-/* ---- few rows of x: multiply what is read ------------------------------------------------------ */
+/* ---- few rows of x: multiply what is read ------------------------------------------------------
+ */
 
-/* acc += x [rows, n] times columns [i, i + n) of QI_VW rows of w. */
-QI_INLINE void multiply_square(vf acc[FEW], const float *x, i64 x_stride, const char *const w[QI_VW],
-                               i64 i, i64 n, const int rows, const qi_dtype wt)
+/* acc += x [rows, square_k] times the square of w at i. */
+QI_INLINE void multiply_square(vf acc[FEW], const float *x, i64 x_stride,
+                               const char *const w[QI_VW], i64 i, const int rows, const qi_dtype wt)
 {
     vf square[QI_VW];
-    load_square(square, w, i, n, wt);
+    load_square(square, w, i, square_k(wt), wt);
     QI_UNROLL(32)
     for (int j = 0; j < square_k(wt); j++) {
-        if (j >= n) break;
         const vf column = square_column(square, j, wt);
         QI_UNROLL(8)
-        for (int r = 0; r < rows; r++) acc[r] = acc[r] + vf_splat(x + r * x_stride + i + j) * column;
+        for (int r = 0; r < rows; r++)
+            acc[r] = acc[r] + vf_splat(x + r * x_stride + i + j) * column;
     }
 }
 
-/* sums [rows, vectors] += x [rows, k] times rows of w over the block's k; next: the rows after. */
+/* sums [rows, vectors] += x [rows, k] times rows of w, k in squares; next: the rows after these. */
 QI_INLINE void stream_rows(const block *b, float *sums, const float *x, const char *const w[],
-                           const char *const next[], const int rows, const int vectors,
+                           const char *const next[], i64 k, const int rows, const int vectors,
                            const qi_dtype wt)
 {
     const i64 step = square_k(wt), ahead = AHEAD_BYTES / (i64)qi_size_of(wt);
@@ -219,28 +228,25 @@ QI_INLINE void stream_rows(const block *b, float *sums, const float *x, const ch
         QI_UNROLL(8)
         for (int r = 0; r < rows; r++) acc[v][r] = vf_load(sums + r * b->sum_stride + v * QI_VW);
     }
-    i64 i = 0;
-    for (; i + step <= b->k; i += step) {
-        const int wraps = i + ahead >= b->k;
+    for (i64 i = 0; i < k; i += step) {
+        const int wraps = i + ahead >= k;
         QI_UNROLL(2)
         for (int v = 0; v < vectors; v++) {
             const char *const *later = (wraps ? next : w) + v * QI_VW;
             QI_UNROLL(16)
             for (int j = 0; j < QI_VW; j++)
-                qi_prefetch(qi_at(later[j], wt, i + ahead - (wraps ? b->k : 0)));
-            multiply_square(acc[v], x, b->x_stride, w + v * QI_VW, i, step, rows, wt);
+                qi_prefetch(qi_at(later[j], wt, i + ahead - (wraps ? k : 0)));
+            multiply_square(acc[v], x, b->x_stride, w + v * QI_VW, i, rows, wt);
         }
     }
     QI_UNROLL(2)
     for (int v = 0; v < vectors; v++) {
-        if (i < b->k)
-            multiply_square(acc[v], x, b->x_stride, w + v * QI_VW, i, b->k - i, rows, wt);
         QI_UNROLL(8)
         for (int r = 0; r < rows; r++) vf_store(sums + r * b->sum_stride + v * QI_VW, acc[v][r]);
     }
 }
 
-QI_INLINE void stream_block(const gemm_params *p, const block *b, scratch *s, const int rows,
+QI_INLINE void stream_block(const gemm_params *p, const block *b, scratch *s, i64 k, const int rows,
                             const int vectors, const qi_dtype wt)
 {
     const int columns = vectors * QI_VW;
@@ -250,21 +256,25 @@ QI_INLINE void stream_block(const gemm_params *p, const block *b, scratch *s, co
             w[j] = w_row(p, b, c + j, 0, wt);
             next[j] = w_row(p, b, c + columns + j, 0, wt);
         }
-        stream_rows(b, s->sums + c, s->x, w, next, rows, vectors, wt);
+        stream_rows(b, s->sums + c, s->x, w, next, k, rows, vectors, wt);
     }
 }
 
+/* The block, the last k that make no square left to multiply_many(). */
 QI_INLINE void multiply_few(const gemm_params *p, const block *b, scratch *s, const qi_dtype wt)
 {
+    const i64 k = b->k / square_k(wt) * square_k(wt);
     switch (b->padded_m) {
-    case 1: stream_block(p, b, s, 1, FEW_VECTORS, wt); break;
-    case 2: stream_block(p, b, s, 2, FEW_VECTORS, wt); break;
-    case 4: stream_block(p, b, s, 4, 1, wt); break;
-    default: stream_block(p, b, s, FEW, 1, wt); break;
+    case 1: stream_block(p, b, s, k, 1, FEW_VECTORS, wt); break;
+    case 2: stream_block(p, b, s, k, 2, FEW_VECTORS, wt); break;
+    case 4: stream_block(p, b, s, k, 4, 1, wt); break;
+    default: stream_block(p, b, s, k, FEW, 1, wt); break;
     }
+    multiply_many(p, b, s, k, wt);
 }
 
-/* ---- blocks ------------------------------------------------------------------------------------ */
+/* ---- blocks ------------------------------------------------------------------------------------
+ */
 
 QI_INLINE i64 pad_few(i64 m)
 {
@@ -294,8 +304,8 @@ static void store_block(const gemm_params *p, const block *b, const float *sums)
     }
 }
 
-/* Rows [m0, m1), at least one, by columns [n0, n1). The fewer the rows, the more of k is in a block,
- * since w is read best in long runs. */
+/* Rows [m0, m1), at least one, by columns [n0, n1). The fewer the rows, the more of k is in a
+ * block, since w is read best in long runs. */
 QI_INLINE void multiply(const gemm_params *p, scratch *s, i64 m0, i64 m1, i64 n0, i64 n1,
                         const qi_dtype wt)
 {
@@ -314,8 +324,10 @@ QI_INLINE void multiply(const gemm_params *p, scratch *s, i64 m0, i64 m1, i64 n0
                 b.k = least(p->k - b.k0, block_k);
                 b.x_stride = round_up(b.k, LINE) + LINE;
                 widen_x(p, &b, s->x);
-                if (b.m > FEW) multiply_many(p, &b, s, wt);
-                else multiply_few(p, &b, s, wt);
+                if (b.m > FEW)
+                    multiply_many(p, &b, s, 0, wt);
+                else
+                    multiply_few(p, &b, s, wt);
             }
             store_block(p, &b, s->sums);
         }
@@ -326,8 +338,10 @@ QI_CPU_KERNEL(gemm)
 {
     const gemm_params *p = params;
     i64 m0 = 0, m1 = p->m, n0 = 0, n1 = p->n;
-    if (p->m > p->n) qi_task_share(task, p->m, ROWS, &m0, &m1);
-    else qi_task_share(task, p->n, COLUMNS, &n0, &n1);
+    if (p->m > p->n)
+        qi_task_share(task, p->m, ROWS, &m0, &m1);
+    else
+        qi_task_share(task, p->n, COLUMNS, &n0, &n1);
     if (m0 == m1 || n0 == n1) return;
     switch (p->dtype_w) {
     case QI_F32: multiply(p, task.scratch, m0, m1, n0, n1, QI_F32); break;
