@@ -6,15 +6,17 @@
 
 #include <qkv/qkv.h>
 
-#define CHECK(call)                                        \
-    if ((call) != QKV_OK) {                                \
-        fprintf(stderr, "%s\n", qkv_last_error());         \
-        return 1;                                          \
+#define CHECK(call)                                                                                \
+    if ((call) != QKV_OK) {                                                                        \
+        fprintf(stderr, "%s\n", qkv_last_error());                                                 \
+        return 1;                                                                                  \
     }
 /* A contiguous CPU tensor over data. */
-#define TENSOR(data_, dtype_, ...)                                                          \
-    (&(DLTensor){.data = (data_), .device = {kDLCPU, 0}, .dtype = (dtype_),                 \
-                 .ndim = (int)(sizeof((int64_t[]){__VA_ARGS__}) / sizeof(int64_t)),         \
+#define TENSOR(data_, dtype_, ...)                                                                 \
+    (&(DLTensor){.data = (data_),                                                                  \
+                 .device = {kDLCPU, 0},                                                            \
+                 .dtype = (dtype_),                                                                \
+                 .ndim = (int)(sizeof((int64_t[]){__VA_ARGS__}) / sizeof(int64_t)),                \
                  .shape = (int64_t[]){__VA_ARGS__}})
 
 static float q[2 * 4 * 64], k[8 * 16 * 2 * 64], v[8 * 16 * 2 * 64], o[2 * 4 * 64];
@@ -25,6 +27,8 @@ int main(void)
     for (size_t i = 0; i < sizeof k / sizeof k[0]; i++) k[i] = (float)rand() / (float)RAND_MAX;
     for (size_t i = 0; i < sizeof v / sizeof v[0]; i++) v[i] = 1.f;
 
+    /* The README shows these lines, a field beside the other. */
+    /* clang-format off */
     qkv_context *ctx;
     CHECK(qkv_context_create(NULL, &ctx)); /* the CPU, its best instruction set, all its cores */
 
@@ -48,6 +52,7 @@ int main(void)
         .q = TENSOR(q, QKV_F32, 2, 4, 64), .k = TENSOR(k, QKV_F32, 8, 16, 2, 64),
         .v = TENSOR(v, QKV_F32, 8, 16, 2, 64), .o = TENSOR(o, QKV_F32, 2, 4, 64)};
     CHECK(qkv_attention_run(attention, &io, NULL)); /* once per layer */
+    /* clang-format on */
 
     printf("%s: o[0] = %.6f, o[last] = %.6f\n", qkv_context_device_name(ctx), (double)o[0],
            (double)o[2 * 4 * 64 - 1]);

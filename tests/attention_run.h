@@ -1,6 +1,5 @@
-/* attention_run.h - running an attention case: an operator on a guarded workspace, and every byte of
- * the outputs judged. What is not a result must stay NaN.
- * SPDX-License-Identifier: Apache-2.0 */
+/* attention_run.h - running an attention case: an operator on a guarded workspace, and every byte
+ * of the outputs judged. What is not a result must stay NaN. SPDX-License-Identifier: Apache-2.0 */
 #ifndef QKV_TESTS_ATTENTION_RUN_H
 #define QKV_TESTS_ATTENTION_RUN_H
 
@@ -116,10 +115,10 @@ static inline double case_sum_error(int64_t n)
  *   logit   adding up head_dim terms, then a rounding each of sm_scale, of log2(e), of their
  *           products and of x - max (twice as large); tanh, as wrong as four units of the cap
  *   weight  that of its logit, four units of the exponential, and as many of one rescaling
- *   o       its weights' errors; adding up num_keys terms above and below the fraction; division and
- *           store. Where the level multiplies bf16, each weight of bf16 q and KV is rounded to it,
- *           which the sum below does not see: independent errors, again by 7 standard deviations
- *   lse     a logit's error, the sum's, and two roundings of the logarithm's parts
+ *   o       its weights' errors; adding up num_keys terms above and below the fraction; division
+ * and store. Where the level multiplies bf16, each weight of bf16 q and KV is rounded to it, which
+ * the sum below does not see: independent errors, again by 7 standard deviations lse     a logit's
+ * error, the sum's, and two roundings of the logarithm's parts
  */
 static inline void case_check(attn_case *a, const char *device)
 {
@@ -134,11 +133,10 @@ static inline void case_check(attn_case *a, const char *device)
     const double tiny = s->dtype_o.code == 2 && s->dtype_o.bits == 16 ? 0x1p-25 : 0; /* subnormal */
     for (int64_t i = 0; i < a->tokens * s->num_qo_heads; i++) {
         const attention_ref_row *row = &a->ref_rows[i];
-        const double logit = case_sum_error(s->head_dim_qk) * row->max_dot +
-                             e * (6 * row->max_logit + 4 * soft_cap);
+        const double logit =
+            case_sum_error(s->head_dim_qk) * row->max_dot + e * (6 * row->max_logit + 4 * soft_cap);
         const double sum = case_sum_error(row->num_keys) + 8 * e;
-        const double rounded =
-            bf16_weights ? bf16_eps * fmin(row->mean_v, 7 * row->rms_v) : 0;
+        const double rounded = bf16_weights ? bf16_eps * fmin(row->mean_v, 7 * row->rms_v) : 0;
         const double o_error = (2 * logit + 2 * sum + e) * row->mean_v + rounded + tiny;
         for (int64_t d = 0; d < s->head_dim_vo; d++) {
             const double want = a->ref_o[i * s->head_dim_vo + d];

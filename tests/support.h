@@ -19,21 +19,20 @@
 
 /* ---- checks ------------------------------------------------------------------------------- */
 
-#define EXPECT_OK(expr)                                                                      \
-    do {                                                                                     \
-        const qkv_status expect_ = (expr);                                                   \
-        if (expect_ != QKV_OK)                                                               \
-            fail_msg("%s: %s: %s", #expr, qkv_status_name(expect_), qkv_last_error());        \
+#define EXPECT_OK(expr)                                                                            \
+    do {                                                                                           \
+        const qkv_status expect_ = (expr);                                                         \
+        if (expect_ != QKV_OK)                                                                     \
+            fail_msg("%s: %s: %s", #expr, qkv_status_name(expect_), qkv_last_error());             \
     } while (0)
 
 /* The call fails with this status, and the message contains text. */
-#define EXPECT_FAIL(status, text, expr)                                                      \
-    do {                                                                                     \
-        const qkv_status expect_ = (expr);                                                   \
-        if (expect_ != (status) || !strstr(qkv_last_error(), (text)))                        \
-            fail_msg("%s: expected %s with \"%s\", got %s: %s", #expr,                       \
-                     qkv_status_name(status), (text), qkv_status_name(expect_),              \
-                     qkv_last_error());                                                      \
+#define EXPECT_FAIL(status, text, expr)                                                            \
+    do {                                                                                           \
+        const qkv_status expect_ = (expr);                                                         \
+        if (expect_ != (status) || !strstr(qkv_last_error(), (text)))                              \
+            fail_msg("%s: expected %s with \"%s\", got %s: %s", #expr, qkv_status_name(status),    \
+                     (text), qkv_status_name(expect_), qkv_last_error());                          \
     } while (0)
 
 /* ---- random data: one 64-bit counter hashed (splitmix64) ---------------------- */
@@ -66,8 +65,8 @@ static inline void test_seed(void)
     const char *text = getenv("QKV_TEST_SEED");
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
-    const uint64_t seed = text ? strtoull(text, NULL, 0)
-                               : (uint64_t)now.tv_sec * 1000003u + (uint64_t)now.tv_nsec;
+    const uint64_t seed =
+        text ? strtoull(text, NULL, 0) : (uint64_t)now.tv_sec * 1000003u + (uint64_t)now.tv_nsec;
     test_state = seed;
     printf("QKV_TEST_SEED=%llu\n", (unsigned long long)seed);
 }
@@ -128,7 +127,8 @@ static inline void test_put(void *data, DLDataType t, int64_t i, double value)
     if (t.code == 2 && t.bits == 32)
         ((float *)data)[i] = (float)value;
     else
-        ((uint16_t *)data)[i] = t.code == 4 ? test_to_bf16((float)value) : test_to_f16((float)value);
+        ((uint16_t *)data)[i] =
+            t.code == 4 ? test_to_bf16((float)value) : test_to_f16((float)value);
 }
 
 /* Half the distance of neighbouring numbers at 1: the rounding of one store. */
@@ -157,16 +157,22 @@ static inline test_tensor *test_tensor_init(test_tensor *x, void *data, DLDataTy
         x->strides[i] = stride;
         stride *= shape[i];
     }
-    x->t = (DLTensor){.data = data, .device = {kDLCPU, 0}, .ndim = ndim, .dtype = dtype,
-                      .shape = x->shape, .strides = x->strides};
+    x->t = (DLTensor){.data = data,
+                      .device = {kDLCPU, 0},
+                      .ndim = ndim,
+                      .dtype = dtype,
+                      .shape = x->shape,
+                      .strides = x->strides};
     return x;
 }
 
-#define TEST_SHAPE(...)                                              \
-    (int)(sizeof((int64_t[]){__VA_ARGS__}) / sizeof(int64_t)),       \
-        (const int64_t[]){__VA_ARGS__}
+#define TEST_SHAPE(...)                                                                            \
+    (int)(sizeof((int64_t[]){__VA_ARGS__}) / sizeof(int64_t)), (const int64_t[])                   \
+    {                                                                                              \
+        __VA_ARGS__                                                                                \
+    }
 /* A DLTensor * that lives to the end of the enclosing block. */
-#define TENSOR(data, dtype, ...) \
+#define TENSOR(data, dtype, ...)                                                                   \
     (&test_tensor_init(&(test_tensor){.owned = NULL}, (data), (dtype), TEST_SHAPE(__VA_ARGS__))->t)
 
 /* ---- levels ------------------------------------------------------------------------------- */
@@ -183,8 +189,7 @@ static inline void test_every_level(int32_t num_threads, void (*body)(qkv_contex
             continue;
         }
         qkv_context *ctx;
-        EXPECT_OK(qkv_context_create(&(qkv_context_options){QKV_CONTEXT_OPTIONS_INIT,
-                                                            .isa = level,
+        EXPECT_OK(qkv_context_create(&(qkv_context_options){QKV_CONTEXT_OPTIONS_INIT, .isa = level,
                                                             .num_threads = num_threads},
                                      &ctx));
         body(ctx, user);

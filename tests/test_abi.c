@@ -1,5 +1,6 @@
 /* test_abi.c - what a program compiled against this version relies on: sizes, the place of the last
- * field, and the numbers behind names. A change here is a change of ABI: version and changelog say so.
+ * field, and the numbers behind names. A change here is a change of ABI: version and changelog say
+ * so.
  * SPDX-License-Identifier: Apache-2.0 */
 #include "support.h"
 
@@ -38,9 +39,9 @@ static void abi_sizes_are_pinned(void **state)
 static void abi_numbers_are_pinned(void **state)
 {
     (void)state;
-    static const char *const status[] = {
-        "QKV_OK",          "QKV_ERR_INVALID", "QKV_ERR_UNSUPPORTED", "QKV_ERR_MEMORY",
-        "QKV_ERR_COMPILE", "QKV_ERR_DEVICE",  "QKV_ERR_COMM",        "QKV_ERR_INTERNAL"};
+    static const char *const status[] = {"QKV_OK",         "QKV_ERR_INVALID", "QKV_ERR_UNSUPPORTED",
+                                         "QKV_ERR_MEMORY", "QKV_ERR_COMPILE", "QKV_ERR_DEVICE",
+                                         "QKV_ERR_COMM",   "QKV_ERR_INTERNAL"};
     for (int i = 0; i < 8; i++) assert_string_equal(qkv_status_name((qkv_status)i), status[i]);
     assert_int_equal(QKV_NHD, 0);
     assert_int_equal(QKV_HND, 1);

@@ -1,5 +1,5 @@
-/* test_activation.c - gated activations against double, over dtypes, forms, strides, levels, threads.
- * SPDX-License-Identifier: Apache-2.0 */
+/* test_activation.c - gated activations against double, over dtypes, forms, strides, levels,
+ * threads. SPDX-License-Identifier: Apache-2.0 */
 #include "view.h"
 
 static double reference(double x, int32_t kind)
@@ -28,8 +28,8 @@ static void check_values(const char *why, int32_t kind, const double *gate, cons
         const double bound = (test_eps(out->t.dtype) + error_of(gate[i], kind)) * fabs(want) +
                              (out->t.dtype.code == 2 && out->t.dtype.bits == 16 ? 3e-8 : 1e-35);
         if (!(fabs(got - want) <= bound))
-            fail_msg("%s: kind %d of %.9g times %.9g: expected %.9g, got %.9g", why, (int)kind, gate[i],
-                     up[i], want, got);
+            fail_msg("%s: kind %d of %.9g times %.9g: expected %.9g, got %.9g", why, (int)kind,
+                     gate[i], up[i], want, got);
     }
 }
 
@@ -107,8 +107,10 @@ static void check_range(qkv_context *ctx, void *user)
         view_put(&gate, i, ldexp(test_uniform(1), (int)test_below(160) - 80));
         view_put(&up, i, 1);
     }
-    const double special[] = {0, -0.0, 1e30, -1e30, 88, -88, 100, -100, 13, -13, 14.5, -14.5, 0x1p-126};
-    for (size_t i = 0; i < sizeof special / sizeof *special; i++) view_put(&gate, (int64_t)i, special[i]);
+    const double special[] = {0,    -0.0, 1e30, -1e30, 88,    -88,     100,
+                              -100, 13,   -13,  14.5,  -14.5, 0x1p-126};
+    for (size_t i = 0; i < sizeof special / sizeof *special; i++)
+        view_put(&gate, (int64_t)i, special[i]);
     double *const g = view_values(&gate), *const u = view_values(&up);
     for (int32_t kind = 0; kind < 3; kind++) {
         EXPECT_OK(qkv_gated_activation(ctx, &out.t, &gate.t, &up.t, kind, NULL));
@@ -153,8 +155,12 @@ static void check_halves(qkv_context *ctx, void *user)
         int64_t shape[] = {TOKENS, SIZE}, strides[] = {2 * SIZE, 1};
         DLTensor half[2];
         for (int i = 0; i < 2; i++)
-            half[i] = (DLTensor){.data = wide[0][i], .device = {kDLCPU, 0}, .ndim = 2,
-                                 .dtype = {2, 32, 1}, .shape = shape, .strides = strides};
+            half[i] = (DLTensor){.data = wide[0][i],
+                                 .device = {kDLCPU, 0},
+                                 .ndim = 2,
+                                 .dtype = {2, 32, 1},
+                                 .shape = shape,
+                                 .strides = strides};
         EXPECT_OK(qkv_gated_activation(ctx, &half[over], &half[0], &half[1], QKV_SILU, NULL));
         for (int t = 0; t < TOKENS; t++)
             for (int h = 0; h < SIZE; h++) {
@@ -192,12 +198,15 @@ static void gated_names_the_bad_argument(void **state)
         {"ctx: expected a context", NULL, out, gate, up, 0},
         {"gate: expected a tensor, got NULL", ctx, out, NULL, up, 0},
         {"gate: expected shape [*, *], got [32]", ctx, out, TENSOR(data[1], QKV_F32, 32), up, 0},
-        {"gate: expected dtype f32, f16 or bf16, got e4m3", ctx, out, TENSOR(data[1], QKV_E4M3, 2, 16), up, 0},
+        {"gate: expected dtype f32, f16 or bf16, got e4m3", ctx, out,
+         TENSOR(data[1], QKV_E4M3, 2, 16), up, 0},
         {"up: expected a tensor, got NULL", ctx, out, gate, NULL, 0},
         {"up: expected dtype f32, got f16", ctx, out, gate, TENSOR(data[2], QKV_F16, 2, 16), 0},
-        {"up: expected shape [2, 16], got [2, 8]", ctx, out, gate, TENSOR(data[2], QKV_F32, 2, 8), 0},
+        {"up: expected shape [2, 16], got [2, 8]", ctx, out, gate, TENSOR(data[2], QKV_F32, 2, 8),
+         0},
         {"out: expected a tensor, got NULL", ctx, NULL, gate, up, 0},
-        {"out: expected shape [2, 16], got [1, 16]", ctx, TENSOR(data[0], QKV_F32, 1, 16), gate, up, 0},
+        {"out: expected shape [2, 16], got [1, 16]", ctx, TENSOR(data[0], QKV_F32, 1, 16), gate, up,
+         0},
         {"kind: expected QKV_SILU, QKV_GELU or QKV_GELU_TANH, got 3", ctx, out, gate, up, 3},
         {"kind: expected QKV_SILU, QKV_GELU or QKV_GELU_TANH, got -1", ctx, out, gate, up, -1},
         {shared, ctx, TENSOR(data[1] + 1, QKV_F32, 2, 16), gate, up, 0},

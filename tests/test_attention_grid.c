@@ -1,5 +1,5 @@
-/* test_attention_grid.c - thousands of small random attention problems, each on every CPU level; and
- * one axis at a time over all of its values, with the rest at random.
+/* test_attention_grid.c - thousands of small random attention problems, each on every CPU level;
+ * and one axis at a time over all of its values, with the rest at random.
  *
  * QKV_TEST_SEED and QKV_TEST_CASE=n, both printed with a failure, repeat case n of each test;
  * QKV_TEST_CASES=n runs so many random ones.

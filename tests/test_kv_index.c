@@ -72,8 +72,7 @@ static void kv_index_reads_every_form_alike(void **state)
         const int64_t n = b.requests, pool = test_below(2) ? 0 : (int64_t)b.max_page + 1;
         qi_kv_view view;
         DLTensor *const qo = TENSOR(b.qo_indptr, QKV_I32, n + 1);
-        const qkv_kv_index csr = {QKV_KV_INDEX_INIT,
-                                  .qo_indptr = qo,
+        const qkv_kv_index csr = {QKV_KV_INDEX_INIT, .qo_indptr = qo,
                                   .kv_indptr = TENSOR(b.kv_indptr, QKV_I32, n + 1),
                                   .kv_indices = TENSOR(b.kv_indices, QKV_I32, b.kv_indptr[n]),
                                   .kv_last_page_len = TENSOR(b.kv_last_page_len, QKV_I32, n)};
@@ -81,14 +80,11 @@ static void kv_index_reads_every_form_alike(void **state)
         check_view(&b, &view, 1);
         DLTensor *const table = TENSOR(b.block_table, QKV_I32, n, b.columns);
         table->strides[0] = MAX_PAGES;
-        const qkv_kv_index dense = {QKV_KV_INDEX_INIT,
-                                    .qo_indptr = qo,
-                                    .block_table = table,
+        const qkv_kv_index dense = {QKV_KV_INDEX_INIT, .qo_indptr = qo, .block_table = table,
                                     .kv_lens = TENSOR(b.kv_lens, QKV_I32, n)};
         EXPECT_OK(qi_kv_index_check(&dense, PAGE_SIZE, pool, &view));
         check_view(&b, &view, 1);
-        const qkv_kv_index ragged = {QKV_KV_INDEX_INIT,
-                                     .qo_indptr = qo,
+        const qkv_kv_index ragged = {QKV_KV_INDEX_INIT, .qo_indptr = qo,
                                      .kv_indptr = TENSOR(b.ragged_indptr, QKV_I32, n + 1)};
         EXPECT_OK(qi_kv_index_check(&ragged, 0, 0, &view));
         check_view(&b, &view, 0);
@@ -99,8 +95,7 @@ static void kv_index_reads_nothing_of_a_table_without_columns(void **state)
 {
     (void)state;
     int32_t qo[] = {0, 0, 0}, lens[] = {0, 0};
-    const qkv_kv_index index = {QKV_KV_INDEX_INIT,
-                                .qo_indptr = TENSOR(qo, QKV_I32, 3),
+    const qkv_kv_index index = {QKV_KV_INDEX_INIT, .qo_indptr = TENSOR(qo, QKV_I32, 3),
                                 .block_table = TENSOR(NULL, QKV_I32, 2, 0),
                                 .kv_lens = TENSOR(lens, QKV_I32, 2)};
     qi_kv_view view;
@@ -109,7 +104,8 @@ static void kv_index_reads_nothing_of_a_table_without_columns(void **state)
     assert_int_equal(view.max_page, -1);
 }
 
-/* ---- errors: two requests of 8 and 13 keys, one thing wrong ------------------------------------ */
+/* ---- errors: two requests of 8 and 13 keys, one thing wrong ------------------------------------
+ */
 
 static int32_t qo_good[] = {0, 1, 3}, qo_late[] = {1, 1, 3}, qo_falling[] = {0, 2, 1};
 static int32_t indptr_good[] = {2, 4, 7}, indptr_minus[] = {-1, 4, 7}, indptr_falling[] = {2, 4, 3};
@@ -124,8 +120,10 @@ static void kv_index_names_the_bad_entry(void **state)
 {
     (void)state;
     DLTensor *const qo = TENSOR(qo_good, QKV_I32, 3), *const ptr = TENSOR(indptr_good, QKV_I32, 3);
-    DLTensor *const ind = TENSOR(indices_good, QKV_I32, 9), *const last = TENSOR(last_good, QKV_I32, 2);
-    DLTensor *const table = TENSOR(table_good, QKV_I32, 2, 3), *const lens = TENSOR(lens_good, QKV_I32, 2);
+    DLTensor *const ind = TENSOR(indices_good, QKV_I32, 9), *const last =
+                                                                TENSOR(last_good, QKV_I32, 2);
+    DLTensor *const table = TENSOR(table_good, QKV_I32, 2, 3), *const lens =
+                                                                   TENSOR(lens_good, QKV_I32, 2);
     const struct {
         const char *why; /* NULL: fine */
         DLTensor *qo, *indptr, *indices, *last, *table, *lens;
@@ -135,39 +133,60 @@ static void kv_index_names_the_bad_entry(void **state)
         {NULL, qo, .table = table, .lens = lens, .page_size = 5, .pool = 10},
         {NULL, qo, ptr, .page_size = 0},
         {"qo_indptr: expected a tensor, got NULL", NULL, ptr, ind, last, .page_size = 5},
-        {"qo_indptr: expected at least 1 entry, got 0", TENSOR(qo_good, QKV_I32, 0), ptr, ind, last, .page_size = 5},
-        {"qo_indptr: expected dtype i32, got i64", TENSOR(qo_good, QKV_I64, 3), ptr, ind, last, .page_size = 5},
-        {"qo_indptr: expected a first entry of 0, got 1", TENSOR(qo_late, QKV_I32, 3), ptr, ind, last, .page_size = 5},
+        {"qo_indptr: expected at least 1 entry, got 0", TENSOR(qo_good, QKV_I32, 0), ptr, ind, last,
+         .page_size = 5},
+        {"qo_indptr: expected dtype i32, got i64", TENSOR(qo_good, QKV_I64, 3), ptr, ind, last,
+         .page_size = 5},
+        {"qo_indptr: expected a first entry of 0, got 1", TENSOR(qo_late, QKV_I32, 3), ptr, ind,
+         last, .page_size = 5},
         {"qo_indptr: expected entries that do not fall, got 1 after 2 (request 1, entry 2)",
          TENSOR(qo_falling, QKV_I32, 3), ptr, ind, last, .page_size = 5},
-        {"kv_indptr, block_table: expected exactly one form of page table, got neither", qo, .page_size = 5},
-        {"kv_indptr, block_table: expected exactly one form of page table, got both", qo, ptr, ind, last, table, lens, 5, 0},
-        {"kv_indptr, block_table: expected exactly one form of page table, got both", qo, .last = last, .table = table, .lens = lens, .page_size = 5},
+        {"kv_indptr, block_table: expected exactly one form of page table, got neither", qo,
+         .page_size = 5},
+        {"kv_indptr, block_table: expected exactly one form of page table, got both", qo, ptr, ind,
+         last, table, lens, 5, 0},
+        {"kv_indptr, block_table: expected exactly one form of page table, got both", qo,
+         .last = last, .table = table, .lens = lens, .page_size = 5},
         {"kv_indptr: expected a tensor, got NULL", qo, NULL, ind, last, .page_size = 5},
-        {"kv_indptr: expected shape [3], got [2]", qo, TENSOR(indptr_good, QKV_I32, 2), ind, last, .page_size = 5},
-        {"kv_indptr: expected a first entry >= 0, got -1 (entry 0)", qo, TENSOR(indptr_minus, QKV_I32, 3), ind, last, .page_size = 5},
-        {"kv_indptr: expected entries that do not fall, got 3 after 4 (request 1, entry 2)",
-         qo, TENSOR(indptr_falling, QKV_I32, 3), ind, last, .page_size = 5},
-        {"kv_indptr: expected fewer than 2^31 keys a request, got 2 pages (request 0)", qo, ptr, ind, last, .page_size = INT32_MAX},
+        {"kv_indptr: expected shape [3], got [2]", qo, TENSOR(indptr_good, QKV_I32, 2), ind, last,
+         .page_size = 5},
+        {"kv_indptr: expected a first entry >= 0, got -1 (entry 0)", qo,
+         TENSOR(indptr_minus, QKV_I32, 3), ind, last, .page_size = 5},
+        {"kv_indptr: expected entries that do not fall, got 3 after 4 (request 1, entry 2)", qo,
+         TENSOR(indptr_falling, QKV_I32, 3), ind, last, .page_size = 5},
+        {"kv_indptr: expected fewer than 2^31 keys a request, got 2 pages (request 0)", qo, ptr,
+         ind, last, .page_size = INT32_MAX},
         {"kv_indices: expected a tensor, got NULL", qo, ptr, NULL, last, .page_size = 5},
-        {"kv_indices: expected at least 7 entries, as kv_indptr says, got 6", qo, ptr, TENSOR(indices_good, QKV_I32, 6), last, .page_size = 5},
-        {"kv_indices: expected a page >= 0, got -6 (request 1, entry 1)", qo, ptr, TENSOR(indices_minus, QKV_I32, 7), last, .page_size = 5},
-        {"kv_indices: expected a page below 10, got 10 (request 1, entry 2)", qo, ptr, TENSOR(indices_far, QKV_I32, 7), last, .page_size = 5, .pool = 10},
+        {"kv_indices: expected at least 7 entries, as kv_indptr says, got 6", qo, ptr,
+         TENSOR(indices_good, QKV_I32, 6), last, .page_size = 5},
+        {"kv_indices: expected a page >= 0, got -6 (request 1, entry 1)", qo, ptr,
+         TENSOR(indices_minus, QKV_I32, 7), last, .page_size = 5},
+        {"kv_indices: expected a page below 10, got 10 (request 1, entry 2)", qo, ptr,
+         TENSOR(indices_far, QKV_I32, 7), last, .page_size = 5, .pool = 10},
         {NULL, qo, ptr, TENSOR(indices_far, QKV_I32, 7), last, .page_size = 5},
         {"kv_last_page_len: expected a tensor, got NULL", qo, ptr, ind, NULL, .page_size = 5},
-        {"kv_last_page_len: expected shape [2], got [1]", qo, ptr, ind, TENSOR(last_good, QKV_I32, 1), .page_size = 5},
-        {"kv_last_page_len: expected 1 to page_size = 5, got 0 (request 1)", qo, ptr, ind, TENSOR(last_zero, QKV_I32, 2), .page_size = 5},
-        {"kv_last_page_len: expected 1 to page_size = 5, got 6 (request 0)", qo, ptr, ind, TENSOR(last_long, QKV_I32, 2), .page_size = 5},
+        {"kv_last_page_len: expected shape [2], got [1]", qo, ptr, ind,
+         TENSOR(last_good, QKV_I32, 1), .page_size = 5},
+        {"kv_last_page_len: expected 1 to page_size = 5, got 0 (request 1)", qo, ptr, ind,
+         TENSOR(last_zero, QKV_I32, 2), .page_size = 5},
+        {"kv_last_page_len: expected 1 to page_size = 5, got 6 (request 0)", qo, ptr, ind,
+         TENSOR(last_long, QKV_I32, 2), .page_size = 5},
         {"block_table: expected a tensor, got NULL", qo, .lens = lens, .page_size = 5},
-        {"block_table: expected shape [2, *], got [3, 2]", qo, .table = TENSOR(table_good, QKV_I32, 3, 2), .lens = lens, .page_size = 5},
-        {"block_table: expected a page >= 0, got -5 (request 1, entry 0)", qo, .table = TENSOR(table_minus, QKV_I32, 2, 3), .lens = lens, .page_size = 5},
-        {"block_table: expected a page below 10, got 10 (request 0, entry 1)", qo, .table = TENSOR(table_far, QKV_I32, 2, 3), .lens = lens, .page_size = 5, .pool = 10},
+        {"block_table: expected shape [2, *], got [3, 2]", qo,
+         .table = TENSOR(table_good, QKV_I32, 3, 2), .lens = lens, .page_size = 5},
+        {"block_table: expected a page >= 0, got -5 (request 1, entry 0)", qo,
+         .table = TENSOR(table_minus, QKV_I32, 2, 3), .lens = lens, .page_size = 5},
+        {"block_table: expected a page below 10, got 10 (request 0, entry 1)", qo,
+         .table = TENSOR(table_far, QKV_I32, 2, 3), .lens = lens, .page_size = 5, .pool = 10},
         {"kv_lens: expected a tensor, got NULL", qo, .table = table, .page_size = 5},
-        {"kv_lens: expected >= 0, got -1 (request 1)", qo, .table = table, .lens = TENSOR(lens_minus, QKV_I32, 2), .page_size = 5},
-        {"kv_lens: expected at most what the 3 columns of block_table hold, got 16 (request 0)", qo, .table = table, .lens = TENSOR(lens_long, QKV_I32, 2), .page_size = 5},
+        {"kv_lens: expected >= 0, got -1 (request 1)", qo, .table = table,
+         .lens = TENSOR(lens_minus, QKV_I32, 2), .page_size = 5},
+        {"kv_lens: expected at most what the 3 columns of block_table hold, got 16 (request 0)", qo,
+         .table = table, .lens = TENSOR(lens_long, QKV_I32, 2), .page_size = 5},
         {"kv_indices: expected NULL, since ragged keys", qo, ptr, ind, .page_size = 0},
         {"kv_last_page_len: expected NULL, since ragged keys", qo, ptr, NULL, last, .page_size = 0},
-        {"block_table: expected NULL, since ragged keys", qo, .table = table, .lens = lens, .page_size = 0},
+        {"block_table: expected NULL, since ragged keys", qo, .table = table, .lens = lens,
+         .page_size = 0},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         const qkv_kv_index index = {QKV_KV_INDEX_INIT,

@@ -42,7 +42,8 @@ static void check_rows(const norm_case *c, const double *sum, const view *weight
             const double w = (double)c->weight_bias + view_get(weight, h);
             const double want = sum[i] * scale * w, got = view_get(out, i);
             /* below: f16 has subnormals, and weight + bias may cancel */
-            const double slack = 0x1p-24 * fabs(sum[i] * scale) * 2 + (c->dtype.bits == 16 ? 3e-8 : 0);
+            const double slack =
+                0x1p-24 * fabs(sum[i] * scale) * 2 + (c->dtype.bits == 16 ? 3e-8 : 0);
             if (!(fabs(got - want) <= bound * fabs(want) + slack))
                 fail_msg("%s: [%lld, %lld]: expected %.9g, got %.9g", c->why, (long long)t,
                          (long long)h, want, got);
@@ -125,8 +126,12 @@ static void check_slices(qkv_context *ctx, void *user)
     for (int i = 0; i < WIDTH; i++) weight[i] = 1;
     for (int i = 0; i < TOKENS * WIDE; i++) before[i] = wide[i] = (float)test_uniform(1);
     int64_t shape[] = {TOKENS, WIDTH}, strides[] = {WIDE, 1};
-    DLTensor x = {.data = wide, .device = {kDLCPU, 0}, .ndim = 2, .dtype = {2, 32, 1},
-                  .shape = shape, .strides = strides};
+    DLTensor x = {.data = wide,
+                  .device = {kDLCPU, 0},
+                  .ndim = 2,
+                  .dtype = {2, 32, 1},
+                  .shape = shape,
+                  .strides = strides};
     DLTensor out = x, residual = x;
     residual.data = wide + WIDTH;
     out.data = wide + 2 * WIDTH;
@@ -176,11 +181,14 @@ static void rmsnorm_names_the_bad_argument(void **state)
         {"ctx: expected a context", NULL, out, x, w, 0, 0},
         {"x: expected a tensor, got NULL", ctx, out, NULL, w, 0, 0},
         {"x: expected shape [*, *], got [16]", ctx, out, w, w, 0, 0},
-        {"x: expected dtype f32, f16 or bf16, got i32", ctx, out, TENSOR(data[1], QKV_I32, 2, 16), w, 0, 0},
-        {"x: expected hidden_size of at most 131072", ctx, out, TENSOR(data[1], QKV_F32, 0, 131073), w, 0, 0},
+        {"x: expected dtype f32, f16 or bf16, got i32", ctx, out, TENSOR(data[1], QKV_I32, 2, 16),
+         w, 0, 0},
+        {"x: expected hidden_size of at most 131072", ctx, out, TENSOR(data[1], QKV_F32, 0, 131073),
+         w, 0, 0},
         {"out: expected a tensor, got NULL", ctx, NULL, x, w, 0, 0},
         {"out: expected dtype f32, got bf16", ctx, TENSOR(data[0], QKV_BF16, 2, 16), x, w, 0, 0},
-        {"out: expected shape [2, 16], got [2, 15]", ctx, TENSOR(data[0], QKV_F32, 2, 15), x, w, 0, 0},
+        {"out: expected shape [2, 16], got [2, 15]", ctx, TENSOR(data[0], QKV_F32, 2, 15), x, w, 0,
+         0},
         {"weight: expected a tensor, got NULL", ctx, out, x, NULL, 0, 0},
         {"weight: expected shape [16], got [15]", ctx, out, x, TENSOR(data[2], QKV_F32, 15), 0, 0},
         {"weight: expected dtype f32, got f16", ctx, out, x, TENSOR(data[2], QKV_F16, 16), 0, 0},

@@ -87,7 +87,8 @@ static void build(page_case *c)
             view_new(&c->cache[i], c->cache_dtype[i], c->pad,
                      TEST_SHAPE(c->pages, 2, a, b, c->dim[i]));
         else
-            view_new(&c->cache[i], c->cache_dtype[i], c->pad, TEST_SHAPE(c->pages, a, b, c->dim[i]));
+            view_new(&c->cache[i], c->cache_dtype[i], c->pad,
+                     TEST_SHAPE(c->pages, a, b, c->dim[i]));
         if (c->swapped) swap_axes(&c->cache[i], c->combined ? 2 : 1);
         c->expected[i] = malloc(c->cache[i].bytes);
         assert_non_null(c->expected[i]);
@@ -195,8 +196,7 @@ static void append_random(qkv_context *ctx, void *user)
                                   .kv_indptr = TENSOR(b.kv_indptr, QKV_I32, n + 1),
                                   .kv_indices = TENSOR(b.kv_indices, QKV_I32, b.kv_indptr[n]),
                                   .kv_last_page_len = TENSOR(b.kv_last_page_len, QKV_I32, n)};
-        const qkv_kv_index dense = {QKV_KV_INDEX_INIT,
-                                    .qo_indptr = csr.qo_indptr,
+        const qkv_kv_index dense = {QKV_KV_INDEX_INIT, .qo_indptr = csr.qo_indptr,
                                     .block_table = blocks,
                                     .kv_lens = TENSOR(b.kv_lens, QKV_I32, n)};
         EXPECT_OK(qkv_kv_append(ctx, &c.cache[0].t, v_cache(&c), c.layout, &c.rows[0].t,
@@ -204,8 +204,8 @@ static void append_random(qkv_context *ctx, void *user)
                                 use_positions ? TENSOR(b.positions, QKV_I32, c.nnz) : NULL, NULL));
         for (int64_t r = 0; r < n; r++)
             for (int64_t row = b.qo_indptr[r]; row < b.qo_indptr[r + 1]; row++) {
-                const int64_t position = use_positions ? b.positions[row]
-                                                       : b.kv_lens[r] + row - b.qo_indptr[r + 1];
+                const int64_t position =
+                    use_positions ? b.positions[row] : b.kv_lens[r] + row - b.qo_indptr[r + 1];
                 expect_row(&c, row, b.block_table[r][position / c.page_size],
                            position % c.page_size);
             }
@@ -247,11 +247,10 @@ static void append_slots_random(qkv_context *ctx, void *user)
             if (slots64[row] >= 0)
                 expect_row(&c, row, slots64[row] / c.page_size, slots64[row] % c.page_size);
         }
-        EXPECT_OK(qkv_kv_append_slots(ctx, &c.cache[0].t, v_cache(&c), c.layout, &c.rows[0].t,
-                                      &c.rows[1].t,
-                                      test_below(2) ? TENSOR(slots32, QKV_I32, c.nnz)
-                                                    : TENSOR(slots64, QKV_I64, c.nnz),
-                                      NULL));
+        EXPECT_OK(qkv_kv_append_slots(
+            ctx, &c.cache[0].t, v_cache(&c), c.layout, &c.rows[0].t, &c.rows[1].t,
+            test_below(2) ? TENSOR(slots32, QKV_I32, c.nnz) : TENSOR(slots64, QKV_I64, c.nnz),
+            NULL));
         check_and_free(&c, qkv_context_device_name(ctx), "append_slots");
     }
 }
@@ -287,10 +286,13 @@ static void copy_random(qkv_context *ctx, void *user)
         for (int p = 0; p < num_pools; p++) {
             const int64_t a = 1 + test_below(5), b = 1 + test_below(5), d = 1 + test_below(70);
             const DLDataType dtype = dtypes[test_below(6)];
-            if (test_below(3)) view_new(&pools[p], dtype, pad, TEST_SHAPE(pages, a, b, d));
-            else view_new(&pools[p], dtype, pad, TEST_SHAPE(pages, 2, a, b, d));
+            if (test_below(3))
+                view_new(&pools[p], dtype, pad, TEST_SHAPE(pages, a, b, d));
+            else
+                view_new(&pools[p], dtype, pad, TEST_SHAPE(pages, 2, a, b, d));
             if (test_below(3) == 0) swap_axes(&pools[p], pools[p].t.ndim - 3);
-            for (size_t x = 0; x < pools[p].bytes; x++) pools[p].block[x] = (unsigned char)test_u64();
+            for (size_t x = 0; x < pools[p].bytes; x++)
+                pools[p].block[x] = (unsigned char)test_u64();
             expected[p] = malloc(pools[p].bytes);
             assert_non_null(expected[p]);
             memcpy(expected[p], pools[p].block, pools[p].bytes);
@@ -300,7 +302,8 @@ static void copy_random(qkv_context *ctx, void *user)
         const int64_t n = test_below(pages); /* into the first n, from any of the others */
         for (int64_t x = 0; x < n; x++) {
             src[x] = order[n + test_below(pages - n)];
-            for (int p = 0; p < num_pools; p++) expect_copy(&pools[p], expected[p], order[x], src[x]);
+            for (int p = 0; p < num_pools; p++)
+                expect_copy(&pools[p], expected[p], order[x], src[x]);
         }
         EXPECT_OK(qkv_kv_copy_pages(ctx, &pools[0].t, num_pools > 1 ? &pools[1].t : NULL,
                                     TENSOR(src, QKV_I32, n), TENSOR(order, QKV_I32, n), NULL));
@@ -345,8 +348,11 @@ static void page_append_names_the_bad_argument(void **state)
     int32_t at[] = {2, 4, 0}, beyond[] = {2, 5, 0}, before[] = {2, 4, -1};
     DLTensor *const q = TENSOR(qo, QKV_I32, 3), *const n = TENSOR(lens, QKV_I32, 2);
     DLTensor *const t = TENSOR(table, QKV_I32, 2, 2), *const p = TENSOR(at, QKV_I32, NNZ);
-#define INDEX(qo_indptr_, table_) \
-    &(qkv_kv_index){QKV_KV_INDEX_INIT, .qo_indptr = qo_indptr_, .block_table = table_, .kv_lens = n}
+#define INDEX(qo_indptr_, table_)                                                                  \
+    &(qkv_kv_index)                                                                                \
+    {                                                                                              \
+        QKV_KV_INDEX_INIT, .qo_indptr = qo_indptr_, .block_table = table_, .kv_lens = n            \
+    }
     const qkv_kv_index *const good = INDEX(q, t);
     DLTensor *const wide_rows = TENSOR(rows[0], QKV_F32, NNZ, HEADS, DIM + 8);
     DLTensor *const more_rows = TENSOR(rows[1], QKV_F32, NNZ + 1, HEADS, DIM);
@@ -407,7 +413,8 @@ static void page_append_names_the_bad_argument(void **state)
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         EXPECT_FAIL(QKV_ERR_INVALID, cases[i].why,
                     qkv_kv_append(ctx, cases[i].k_cache, cases[i].v_cache, cases[i].layout,
-                                  cases[i].k, cases[i].v, cases[i].index, cases[i].positions, NULL));
+                                  cases[i].k, cases[i].v, cases[i].index, cases[i].positions,
+                                  NULL));
     }
     EXPECT_FAIL(QKV_ERR_INVALID, "ctx: expected",
                 qkv_kv_append(NULL, kc, vc, 0, k, v, good, p, NULL));
@@ -467,7 +474,8 @@ static void page_copy_names_the_bad_argument(void **state)
         {"dst: expected shape [2], got [1]", kc, vc, src, TENSOR(two, QKV_I32, 1)},
         {"src: expected a page from 0 to 3, got -1 (entry 1)", kc, vc, TENSOR(minus, QKV_I32, 2),
          TENSOR(one, QKV_I32, 2)},
-        {"src: expected a page from 0 to 3, got 4 (entry 0)", kc, NULL, TENSOR(far, QKV_I32, 2), src},
+        {"src: expected a page from 0 to 3, got 4 (entry 0)", kc, NULL, TENSOR(far, QKV_I32, 2),
+         src},
         {"dst: expected a page from 0 to 3, got 4 (entry 0)", kc, vc, src, TENSOR(far, QKV_I32, 2)},
         {"dst: expected no page twice, got 3 again (entry 1)", kc, vc, src,
          TENSOR(same, QKV_I32, 2)},

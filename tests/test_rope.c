@@ -17,11 +17,25 @@ static const rope_case cases[] = {
     {"no heads of q", 5, 0, 2, 16, {.rotary_dim = 0}, 1000},
     {"a small model", 90, 9, 3, 64, {.rotary_dim = 0}, 8192},
     {"a small model from GGUF", 90, 9, 3, 64, {.interleaved = 1}, 8192},
-    {"Llama 3.1", 20, 8, 2, 128,
-     {.theta = 500000, .scale = 8, .low_freq = 1, .high_freq = 4, .old_context = 8192}, 131072},
-    {"Llama 3.1, interleaved", 20, 8, 2, 128,
-     {.theta = 500000, .scale = 8, .low_freq = 1, .high_freq = 4, .old_context = 8192,
-      .interleaved = 1}, 131072},
+    {"Llama 3.1",
+     20,
+     8,
+     2,
+     128,
+     {.theta = 500000, .scale = 8, .low_freq = 1, .high_freq = 4, .old_context = 8192},
+     131072},
+    {"Llama 3.1, interleaved",
+     20,
+     8,
+     2,
+     128,
+     {.theta = 500000,
+      .scale = 8,
+      .low_freq = 1,
+      .high_freq = 4,
+      .old_context = 8192,
+      .interleaved = 1},
+     131072},
     {"linear scaling", 9, 4, 4, 32, {.theta = 1000, .scale = 3.5f}, 100000},
     {"partial", 7, 3, 2, 80, {.rotary_dim = 20}, 2048},
     {"partial, interleaved, odd rest", 7, 3, 2, 77, {.rotary_dim = 38, .interleaved = 1}, 2048},
@@ -36,7 +50,8 @@ static const rope_case cases[] = {
 static long double reference_frequency(const qkv_rope_spec *s, int64_t head_dim, int64_t pair)
 {
     const int64_t rotary = s->rotary_dim ? s->rotary_dim : head_dim;
-    const long double theta = s->theta != 0 ? s->theta : 10000, scale = s->scale != 0 ? s->scale : 1;
+    const long double theta = s->theta != 0 ? s->theta : 10000,
+                      scale = s->scale != 0 ? s->scale : 1;
     const long double freq = powl(theta, -2.0L * (long double)pair / (long double)rotary);
     if (s->low_freq == 0) return freq / scale;
     const long double w = 2 * 3.14159265358979323846264338327950288L / freq;
@@ -48,8 +63,8 @@ static long double reference_frequency(const qkv_rope_spec *s, int64_t head_dim,
 }
 
 /* Compares out with in [nnz, heads, head_dim], rotated by the first `rows` positions. */
-static void check_rotated(const rope_case *c, const double *in, const view *out, const int32_t *positions,
-                          int64_t rows)
+static void check_rotated(const rope_case *c, const double *in, const view *out,
+                          const int32_t *positions, int64_t rows)
 {
     const int64_t heads = out->shape[1], dim = c->head_dim;
     const int64_t rotary = c->spec.rotary_dim ? c->spec.rotary_dim : dim, pairs = rotary / 2;
@@ -67,13 +82,14 @@ static void check_rotated(const rope_case *c, const double *in, const view *out,
                 const int64_t i = row + (c->spec.interleaved ? 2 * p : p);
                 const int64_t j = row + (c->spec.interleaved ? 2 * p + 1 : p + pairs);
                 const double x = in[i] * cosine - in[j] * sine, y = in[i] * sine + in[j] * cosine;
-                const double bound = slack * (fabs(in[i]) + fabs(in[j])) +
-                                     (out->t.dtype.bits == 16 ? 3e-8 : 0);
+                const double bound =
+                    slack * (fabs(in[i]) + fabs(in[j])) + (out->t.dtype.bits == 16 ? 3e-8 : 0);
                 if (!(fabs(view_get(out, i) - x) <= eps * fabs(x) + bound &&
                       fabs(view_get(out, j) - y) <= eps * fabs(y) + bound))
-                    fail_msg("%s: [%lld, %lld] pair %lld at %d: expected %.9g, %.9g, got %.9g, %.9g",
-                             c->why, (long long)t, (long long)h, (long long)p, (int)positions[t], x, y,
-                             view_get(out, i), view_get(out, j));
+                    fail_msg(
+                        "%s: [%lld, %lld] pair %lld at %d: expected %.9g, %.9g, got %.9g, %.9g",
+                        c->why, (long long)t, (long long)h, (long long)p, (int)positions[t], x, y,
+                        view_get(out, i), view_get(out, j));
             }
         }
     for (int64_t t = 0; t < rows * heads; t++)
@@ -83,15 +99,16 @@ static void check_rotated(const rope_case *c, const double *in, const view *out,
 }
 
 /* Requests of random length, some empty, over the first rows; returns how many rows they cover. */
-static int64_t random_requests(const rope_case *c, int32_t *indptr, int32_t *offsets, int32_t *positions,
-                               int requests)
+static int64_t random_requests(const rope_case *c, int32_t *indptr, int32_t *offsets,
+                               int32_t *positions, int requests)
 {
     indptr[0] = 0;
     for (int r = 0; r < requests; r++) {
         const int64_t left = c->nnz - indptr[r];
         indptr[r + 1] = indptr[r] + (int32_t)(test_below(3) ? test_below(left / 2 + 1) : 0);
         offsets[r] = (int32_t)test_uniform(c->furthest - 100);
-        for (int32_t t = indptr[r]; t < indptr[r + 1]; t++) positions[t] = offsets[r] + t - indptr[r];
+        for (int32_t t = indptr[r]; t < indptr[r + 1]; t++)
+            positions[t] = offsets[r] + t - indptr[r];
     }
     return indptr[requests];
 }
@@ -117,7 +134,8 @@ static void check_case(qkv_context *ctx, const rope_case *c, DLDataType dtype, i
         by_request ? random_requests(c, indptr, offsets, positions, REQUESTS) : c->nnz;
     qkv_rope_spec spec = c->spec;
     spec.struct_size = sizeof spec;
-    EXPECT_OK(qkv_rope(ctx, &spec, &q[to].t, &q[0].t, with_k ? &k[to].t : NULL, with_k ? &k[0].t : NULL,
+    EXPECT_OK(qkv_rope(ctx, &spec, &q[to].t, &q[0].t, with_k ? &k[to].t : NULL,
+                       with_k ? &k[0].t : NULL,
                        by_request ? NULL : TENSOR(positions, QKV_I32, c->nnz),
                        by_request ? TENSOR(indptr, QKV_I32, REQUESTS + 1) : NULL,
                        by_request ? TENSOR(offsets, QKV_I32, REQUESTS) : NULL, NULL));
@@ -195,8 +213,12 @@ static void check_fused(qkv_context *ctx, void *user)
     int64_t shape[] = {TOKENS, HEADS, DIM}, strides[] = {3 * WIDTH, DIM, 1};
     DLTensor part[2];
     for (int i = 0; i < 2; i++) {
-        part[i] = (DLTensor){.data = fused[0][i], .device = {kDLCPU, 0}, .ndim = 3,
-                             .dtype = {2, 32, 1}, .shape = shape, .strides = strides};
+        part[i] = (DLTensor){.data = fused[0][i],
+                             .device = {kDLCPU, 0},
+                             .ndim = 3,
+                             .dtype = {2, 32, 1},
+                             .shape = shape,
+                             .strides = strides};
         for (int t = 0; t < TOKENS; t++) memcpy(apart[i][t], fused[t][i], sizeof apart[i][t]);
     }
     DLTensor *const q = TENSOR(apart[0], QKV_F32, TOKENS, HEADS, DIM);
@@ -225,7 +247,8 @@ static void rope_names_the_bad_argument(void **state)
     EXPECT_OK(qkv_context_create(NULL, &ctx));
     float data[4][64];
     memset(data, VIEW_POISON, sizeof data);
-    int32_t numbers[] = {0, 2, 4}, rising[] = {1, 2, 4}, falling[] = {0, 2, 1}, beyond[] = {0, 2, 5};
+    int32_t numbers[] = {0, 2, 4}, rising[] = {1, 2, 4}, falling[] = {0, 2, 1},
+            beyond[] = {0, 2, 5};
     const struct {
         const char *why;
         int no_ctx, no_spec;
@@ -233,9 +256,12 @@ static void rope_names_the_bad_argument(void **state)
     } specs[] = {
         {"ctx: expected a context", .no_ctx = 1},
         {"spec: expected", .no_spec = 1},
-        {"rotary_dim: expected an even number up to head_dim = 8 and 4096, got 3", .spec.rotary_dim = 3},
-        {"rotary_dim: expected an even number up to head_dim = 8 and 4096, got 10", .spec.rotary_dim = 10},
-        {"rotary_dim: expected an even number up to head_dim = 8 and 4096, got -2", .spec.rotary_dim = -2},
+        {"rotary_dim: expected an even number up to head_dim = 8 and 4096, got 3",
+         .spec.rotary_dim = 3},
+        {"rotary_dim: expected an even number up to head_dim = 8 and 4096, got 10",
+         .spec.rotary_dim = 10},
+        {"rotary_dim: expected an even number up to head_dim = 8 and 4096, got -2",
+         .spec.rotary_dim = -2},
         {"interleaved: expected 0 or 1, got 2", .spec.interleaved = 2},
         {"theta: expected >= 1, or 0 for 10000, got -1", .spec.theta = -1},
         {"theta: expected >= 1, or 0 for 10000, got nan", .spec.theta = NAN},
@@ -255,8 +281,8 @@ static void rope_names_the_bad_argument(void **state)
         qkv_rope_spec spec = specs[i].spec;
         spec.struct_size = sizeof spec;
         EXPECT_FAIL(QKV_ERR_INVALID, specs[i].why,
-                    qkv_rope(specs[i].no_ctx ? NULL : ctx, specs[i].no_spec ? NULL : &spec, qo, q, ko, k,
-                             NULL, ptr, off, NULL));
+                    qkv_rope(specs[i].no_ctx ? NULL : ctx, specs[i].no_spec ? NULL : &spec, qo, q,
+                             ko, k, NULL, ptr, off, NULL));
     }
     const struct {
         const char *why;
@@ -266,26 +292,40 @@ static void rope_names_the_bad_argument(void **state)
         const DLTensor *k, *positions, *indptr, *offsets;
     } args[] = {
         {"q: expected a tensor, got NULL", qo, NULL, ko, k, NULL, ptr, off},
-        {"q: expected dtype f32, f16 or bf16, got i8", qo, TENSOR(data[0], QKV_I8, 4, 2, 8), ko, k, NULL, ptr, off},
-        {"q: expected shape [*, *, *], got [4, 16]", qo, TENSOR(data[0], QKV_F32, 4, 16), ko, k, NULL, ptr, off},
+        {"q: expected dtype f32, f16 or bf16, got i8", qo, TENSOR(data[0], QKV_I8, 4, 2, 8), ko, k,
+         NULL, ptr, off},
+        {"q: expected shape [*, *, *], got [4, 16]", qo, TENSOR(data[0], QKV_F32, 4, 16), ko, k,
+         NULL, ptr, off},
         {"q_out: expected a tensor, got NULL", NULL, q, ko, k, NULL, ptr, off},
         {"q_out: expected shape [4, 2, 8], got [4, 1, 8]", ko, q, ko, k, NULL, ptr, off},
-        {"q_out: expected q itself or memory apart from it", TENSOR(data[0] + 1, QKV_F32, 4, 2, 8), q, ko, k, NULL, ptr, off},
+        {"q_out: expected q itself or memory apart from it", TENSOR(data[0] + 1, QKV_F32, 4, 2, 8),
+         q, ko, k, NULL, ptr, off},
         {"k, k_out: expected both or neither, got one", qo, q, NULL, k, NULL, ptr, off},
         {"k, k_out: expected both or neither, got one", qo, q, ko, NULL, NULL, ptr, off},
-        {"k: expected dtype f32, got bf16", qo, q, ko, TENSOR(data[1], QKV_BF16, 4, 1, 8), NULL, ptr, off},
-        {"k: expected shape [4, *, 8], got [3, 1, 8]", qo, q, ko, TENSOR(data[1], QKV_F32, 3, 1, 8), NULL, ptr, off},
+        {"k: expected dtype f32, got bf16", qo, q, ko, TENSOR(data[1], QKV_BF16, 4, 1, 8), NULL,
+         ptr, off},
+        {"k: expected shape [4, *, 8], got [3, 1, 8]", qo, q, ko, TENSOR(data[1], QKV_F32, 3, 1, 8),
+         NULL, ptr, off},
         {"k_out: expected shape [4, 1, 8], got [4, 2, 8]", qo, q, qo, k, NULL, ptr, off},
-        {"k_out: expected q and q_out apart from k and k_out", qo, q, TENSOR(data[2], QKV_F32, 4, 1, 8), k, NULL, ptr, off},
-        {"positions: expected positions, or indptr and offsets, got neither", qo, q, ko, k, NULL, NULL, NULL},
-        {"positions: expected positions, or indptr and offsets, got neither", qo, q, ko, k, NULL, ptr, NULL},
-        {"positions: expected NULL with indptr and offsets, got both forms", qo, q, ko, k, pos, ptr, NULL},
+        {"k_out: expected q and q_out apart from k and k_out", qo, q,
+         TENSOR(data[2], QKV_F32, 4, 1, 8), k, NULL, ptr, off},
+        {"positions: expected positions, or indptr and offsets, got neither", qo, q, ko, k, NULL,
+         NULL, NULL},
+        {"positions: expected positions, or indptr and offsets, got neither", qo, q, ko, k, NULL,
+         ptr, NULL},
+        {"positions: expected NULL with indptr and offsets, got both forms", qo, q, ko, k, pos, ptr,
+         NULL},
         {"positions: expected shape [4], got [3]", qo, q, ko, k, pos, NULL, NULL},
-        {"positions: expected dtype i32, got i64", qo, q, ko, k, TENSOR(data[0], QKV_I64, 4), NULL, NULL},
-        {"indptr: expected at least 1 entry, got 0", qo, q, ko, k, NULL, TENSOR(numbers, QKV_I32, 0), off},
-        {"indptr: expected a first entry of 0, got 1 (entry 0)", qo, q, ko, k, NULL, TENSOR(rising, QKV_I32, 3), off},
-        {"indptr: expected entries that do not fall, got 1 after 2 (request 1", qo, q, ko, k, NULL, TENSOR(falling, QKV_I32, 3), off},
-        {"indptr: expected at most 4 rows, got 5", qo, q, ko, k, NULL, TENSOR(beyond, QKV_I32, 3), off},
+        {"positions: expected dtype i32, got i64", qo, q, ko, k, TENSOR(data[0], QKV_I64, 4), NULL,
+         NULL},
+        {"indptr: expected at least 1 entry, got 0", qo, q, ko, k, NULL,
+         TENSOR(numbers, QKV_I32, 0), off},
+        {"indptr: expected a first entry of 0, got 1 (entry 0)", qo, q, ko, k, NULL,
+         TENSOR(rising, QKV_I32, 3), off},
+        {"indptr: expected entries that do not fall, got 1 after 2 (request 1", qo, q, ko, k, NULL,
+         TENSOR(falling, QKV_I32, 3), off},
+        {"indptr: expected at most 4 rows, got 5", qo, q, ko, k, NULL, TENSOR(beyond, QKV_I32, 3),
+         off},
         {"offsets: expected shape [2], got [3]", qo, q, ko, k, NULL, ptr, pos},
     };
     for (size_t i = 0; i < sizeof args / sizeof *args; i++)

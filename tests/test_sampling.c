@@ -37,8 +37,12 @@ static const struct {
     const char *why;
     int64_t batch, vocab;
 } shapes[] = {
-    {"no rows", 0, 5},          {"one of each", 1, 1},         {"a short row", 3, 7},
-    {"vectors and a rest", 2, 131}, {"more rows than threads", 9, 1000}, {"a real vocab", 2, 49152},
+    {"no rows", 0, 5},
+    {"one of each", 1, 1},
+    {"a short row", 3, 7},
+    {"vectors and a rest", 2, 131},
+    {"more rows than threads", 9, 1000},
+    {"a real vocab", 2, 49152},
     {"odd and large", 1, 65537},
 };
 
@@ -134,9 +138,9 @@ typedef struct options {
 } options;
 
 /*
- * Is token what the definition in qkv/sampling.h gives? The library's masses are fixed-point numbers of
- * at least 2^-44 of the largest, so where the definition's sums come within `slack` of a boundary either
- * side is right.
+ * Is token what the definition in qkv/sampling.h gives? The library's masses are fixed-point
+ * numbers of at least 2^-44 of the largest, so where the definition's sums come within `slack` of a
+ * boundary either side is right.
  */
 static int is_right(const void *logits, DLDataType dtype, int64_t row, int64_t vocab, options o,
                     int32_t token)
@@ -160,7 +164,8 @@ static int is_right(const void *logits, DLDataType dtype, int64_t row, int64_t v
     /* every count of kept tokens that rounding allows: nearly always one */
     for (int64_t end = kept; end <= n; end++) {
         double mass = 0;
-        for (int64_t i = 0; i < end && MASS(i) >= (double)o.min_p * (1 - slack); i++) mass += MASS(i);
+        for (int64_t i = 0; i < end && MASS(i) >= (double)o.min_p * (1 - slack); i++)
+            mass += MASS(i);
         const double u = (double)qi_philox_u64(o.seed, o.offset) / 0x1p64 * mass;
         double below = 0;
         for (int64_t i = 0; i < end; i++) {
@@ -306,8 +311,8 @@ static void sample_draws_the_distribution(void **state)
     const qkv_sampling_params params = {QKV_SAMPLING_PARAMS_INIT,
                                         .seed = TENSOR(seed, QKV_U64, DRAWS),
                                         .offset = TENSOR(offset, QKV_U64, DRAWS)};
-    EXPECT_OK(qkv_sample(ctx, TENSOR(tokens, QKV_I32, DRAWS),
-                         TENSOR(logits, QKV_F32, DRAWS, KINDS), &params, NULL));
+    EXPECT_OK(qkv_sample(ctx, TENSOR(tokens, QKV_I32, DRAWS), TENSOR(logits, QKV_F32, DRAWS, KINDS),
+                         &params, NULL));
     qkv_context_destroy(ctx);
     double seen[KINDS] = {0}, chi_square = 0;
     for (int d = 0; d < DRAWS; d++) seen[tokens[d]]++;
@@ -332,7 +337,7 @@ static void sampling_names_the_bad_argument(void **state)
     uint64_t seed[2] = {0};
     DLTensor *t = TENSOR(tokens, QKV_I32, 2), *x = TENSOR(logits, QKV_F32, 2, 8);
     DLTensor *s = TENSOR(seed, QKV_U64, 2);
-#define SAMPLE(...) \
+#define SAMPLE(...)                                                                                \
     qkv_sample(ctx, t, x, &(qkv_sampling_params){QKV_SAMPLING_PARAMS_INIT, __VA_ARGS__}, NULL)
     const qkv_status invalid = QKV_ERR_INVALID;
     EXPECT_FAIL(invalid, "ctx", qkv_argmax(NULL, t, x, NULL));
@@ -342,9 +347,9 @@ static void sampling_names_the_bad_argument(void **state)
     EXPECT_FAIL(invalid, "tokens", qkv_argmax(ctx, TENSOR(tokens, QKV_F32, 2), x, NULL));
     EXPECT_FAIL(invalid, "vocab", qkv_argmax(ctx, t, TENSOR(logits, QKV_F32, 2, 0), NULL));
     EXPECT_FAIL(invalid, "tokens", qkv_argmax(ctx, TENSOR(logits, QKV_I32, 2), x, NULL));
-    EXPECT_FAIL(invalid, "ctx",
-                qkv_sample(NULL, t, x, &(qkv_sampling_params){QKV_SAMPLING_PARAMS_INIT, .seed = s},
-                           NULL));
+    EXPECT_FAIL(
+        invalid, "ctx",
+        qkv_sample(NULL, t, x, &(qkv_sampling_params){QKV_SAMPLING_PARAMS_INIT, .seed = s}, NULL));
     EXPECT_FAIL(invalid, "params", qkv_sample(ctx, t, x, NULL, NULL));
     EXPECT_FAIL(invalid, "params", qkv_sample(ctx, t, x, &(qkv_sampling_params){.seed = s}, NULL));
     EXPECT_FAIL(invalid, "seed", SAMPLE(.seed = NULL));

@@ -21,9 +21,9 @@ static void draw_lengths(const problem *p, attention_problem *a, data_random *ra
     for (int64_t r = 0; r < a->batch; r++) harmonic += 1 / (double)(r + 1);
     for (int64_t r = 0; r < a->batch; r++) {
         double n = (double)kv_len;
-        if (dist == DIST_UNIFORM) n = (double)(kv_len - data_below(random, kv_len - kv_len / 2 + 1));
-        if (dist == DIST_ZIPF)
-            n = (double)kv_len * (double)a->batch / harmonic / (double)(r + 1);
+        if (dist == DIST_UNIFORM)
+            n = (double)(kv_len - data_below(random, kv_len - kv_len / 2 + 1));
+        if (dist == DIST_ZIPF) n = (double)kv_len * (double)a->batch / harmonic / (double)(r + 1);
         a->kv_len[r] = n < 1 ? 1 : n > 0x7fffffff ? 0x7fffffff : (int32_t)n;
     }
     data_shuffle(random, a->kv_len, a->batch);
@@ -52,17 +52,13 @@ attention_problem attention_problem_create(const problem *p, data_random *random
 {
     const problem_value *v = p->value;
     attention_problem a = {
-        .spec = {QKV_ATTENTION_SPEC_INIT,
-                 .num_qo_heads = (int32_t)v[KEY_HEADS].first,
+        .spec = {QKV_ATTENTION_SPEC_INIT, .num_qo_heads = (int32_t)v[KEY_HEADS].first,
                  .num_kv_heads = (int32_t)v[KEY_HEADS].second,
                  .head_dim_qk = (int32_t)v[KEY_HEAD_DIM].first,
                  .head_dim_vo = (int32_t)v[KEY_HEAD_DIM].second,
-                 .page_size = (int32_t)v[KEY_PAGE].first,
-                 .kv_layout = (int32_t)v[KEY_LAYOUT].first,
-                 .mask = (int32_t)v[KEY_MASK].first,
-                 .dtype_q = problem_dtype(p, KEY_Q),
-                 .dtype_kv = problem_dtype(p, KEY_KV),
-                 .dtype_o = problem_dtype(p, KEY_O)},
+                 .page_size = (int32_t)v[KEY_PAGE].first, .kv_layout = (int32_t)v[KEY_LAYOUT].first,
+                 .mask = (int32_t)v[KEY_MASK].first, .dtype_q = problem_dtype(p, KEY_Q),
+                 .dtype_kv = problem_dtype(p, KEY_KV), .dtype_o = problem_dtype(p, KEY_O)},
         .batch = v[KEY_BATCH].first,
     };
     if (v[KEY_CAP].real > 0) {

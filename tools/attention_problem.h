@@ -12,9 +12,9 @@
 typedef struct attention_problem {
     qkv_attention_spec spec;
     qkv_attention_limits limits;
-    int64_t batch, num_tokens, num_pages, num_keys; /* all requests together                       */
-    int64_t pool_slots;       /* tokens that the pool holds: whole pages, or num_keys when ragged  */
-    int32_t *qo_len, *kv_len; /* [batch]                                                           */
+    int64_t batch, num_tokens, num_pages, num_keys; /* all requests together */
+    int64_t pool_slots;       /* tokens that the pool holds: whole pages, or num_keys when ragged */
+    int32_t *qo_len, *kv_len; /* [batch] */
 } attention_problem;
 
 bool attention_problem_is(const problem *p); /* decode, prefill or mixed */

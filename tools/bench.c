@@ -9,7 +9,7 @@
 
 static const bench_op *const ops[] = {
     &bench_decode,  &bench_prefill, &bench_mixed, &bench_append, &bench_gemm,
-    &bench_rmsnorm, &bench_rope,    &bench_silu,  &bench_argmax, &bench_sample,
+    &bench_rmsnorm, &bench_rope,    &bench_gated, &bench_argmax, &bench_sample,
 };
 
 struct bench_session {
@@ -21,8 +21,7 @@ struct bench_session {
 
 /* What a problem's timing is held against. */
 typedef struct limits {
-    double memory, compute; /* GB/s; GFLOP/s */
-    const char *memory_name, *compute_name;
+    ceiling_value memory, compute; /* GB/s; GFLOP/s */
 } limits;
 
 typedef struct timing {
@@ -30,13 +29,22 @@ typedef struct timing {
     int64_t num_runs;
 } timing;
 
-/* ---- for drivers ------------------------------------------------------------------------------ */
+/* ---- for drivers --------------------------------------------------------------------------- */
 
-int64_t bench_num_sets(const bench *b, double touched, double held)
+void *bench_alloc(bench *b, double count, size_t size)
 {
-    if (bench_int(b, KEY_DATA) == DATA_CACHE) return 1;
-    const double sets = fmin(ceil((double)data_rotation_bytes() / fmax(touched, 64)), 4e9 / held);
-    return sets < 1 ? 1 : (int64_t)sets;
+    const int room = sizeof b->blocks / sizeof b->blocks[0];
+    if (b->num_blocks == room) tool_die(EXIT_WRONG, "%s: more than %d blocks", b->p->op, room);
+    return b->blocks[b->num_blocks++] = data_alloc(count, size);
+}
+
+void bench_rotate(bench *b, double touched, double held)
+{
+    b->num_sets = 1;
+    if (bench_int(b, KEY_DATA) == DATA_CACHE)
+        b->cached_bytes = touched;
+    else
+        b->num_sets = (int64_t)fmax(1, fmin((double)data_rotation_bytes() / touched, 4e9 / held));
 }
 
 typedef struct row_search {
@@ -69,11 +77,18 @@ void bench_expect(const bench *b, double got, double want, double tolerance, con
     va_end(args);
     char text[PROBLEM_TEXT];
     problem_print(b->p, text);
-    tool_die(EXIT_WRONG, "WRONG RESULT: %s %s: %s: expected %.9g within %.3g, got %.9g", b->p->op, text,
-             place, want, tolerance, got);
+    tool_die(EXIT_WRONG, "WRONG RESULT: %s %s: %s: expected %.9g within %.3g, got %.9g", b->p->op,
+             text, place, want, tolerance, got);
 }
 
-/* ---- measuring -------------------------------------------------------------------------------- */
+void bench_expect_finite(const bench *b, const void *p, DLDataType dtype, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++)
+        if (!isfinite(data_get(p, dtype, i)))
+            bench_expect(b, data_get(p, dtype, i), 0, 0, "output, element %lld", (long long)i);
+}
+
+/* ---- measuring ----------------------------------------------------------------------------- */
 
 /* Calls, one timed at a time, for about so many seconds; at least 5. */
 static timing time_op(const bench_op *op, bench *b, double seconds)
@@ -97,71 +112,71 @@ static timing time_op(const bench_op *op, bench *b, double seconds)
     return t;
 }
 
-/* Raises limits to what is measured now: before and after the timing, so that a neighbour who was busy
- * at one of the two does not make a result look better than it is. */
-static void measure_limits(const bench_session *s, const bench *b, limits *l)
+static void raise_to(ceiling_value *v, ceiling_value other)
 {
-    const ceiling_value memory = ceilings_measure(s->ceilings, b->copies ? CEILING_COPY : CEILING_READ);
-    l->memory = fmax(l->memory, memory.median);
-    l->memory_name = memory.name;
-    if (b->flops <= 0) return;
-    const ceiling compute[] = {CEILING_FMA, CEILING_DOT};
-    for (int i = 0; i < (b->bf16 ? 2 : 1); i++) {
-        const ceiling_value v = ceilings_measure(s->ceilings, compute[i]);
-        if (v.median <= l->compute) continue;
-        l->compute = v.median;
-        l->compute_name = v.name;
-    }
+    if (other.rate > v->rate) *v = other;
 }
 
-/* ---- reporting -------------------------------------------------------------------------------- */
+/* Raises limits to what is measured now: before and after the timing, so that a neighbour who
+ * was busy at one of the two does not make a result look better than it is. */
+static void measure_limits(const bench_session *s, const bench *b, limits *l)
+{
+    const ceiling memory = b->copies ? CEILING_COPY : CEILING_READ;
+    raise_to(&l->memory, ceilings_measure(s->ceilings, memory, b->cached_bytes));
+    if (b->flops > 0) raise_to(&l->compute, ceilings_measure(s->ceilings, CEILING_FMA, 0));
+    if (b->flops > 0 && b->bf16)
+        raise_to(&l->compute, ceilings_measure(s->ceilings, CEILING_DOT, 0));
+}
+
+/* ---- reporting ----------------------------------------------------------------------------- */
 
 static void print_line(bench_session *s, const bench *b, const limits *l, const timing *t)
 {
     char text[PROBLEM_TEXT];
     problem_print(b->p, text);
     const double gbps = b->bytes / t->median * 1e-9, gflops = b->flops / t->median * 1e-9;
-    const double memory_share = gbps / l->memory;
-    const double compute_share = b->flops > 0 ? gflops / l->compute : 0;
+    const double memory_share = gbps / l->memory.rate;
+    const double compute_share = b->flops > 0 ? gflops / l->compute.rate : 0;
     const bool memory = memory_share >= compute_share; /* takes longer at its ceiling */
-    const char *name = memory ? l->memory_name : l->compute_name;
-    const double value = memory ? l->memory : l->compute;
+    const ceiling_value *of = memory ? &l->memory : &l->compute;
     const double share = memory ? memory_share : compute_share;
-    const char *device = qkv_context_device_name(s->ctx), *colon = strchr(device, ':');
+    const char *device = qkv_context_device_name(s->ctx);
+    double load = 0; /* neighbours: they slow calls down, and hardly the ceilings */
+    getloadavg(&load, 1);
     if (s->options.json) {
-        printf("{\"op\": \"%s\", \"problem\": \"%s\", \"row\": \"%s\", \"us\": %.3f, \"us_best\": %.3f, "
-               "\"runs\": %lld, \"gbps\": %.4g, \"gflops\": %.4g, \"ceiling\": %.4g, "
+        printf("{\"op\": \"%s\", \"problem\": \"%s\", \"row\": \"%s\", "
+               "\"us\": %.3f, \"us_best\": %.3f, \"runs\": %lld, \"gbps\": %.4g, \"gflops\": %.4g, "
+               "\"ceiling\": %.4g, "
                "\"ceiling_name\": \"%s\", \"ceiling_unit\": \"%s\", \"share\": %.4g, "
-               "\"device\": \"%s\", \"isa\": \"%s\", \"threads\": %d}\n",
+               "\"device\": \"%s\", \"threads\": %d, \"load\": %.2f}\n",
                b->p->op, text, b->row, t->median * 1e6, t->best * 1e6, (long long)t->num_runs, gbps,
-               gflops, value, name, memory ? "GB/s" : "GFLOP/s", share, device,
-               colon ? colon + 1 : device, (int)qkv_context_num_threads(s->ctx));
+               gflops, of->rate, of->name, memory ? "GB/s" : "GFLOP/s", share, device,
+               (int)qkv_context_num_threads(s->ctx), load);
     } else {
         if (!s->printed)
-            printf("# qkv %d.%d.%d, %s, %d threads\n%-8s %-14s %11s %8s %9s %6s  %-24s %s\n",
+            printf("# qkv %d.%d.%d, %s, %d threads, load %.2f\n"
+                   "%-8s %-14s %11s %8s %9s %6s  %-24s %s\n",
                    QKV_VERSION_MAJOR, QKV_VERSION_MINOR, QKV_VERSION_PATCH, device,
-                   (int)qkv_context_num_threads(s->ctx), "op", "row", "us", "GB/s", "GFLOP/s", "share",
-                   "of ceiling", "problem");
-        char of[64];
-        snprintf(of, sizeof of, "%s %.4g", name, value);
-        printf("%-8s %-14s %11.1f %8.2f %9.2f %5.1f%%  %-24s %s\n", b->p->op, b->row, t->median * 1e6,
-               gbps, gflops, share * 100, of, text);
+                   (int)qkv_context_num_threads(s->ctx), load, "op", "row", "us", "GB/s", "GFLOP/s",
+                   "share", "of ceiling", "problem");
+        char limit[64];
+        snprintf(limit, sizeof limit, "%s %.4g", of->name, of->rate);
+        printf("%-8s %-14s %11.1f %8.2f %9.2f %5.1f%%  %-24s %s\n", b->p->op, b->row,
+               t->median * 1e6, gbps, gflops, share * 100, limit, text);
     }
     s->printed = true;
     fflush(stdout);
 }
 
-/* ---- public calls ----------------------------------------------------------------------------- */
+/* ---- public calls -------------------------------------------------------------------------- */
 
 bench_session *bench_open(const bench_options *options)
 {
-    bench_session *s = calloc(1, sizeof *s);
-    if (!s) tool_die(EXIT_WRONG, "out of memory");
+    bench_session *s = data_alloc(1, sizeof *s);
     s->options = *options;
-    const qkv_context_options o = {QKV_CONTEXT_OPTIONS_INIT, .num_threads = options->num_threads,
-                                   .isa = options->isa};
+    const qkv_context_options o = {QKV_CONTEXT_OPTIONS_INIT, .num_threads = options->num_threads};
     tool_check(qkv_context_create(&o, &s->ctx), "qkv_context_create");
-    s->ceilings = ceilings_create(qkv_context_num_threads(s->ctx), options->isa);
+    s->ceilings = ceilings_create(s->ctx, options->seconds);
     return s;
 }
 
@@ -169,7 +184,7 @@ void bench_close(bench_session *s)
 {
     ceilings_destroy(s->ceilings);
     qkv_context_destroy(s->ctx);
-    free(s);
+    data_free(s);
 }
 
 void bench_problem(bench_session *s, const problem *p)
@@ -186,5 +201,6 @@ void bench_problem(bench_session *s, const problem *p)
     const timing t = time_op(op, &b, s->options.seconds);
     measure_limits(s, &b, &l);
     print_line(s, &b, &l, &t);
-    op->teardown(&b);
+    if (op->teardown) op->teardown(&b);
+    for (int i = 0; i < b.num_blocks; i++) data_free(b.blocks[i]);
 }

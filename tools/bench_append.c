@@ -1,8 +1,6 @@
 /* bench_append.c - new keys and values into pages in random order.
  * Bytes: k and v read, and written to the cache.
  * SPDX-License-Identifier: Apache-2.0 */
-#include <stdlib.h>
-
 #include "bench.h"
 
 enum { NUM_SAMPLES = 256 /* rows that are checked */ };
@@ -17,9 +15,9 @@ typedef struct state {
 
 static void make_index(bench *b, state *s)
 {
-    s->qo_indptr = data_alloc((double)s->batch + 1, sizeof(int32_t));
-    s->kv_lens = data_alloc((double)s->batch, sizeof(int32_t));
-    s->block_table = data_alloc((double)s->num_pages, sizeof(int32_t));
+    s->qo_indptr = bench_alloc(b, (double)s->batch + 1, sizeof(int32_t));
+    s->kv_lens = bench_alloc(b, (double)s->batch, sizeof(int32_t));
+    s->block_table = bench_alloc(b, (double)s->num_pages, sizeof(int32_t));
     for (int64_t r = 0; r < s->batch; r++) {
         s->qo_indptr[r + 1] = (int32_t)((r + 1) * s->qo_len);
         s->kv_lens[r] = (int32_t)s->kv_len;
@@ -30,8 +28,7 @@ static void make_index(bench *b, state *s)
 
 static void setup(bench *b)
 {
-    state *s = b->state = calloc(1, sizeof *s);
-    if (!s) tool_die(EXIT_WRONG, "out of memory");
+    state *s = b->state = bench_alloc(b, 1, sizeof *s);
     s->batch = bench_int(b, KEY_BATCH);
     s->qo_len = bench_int(b, KEY_QO_LEN);
     s->kv_len = bench_int(b, KEY_KV_LEN);
@@ -39,7 +36,6 @@ static void setup(bench *b)
     s->dim[0] = b->p->value[KEY_HEAD_DIM].first;
     s->dim[1] = b->p->value[KEY_HEAD_DIM].second;
     s->page = bench_int(b, KEY_PAGE);
-    if (s->page == 0) tool_die(EXIT_USAGE, "page: append expects at least 1");
     s->layout = (int32_t)bench_int(b, KEY_LAYOUT);
     s->dtype = problem_dtype(b->p, KEY_DTYPE);
     s->kv = problem_dtype(b->p, KEY_KV);
@@ -54,11 +50,12 @@ static void setup(bench *b)
     const double pool = (double)s->num_pages * (double)s->page * row * (double)data_bytes(s->kv, 1);
     b->bytes = in + out;
     b->copies = true;
-    b->num_sets = bench_num_sets(b, b->bytes, in + pool);
+    bench_rotate(b, b->bytes, in + pool);
     for (int i = 0; i < 2; i++) {
         const double sets = (double)b->num_sets * (double)(s->heads * s->dim[i]);
-        s->rows[i] = data_alloc(sets * (double)s->num_tokens, data_bytes(s->dtype, 1));
-        s->pool[i] = data_alloc(sets * (double)s->num_pages * (double)s->page, data_bytes(s->kv, 1));
+        s->rows[i] = bench_alloc(b, sets * (double)s->num_tokens, data_bytes(s->dtype, 1));
+        s->pool[i] =
+            bench_alloc(b, sets * (double)s->num_pages * (double)s->page, data_bytes(s->kv, 1));
         const int64_t n = b->num_sets * s->heads * s->dim[i];
         data_fill(&b->random, s->rows[i], s->dtype, n * s->num_tokens, 1);
         data_poison(s->pool[i], s->kv, n * s->num_pages * s->page);
@@ -91,8 +88,8 @@ static void run(bench *b, int64_t set)
     DATA_TENSOR(&kv_lens, s->kv_lens, QKV_I32, s->batch);
     const qkv_kv_index index = {QKV_KV_INDEX_INIT, .qo_indptr = &qo_indptr.t,
                                 .block_table = &block_table.t, .kv_lens = &kv_lens.t};
-    tool_check(qkv_kv_append(b->ctx, &pool[0].t, &pool[1].t, s->layout, &rows[0].t, &rows[1].t, &index,
-                             NULL, NULL),
+    tool_check(qkv_kv_append(b->ctx, &pool[0].t, &pool[1].t, s->layout, &rows[0].t, &rows[1].t,
+                             &index, NULL, NULL),
                "qkv_kv_append");
 }
 
@@ -102,7 +99,8 @@ static void verify(bench *b)
     const int64_t set = data_below(&b->random, b->num_sets);
     run(b, set);
     for (int k = 0; k < NUM_SAMPLES; k++) {
-        const int64_t request = data_below(&b->random, s->batch), i = data_below(&b->random, s->qo_len);
+        const int64_t request = data_below(&b->random, s->batch),
+                      i = data_below(&b->random, s->qo_len);
         const int64_t token = request * s->qo_len + i, head = data_below(&b->random, s->heads);
         const int64_t position = s->kv_len - s->qo_len + i, slot = position % s->page;
         const int64_t page = s->block_table[request * s->request_pages + position / s->page];
@@ -112,8 +110,8 @@ static void verify(bench *b)
             for (int64_t d = 0; d < s->dim[j]; d++) {
                 const double want = data_get(rows_at(s, j, set), s->dtype,
                                              (token * s->heads + head) * s->dim[j] + d);
-                const bool exact = s->kv.bits == 32 || (s->kv.code == s->dtype.code &&
-                                                        s->kv.bits == s->dtype.bits);
+                const bool exact = s->kv.bits == 32 ||
+                                   (s->kv.code == s->dtype.code && s->kv.bits == s->dtype.bits);
                 bench_expect(b, data_get(pool_at(s, j, set), s->kv, row * s->dim[j] + d), want,
                              exact ? 0 : data_eps(s->kv) * (want < 0 ? -want : want) + 0x1p-25,
                              "%s of row %lld, head %lld, dim %lld", j ? "v" : "k", (long long)token,
@@ -123,13 +121,4 @@ static void verify(bench *b)
     }
 }
 
-static void teardown(bench *b)
-{
-    state *s = b->state;
-    void *blocks[] = {s->rows[0], s->rows[1],    s->pool[0],    s->pool[1],
-                      s->qo_indptr, s->block_table, s->kv_lens};
-    for (size_t i = 0; i < sizeof blocks / sizeof blocks[0]; i++) data_free(blocks[i]);
-    free(s);
-}
-
-const bench_op bench_append = {"append", setup, run, verify, teardown};
+const bench_op bench_append = {.name = "append", .setup = setup, .run = run, .verify = verify};

@@ -1,12 +1,11 @@
-/* bench_attention.c - decode, prefill and a mix of both: the attention operator over a pool of pages in
- * random order.
+/* bench_attention.c - decode, prefill and a mix of both: the attention operator over a pool of
+ * pages in random order.
  *
- * Sets are layers of a model: each has its own pool, and all share one plan, as in serving. Bytes: the
- * keys and values that some row sees, once a request; where requests have more than one row, q and o too.
+ * Sets are layers of a model: each has its own pool, and all share one plan, as in serving.
+ * Bytes: the keys and values that some row sees, once a request; q and o.
  * Flops: 2 (head_dim_qk + head_dim_vo) for each query head, row and key that it sees.
  * SPDX-License-Identifier: Apache-2.0 */
 #include <math.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "attention_problem.h"
@@ -37,7 +36,7 @@ static pool_strides strides_of(const attention_problem *a, int64_t dim)
     return (pool_strides){slots * heads * dim, dim, slots * dim};
 }
 
-/* ---- what a row sees -------------------------------------------------------------------------- */
+/* ---- what a row sees ----------------------------------------------------------------------- */
 
 typedef struct key_range {
     int64_t begin, end;
@@ -65,16 +64,15 @@ static void count_work(bench *b, const attention_problem *a)
         keys += (double)(row_sees(a, r, a->qo_len[r] - 1).end - row_sees(a, r, 0).begin);
     }
     const int64_t dims = s->head_dim_qk + s->head_dim_vo;
-    b->bytes = keys * (double)data_bytes(s->dtype_kv, dims * s->num_kv_heads);
-    if (a->limits.max_qo_len > 1)
-        b->bytes += (double)a->num_tokens * s->num_qo_heads *
-                    (double)(data_bytes(s->dtype_q, s->head_dim_qk) +
-                             data_bytes(s->dtype_o, s->head_dim_vo));
+    const size_t row =
+        data_bytes(s->dtype_q, s->head_dim_qk) + data_bytes(s->dtype_o, s->head_dim_vo);
+    b->bytes = keys * (double)data_bytes(s->dtype_kv, dims * s->num_kv_heads) +
+               (double)a->num_tokens * s->num_qo_heads * (double)row;
     b->flops = 2.0 * (double)dims * s->num_qo_heads * pairs;
     b->bf16 = s->dtype_q.code == QKV_BF16.code && s->dtype_kv.code == QKV_BF16.code;
 }
 
-/* ---- inputs ----------------------------------------------------------------------------------- */
+/* ---- inputs -------------------------------------------------------------------------------- */
 
 /* The first row of the table that runs. */
 static void find_row(bench *b, const attention_problem *a)
@@ -95,10 +93,10 @@ static void make_index(bench *b, state *s)
 {
     const attention_problem *a = &s->a;
     const int64_t page = a->spec.page_size;
-    s->qo_indptr = data_alloc((double)a->batch + 1, sizeof(int32_t));
-    s->kv_indptr = data_alloc((double)a->batch + 1, sizeof(int32_t));
-    s->last_page_len = data_alloc((double)a->batch, sizeof(int32_t));
-    s->kv_indices = data_alloc((double)a->num_pages + 1, sizeof(int32_t));
+    s->qo_indptr = bench_alloc(b, (double)a->batch + 1, sizeof(int32_t));
+    s->kv_indptr = bench_alloc(b, (double)a->batch + 1, sizeof(int32_t));
+    s->last_page_len = bench_alloc(b, (double)a->batch, sizeof(int32_t));
+    s->kv_indices = bench_alloc(b, (double)a->num_pages + 1, sizeof(int32_t));
     for (int64_t r = 0; r < a->batch; r++) {
         const int32_t n = a->kv_len[r];
         s->qo_indptr[r + 1] = s->qo_indptr[r] + a->qo_len[r];
@@ -128,8 +126,7 @@ static void plan(const state *s)
 
 static void setup(bench *b)
 {
-    state *s = b->state = calloc(1, sizeof *s);
-    if (!s) tool_die(EXIT_WRONG, "out of memory");
+    state *s = b->state = bench_alloc(b, 1, sizeof *s);
     s->a = attention_problem_create(b->p, &b->random);
     const attention_problem *a = &s->a;
     const qkv_attention_spec *spec = &a->spec;
@@ -140,13 +137,13 @@ static void setup(bench *b)
     const int64_t v_elements = a->pool_slots * spec->num_kv_heads * spec->head_dim_vo;
     s->k_bytes = data_bytes(spec->dtype_kv, k_elements);
     s->v_bytes = data_bytes(spec->dtype_kv, v_elements);
-    s->q = data_alloc((double)rows * spec->head_dim_qk, data_bytes(spec->dtype_q, 1));
-    s->o = data_alloc((double)rows * spec->head_dim_vo, data_bytes(spec->dtype_o, 1));
-    s->lse = data_alloc((double)rows, sizeof *s->lse);
+    s->q = bench_alloc(b, (double)rows * spec->head_dim_qk, data_bytes(spec->dtype_q, 1));
+    s->o = bench_alloc(b, (double)rows * spec->head_dim_vo, data_bytes(spec->dtype_o, 1));
+    s->lse = bench_alloc(b, (double)rows, sizeof *s->lse);
     count_work(b, a);
-    b->num_sets = bench_num_sets(b, b->bytes, (double)s->k_bytes + (double)s->v_bytes);
-    s->k = data_alloc((double)b->num_sets * (double)s->k_bytes, 1);
-    s->v = data_alloc((double)b->num_sets * (double)s->v_bytes, 1);
+    bench_rotate(b, b->bytes, (double)s->k_bytes + (double)s->v_bytes);
+    s->k = bench_alloc(b, (double)b->num_sets * (double)s->k_bytes, 1);
+    s->v = bench_alloc(b, (double)b->num_sets * (double)s->v_bytes, 1);
     data_fill(&b->random, s->k, spec->dtype_kv, b->num_sets * k_elements, 1);
     data_fill(&b->random, s->v, spec->dtype_kv, b->num_sets * v_elements, 1);
     data_fill(&b->random, s->q, spec->dtype_q, rows * spec->head_dim_qk, 2);
@@ -155,7 +152,8 @@ static void setup(bench *b)
     DATA_TENSOR(&s->lse_t, s->lse, QKV_F32, a->num_tokens, spec->num_qo_heads);
 
     make_index(b, s);
-    tool_check(qkv_attention_create(b->ctx, spec, &a->limits, NULL, &s->op), "qkv_attention_create");
+    tool_check(qkv_attention_create(b->ctx, spec, &a->limits, NULL, &s->op),
+               "qkv_attention_create");
     plan(s);
 }
 
@@ -177,12 +175,12 @@ static void run(bench *b, int64_t set)
     data_tensor k, v;
     pool_tensor(&s->a, s->k + (size_t)set * s->k_bytes, s->a.spec.head_dim_qk, &k);
     pool_tensor(&s->a, s->v + (size_t)set * s->v_bytes, s->a.spec.head_dim_vo, &v);
-    const qkv_attention_io io = {QKV_ATTENTION_IO_INIT, .q = &s->q_t.t, .k = &k.t, .v = &v.t,
-                                 .o = &s->o_t.t, .lse = &s->lse_t.t};
+    const qkv_attention_io io = {QKV_ATTENTION_IO_INIT, .q = &s->q_t.t,    .k = &k.t, .v = &v.t,
+                                 .o = &s->o_t.t,        .lse = &s->lse_t.t};
     tool_check(qkv_attention_run(s->op, &io, NULL), "qkv_attention_run");
 }
 
-/* ---- check ------------------------------------------------------------------------------------ */
+/* ---- check --------------------------------------------------------------------------------- */
 
 /* Element offset of a request's key in the pool, for KV head h. */
 static int64_t key_offset(const state *s, int64_t request, int64_t key, int64_t h, pool_strides st)
@@ -193,8 +191,8 @@ static int64_t key_offset(const state *s, int64_t request, int64_t key, int64_t 
            h * st.head;
 }
 
-/* One row of one head in double: o [head_dim_vo]; returns lse. x: room for a logit a key. What rounding
- * scales with: *max_logit, the largest |logit|, and *max_v. */
+/* One row of one head in double: o [head_dim_vo]; returns lse. x: room for a logit a key. What
+ * rounding scales with: *max_logit, the largest |logit|, and *max_v. */
 static double reference(const state *s, int64_t set, int64_t request, int64_t row, int64_t head,
                         double *x, double *o, double *max_logit, double *max_v)
 {
@@ -234,17 +232,19 @@ static double reference(const state *s, int64_t set, int64_t request, int64_t ro
     return max + log(sum);
 }
 
-static void verify_row(const bench *b, int64_t set, int64_t request, int64_t row, int64_t head, double *x)
+static void verify_row(const bench *b, int64_t set, int64_t request, int64_t row, int64_t head,
+                       double *x)
 {
     const state *s = b->state;
     const qkv_attention_spec *spec = &s->a.spec;
     double o[512], max_logit, max_v;
     const double lse = reference(s, set, request, row, head, x, o, &max_logit, &max_v);
     const int64_t at = (s->qo_indptr[request] + row) * spec->num_qo_heads + head;
-    /* Sums of f32 products, some units of rounding a logit; weights in f32, or in bf16 where bf16 dot
-     * products multiply them by v; the store. */
+    /* Sums of f32 products, some units of rounding a logit; weights in f32, or in bf16 where
+     * bf16 dot products multiply them by v; the store. */
     const double logit_error = 16 * 0x1p-24 * (sqrt((double)spec->head_dim_qk) + max_logit + 4);
-    const double weight_error = b->bf16 && strstr(qkv_context_device_name(b->ctx), "bf16") ? 0x1p-8 : 0;
+    const double weight_error =
+        b->bf16 && strstr(qkv_context_device_name(b->ctx), "bf16") ? 0x1p-8 : 0;
     bench_expect(b, (double)s->lse[at], lse, logit_error + 0x1p-22 * fabs(lse) + weight_error,
                  "lse of request %lld, row %lld, head %lld", (long long)request, (long long)row,
                  (long long)head);
@@ -265,10 +265,8 @@ static void verify(bench *b)
     data_poison(s->o, a->spec.dtype_o, rows * dim);
     data_poison(s->lse, QKV_F32, rows);
     run(b, set);
-    for (int64_t i = 0; i < rows * dim; i++) {
-        const double got = data_get(s->o, a->spec.dtype_o, i);
-        if (!isfinite(got)) bench_expect(b, got, 0, 1e9, "o, element %lld", (long long)i);
-    }
+    bench_expect_finite(b, s->o, a->spec.dtype_o, rows * dim);
+    bench_expect_finite(b, s->lse, QKV_F32, rows);
     double *x = data_alloc((double)a->limits.max_kv_len, sizeof *x);
     for (int i = 0; i < NUM_SAMPLES; i++) {
         const int64_t request = data_below(&b->random, a->batch);
@@ -283,11 +281,7 @@ static void teardown(bench *b)
 {
     state *s = b->state;
     qkv_attention_destroy(s->op);
-    void *blocks[] = {s->qo_indptr, s->kv_indptr, s->kv_indices, s->last_page_len, s->q,
-                      s->k,         s->v,         s->o,          s->lse};
-    for (size_t i = 0; i < sizeof blocks / sizeof blocks[0]; i++) data_free(blocks[i]);
     attention_problem_destroy(&s->a);
-    free(s);
 }
 
 const bench_op bench_decode = {"decode", setup, run, verify, teardown};

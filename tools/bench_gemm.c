@@ -2,7 +2,6 @@
  * Bytes: w, x and out once. Flops: 2 m n k.
  * SPDX-License-Identifier: Apache-2.0 */
 #include <math.h>
-#include <stdlib.h>
 
 #include "bench.h"
 
@@ -17,8 +16,7 @@ typedef struct state {
 
 static void setup(bench *b)
 {
-    state *s = b->state = calloc(1, sizeof *s);
-    if (!s) tool_die(EXIT_WRONG, "out of memory");
+    state *s = b->state = bench_alloc(b, 1, sizeof *s);
     s->m = bench_int(b, KEY_M);
     s->n = bench_int(b, KEY_N);
     s->k = bench_int(b, KEY_K);
@@ -27,14 +25,14 @@ static void setup(bench *b)
     s->out_dtype = problem_dtype(b->p, KEY_OUT);
     bench_rows_of(b, "gemm");
     const double w_bytes = (double)data_bytes(s->w_dtype, s->n * s->k);
-    b->num_sets = bench_num_sets(b, w_bytes, w_bytes);
+    bench_rotate(b, w_bytes, w_bytes);
     b->bytes = w_bytes + (double)data_bytes(s->x_dtype, s->m * s->k) +
                (double)data_bytes(s->out_dtype, s->m * s->n);
     b->flops = 2.0 * (double)s->m * (double)s->n * (double)s->k;
     b->bf16 = s->x_dtype.code == QKV_BF16.code && s->w_dtype.code == QKV_BF16.code;
-    s->w = data_alloc((double)b->num_sets * w_bytes, 1);
-    s->x = data_alloc((double)s->m * (double)s->k, data_bytes(s->x_dtype, 1));
-    s->out = data_alloc((double)s->m * (double)s->n, data_bytes(s->out_dtype, 1));
+    s->w = bench_alloc(b, (double)b->num_sets * w_bytes, 1);
+    s->x = bench_alloc(b, (double)s->m * (double)s->k, data_bytes(s->x_dtype, 1));
+    s->out = bench_alloc(b, (double)s->m * (double)s->n, data_bytes(s->out_dtype, 1));
     data_fill(&b->random, s->w, s->w_dtype, b->num_sets * s->n * s->k, 1);
     data_fill(&b->random, s->x, s->x_dtype, s->m * s->k, 1);
     DATA_TENSOR(&s->x_t, s->x, s->x_dtype, s->m, s->k);
@@ -61,10 +59,7 @@ static void verify(bench *b)
     const char *w = weights(s, set);
     data_poison(s->out, s->out_dtype, s->m * s->n);
     run(b, set);
-    for (int64_t i = 0; i < s->m * s->n; i++) {
-        const double got = data_get(s->out, s->out_dtype, i);
-        if (!isfinite(got)) bench_expect(b, got, 0, 1e9, "out, element %lld", (long long)i);
-    }
+    bench_expect_finite(b, s->out, s->out_dtype, s->m * s->n);
     for (int i = 0; i < NUM_SAMPLES; i++) {
         const int64_t row = data_below(&b->random, s->m), column = data_below(&b->random, s->n);
         double sum = 0, squares = 0;
@@ -82,13 +77,4 @@ static void verify(bench *b)
     }
 }
 
-static void teardown(bench *b)
-{
-    state *s = b->state;
-    data_free(s->x);
-    data_free(s->w);
-    data_free(s->out);
-    free(s);
-}
-
-const bench_op bench_gemm = {"gemm", setup, run, verify, teardown};
+const bench_op bench_gemm = {.name = "gemm", .setup = setup, .run = run, .verify = verify};

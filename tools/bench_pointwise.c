@@ -1,8 +1,7 @@
-/* bench_pointwise.c - rmsnorm, rope, silu: operators that read and write each element once.
+/* bench_pointwise.c - rmsnorm, rope, gated: operators that read and write each element once.
  * Bytes: every input read and every output written once; all are bound by copying.
  * SPDX-License-Identifier: Apache-2.0 */
 #include <math.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "bench.h"
@@ -18,11 +17,11 @@ typedef struct state {
     int64_t heads, kv_heads, head_dim;
 } state;
 
-/* Buffers of random numbers, as many sets as it takes; passes: times that a row of each is moved. */
+/* Buffers of random numbers, as many sets as it takes; passes: times that a row of each is
+ * moved. */
 static state *make_state(bench *b, const int64_t size[NUM_BUFFERS], const int passes[NUM_BUFFERS])
 {
-    state *s = b->state = calloc(1, sizeof *s);
-    if (!s) tool_die(EXIT_WRONG, "out of memory");
+    state *s = b->state = bench_alloc(b, 1, sizeof *s);
     s->tokens = bench_int(b, KEY_TOKENS);
     s->dtype = problem_dtype(b->p, KEY_DTYPE);
     double held = 0;
@@ -33,11 +32,11 @@ static state *make_state(bench *b, const int64_t size[NUM_BUFFERS], const int pa
         b->bytes += passes[i] * bytes;
     }
     b->copies = true;
-    b->num_sets = bench_num_sets(b, held, held);
+    bench_rotate(b, held, held);
     for (int i = 0; i < NUM_BUFFERS; i++) {
         const int64_t n = b->num_sets * s->tokens * size[i];
         if (n == 0) continue;
-        s->buffer[i] = data_alloc((double)n, data_bytes(s->dtype, 1));
+        s->buffer[i] = bench_alloc(b, (double)n, data_bytes(s->dtype, 1));
         data_fill(&b->random, s->buffer[i], s->dtype, n, 2);
     }
     return s;
@@ -53,23 +52,15 @@ static double get(const state *s, int buffer, int64_t set, int64_t token, int64_
     return data_get(at(s, buffer, set), s->dtype, token * s->size[buffer] + i);
 }
 
-/* A copy of one set of a buffer, to be freed with data_free. */
-static char *snapshot(const state *s, int buffer, int64_t set)
+/* A copy of one set of a buffer. */
+static char *snapshot(bench *b, int buffer, int64_t set)
 {
+    const state *s = b->state;
     const size_t bytes = data_bytes(s->dtype, s->tokens * s->size[buffer]);
-    return memcpy(data_alloc((double)bytes, 1), at(s, buffer, set), bytes);
+    return memcpy(bench_alloc(b, (double)bytes, 1), at(s, buffer, set), bytes);
 }
 
-static void teardown(bench *b)
-{
-    state *s = b->state;
-    for (int i = 0; i < NUM_BUFFERS; i++) data_free(s->buffer[i]);
-    data_free(s->weight);
-    data_free(s->positions);
-    free(s);
-}
-
-/* ---- rmsnorm: out, x, residual ---------------------------------------------------------------- */
+/* ---- rmsnorm: out, x, residual ------------------------------------------------------------- */
 
 #define EPS 1e-5f
 
@@ -77,7 +68,7 @@ static void rmsnorm_setup(bench *b)
 {
     const int64_t size = bench_int(b, KEY_SIZE), residual = bench_int(b, KEY_RESIDUAL) ? size : 0;
     state *s = make_state(b, (const int64_t[]){size, size, residual}, (const int[]){1, 1, 2});
-    s->weight = data_alloc((double)size, sizeof *s->weight);
+    s->weight = bench_alloc(b, (double)size, sizeof *s->weight);
     data_fill(&b->random, s->weight, QKV_F32, size, 1);
     b->bytes += (double)size * sizeof *s->weight;
     bench_rows_of(b, "rmsnorm");
@@ -103,49 +94,49 @@ static void rmsnorm_verify(bench *b)
 {
     state *s = b->state;
     const int64_t set = data_below(&b->random, b->num_sets), size = s->size[0];
-    char *before = s->size[2] ? snapshot(s, 2, set) : NULL;
+    char *before = s->size[2] ? snapshot(b, 2, set) : NULL;
+    double *x = bench_alloc(b, (double)size, sizeof *x);
     data_poison(at(s, 0, set), s->dtype, s->tokens * size);
     rmsnorm_run(b, set);
+    bench_expect_finite(b, at(s, 0, set), s->dtype, s->tokens * size);
     for (int k = 0; k < NUM_SAMPLES; k++) {
         const int64_t t = data_below(&b->random, s->tokens);
         double squares = 0;
-        for (int pass = 0; pass < 2; pass++) {
-            for (int64_t i = 0; i < size; i++) {
-                double x = get(s, 1, set, t, i);
-                if (before) x += data_get(before, s->dtype, t * size + i);
-                if (pass == 0) {
-                    squares += x * x;
-                    continue;
-                }
-                const double want = x / sqrt(squares / (double)size + (double)EPS) * (double)s->weight[i];
-                bench_expect(b, get(s, 0, set, t, i), want,
-                             (data_eps(s->dtype) + 0x1p-20) * fabs(want) + 1e-7, "out[%lld, %lld]",
+        for (int64_t i = 0; i < size; i++) {
+            x[i] = get(s, 1, set, t, i);
+            if (before) x[i] += data_get(before, s->dtype, t * size + i);
+            squares += x[i] * x[i];
+        }
+        const double scale = 1 / sqrt(squares / (double)size + (double)EPS);
+        for (int64_t i = 0; i < size; i++) {
+            const double want = x[i] * scale * (double)s->weight[i];
+            bench_expect(b, get(s, 0, set, t, i), want,
+                         (data_eps(s->dtype) + 0x1p-20) * fabs(want) + 1e-7, "out[%lld, %lld]",
+                         (long long)t, (long long)i);
+            if (before)
+                bench_expect(b, get(s, 2, set, t, i), x[i],
+                             (data_eps(s->dtype) + 0x1p-24) * fabs(x[i]), "residual[%lld, %lld]",
                              (long long)t, (long long)i);
-                if (before)
-                    bench_expect(b, get(s, 2, set, t, i), x, (data_eps(s->dtype) + 0x1p-24) * fabs(x),
-                                 "residual[%lld, %lld]", (long long)t, (long long)i);
-            }
         }
     }
-    data_free(before);
 }
 
-/* ---- silu: out, gate, up ---------------------------------------------------------------------- */
+/* ---- gated: out, gate, up ------------------------------------------------------------------ */
 
-static void silu_setup(bench *b)
+static void gated_setup(bench *b)
 {
     const int64_t size = bench_int(b, KEY_SIZE);
     make_state(b, (const int64_t[]){size, size, size}, (const int[]){1, 1, 1});
     bench_rows_of(b, "gated");
 }
 
-static void silu_run(bench *b, int64_t set)
+static void gated_run(bench *b, int64_t set)
 {
     state *s = b->state;
     data_tensor t[3];
     for (int i = 0; i < 3; i++) DATA_TENSOR(&t[i], at(s, i, set), s->dtype, s->tokens, s->size[0]);
-    tool_check(qkv_gated_activation(b->ctx, &t[0].t, &t[1].t, &t[2].t, (int32_t)bench_int(b, KEY_ACT),
-                                    NULL),
+    tool_check(qkv_gated_activation(b->ctx, &t[0].t, &t[1].t, &t[2].t,
+                                    (int32_t)bench_int(b, KEY_ACT), NULL),
                "qkv_gated_activation");
 }
 
@@ -156,12 +147,13 @@ static double activation(int64_t kind, double x)
     return x / 2 * (1 + tanh(sqrt(2 / 3.14159265358979323846) * (x + 0.044715 * x * x * x)));
 }
 
-static void silu_verify(bench *b)
+static void gated_verify(bench *b)
 {
     state *s = b->state;
     const int64_t set = data_below(&b->random, b->num_sets);
     data_poison(at(s, 0, set), s->dtype, s->tokens * s->size[0]);
-    silu_run(b, set);
+    gated_run(b, set);
+    bench_expect_finite(b, at(s, 0, set), s->dtype, s->tokens * s->size[0]);
     for (int k = 0; k < NUM_SAMPLES; k++) {
         const int64_t t = data_below(&b->random, s->tokens);
         for (int64_t i = 0; i < s->size[0]; i++) {
@@ -174,7 +166,7 @@ static void silu_verify(bench *b)
     }
 }
 
-/* ---- rope: q, k, in place ----------------------------------------------------------------------- */
+/* ---- rope: q, k, in place ------------------------------------------------------------------ */
 
 #define THETA 500000.f
 
@@ -182,14 +174,13 @@ static void rope_setup(bench *b)
 {
     const problem_value *v = b->p->value;
     const int64_t dim = v[KEY_HEAD_DIM].first;
-    if (dim != v[KEY_HEAD_DIM].second)
-        tool_die(EXIT_USAGE, "head_dim: rope expects one for q and k");
-    state *s = make_state(b, (const int64_t[]){v[KEY_HEADS].first * dim, v[KEY_HEADS].second * dim, 0},
-                          (const int[]){2, 2, 0});
+    state *s =
+        make_state(b, (const int64_t[]){v[KEY_HEADS].first * dim, v[KEY_HEADS].second * dim, 0},
+                   (const int[]){2, 2, 0});
     s->heads = v[KEY_HEADS].first;
     s->kv_heads = v[KEY_HEADS].second;
     s->head_dim = dim;
-    s->positions = data_alloc((double)s->tokens, sizeof *s->positions);
+    s->positions = bench_alloc(b, (double)s->tokens, sizeof *s->positions);
     for (int64_t t = 0; t < s->tokens; t++)
         s->positions[t] = (int32_t)data_below(&b->random, 131072);
     bench_rows_of(b, "rope");
@@ -202,8 +193,7 @@ static void rope_run(bench *b, int64_t set)
     DATA_TENSOR(&q, at(s, 0, set), s->dtype, s->tokens, s->heads, s->head_dim);
     DATA_TENSOR(&k, at(s, 1, set), s->dtype, s->tokens, s->kv_heads, s->head_dim);
     DATA_TENSOR(&positions, s->positions, QKV_I32, s->tokens);
-    const qkv_rope_spec spec = {QKV_ROPE_SPEC_INIT,
-                                .rotary_dim = (int32_t)bench_int(b, KEY_ROTARY),
+    const qkv_rope_spec spec = {QKV_ROPE_SPEC_INIT, .rotary_dim = (int32_t)bench_int(b, KEY_ROTARY),
                                 .interleaved = bench_int(b, KEY_STYLE) == STYLE_INTERLEAVED,
                                 .theta = THETA};
     tool_check(qkv_rope(b->ctx, &spec, &q.t, &q.t, &k.t, &k.t, &positions.t, NULL, NULL, NULL),
@@ -211,13 +201,15 @@ static void rope_run(bench *b, int64_t set)
 }
 
 /* One head of one row, before and after. */
-static void rope_check(const bench *b, int64_t token, const char *before, const char *after, int64_t first)
+static void rope_check(const bench *b, int64_t token, const char *before, const char *after,
+                       int64_t first)
 {
     const state *s = b->state;
     const int64_t dims = bench_int(b, KEY_ROTARY) ? bench_int(b, KEY_ROTARY) : s->head_dim;
     const bool interleaved = bench_int(b, KEY_STYLE) == STYLE_INTERLEAVED;
     for (int64_t i = 0; i < dims / 2; i++) {
-        const int64_t ix = first + (interleaved ? 2 * i : i), iy = ix + (interleaved ? 1 : dims / 2);
+        const int64_t ix = first + (interleaved ? 2 * i : i),
+                      iy = ix + (interleaved ? 1 : dims / 2);
         const double a = s->positions[token] * pow((double)THETA, -2.0 * (double)i / (double)dims);
         const double x = data_get(before, s->dtype, ix), y = data_get(before, s->dtype, iy);
         const double want[] = {x * cos(a) - y * sin(a), x * sin(a) + y * cos(a)};
@@ -235,7 +227,7 @@ static void rope_verify(bench *b)
 {
     state *s = b->state;
     const int64_t set = data_below(&b->random, b->num_sets);
-    char *before[] = {snapshot(s, 0, set), snapshot(s, 1, set)};
+    char *before[] = {snapshot(b, 0, set), snapshot(b, 1, set)};
     rope_run(b, set);
     for (int k = 0; k < NUM_SAMPLES; k++) {
         const int64_t t = data_below(&b->random, s->tokens);
@@ -243,9 +235,11 @@ static void rope_verify(bench *b)
             for (int64_t at_head = 0; at_head < s->size[i]; at_head += s->head_dim)
                 rope_check(b, t, before[i], at(s, i, set), t * s->size[i] + at_head);
     }
-    for (int i = 0; i < 2; i++) data_free(before[i]);
 }
 
-const bench_op bench_rmsnorm = {"rmsnorm", rmsnorm_setup, rmsnorm_run, rmsnorm_verify, teardown};
-const bench_op bench_silu = {"silu", silu_setup, silu_run, silu_verify, teardown};
-const bench_op bench_rope = {"rope", rope_setup, rope_run, rope_verify, teardown};
+const bench_op bench_rmsnorm = {
+    .name = "rmsnorm", .setup = rmsnorm_setup, .run = rmsnorm_run, .verify = rmsnorm_verify};
+const bench_op bench_gated = {
+    .name = "gated", .setup = gated_setup, .run = gated_run, .verify = gated_verify};
+const bench_op bench_rope = {
+    .name = "rope", .setup = rope_setup, .run = rope_run, .verify = rope_verify};

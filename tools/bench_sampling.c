@@ -2,7 +2,6 @@
  * Bytes: the logits, read once.
  * SPDX-License-Identifier: Apache-2.0 */
 #include <math.h>
-#include <stdlib.h>
 
 #include "bench.h"
 
@@ -24,27 +23,17 @@ typedef struct state {
 
 static void setup(bench *b)
 {
-    state *s = b->state = calloc(1, sizeof *s);
-    if (!s) tool_die(EXIT_WRONG, "out of memory");
+    state *s = b->state = bench_alloc(b, 1, sizeof *s);
     s->batch = bench_int(b, KEY_BATCH);
     s->vocab = bench_int(b, KEY_VOCAB);
     s->dtype = problem_dtype(b->p, KEY_DTYPE);
     const int64_t n = s->batch * s->vocab;
     b->bytes = (double)data_bytes(s->dtype, n);
-    b->num_sets = bench_num_sets(b, b->bytes, b->bytes);
-    s->logits = data_alloc((double)b->num_sets * b->bytes, 1);
-    s->tokens = data_alloc((double)s->batch, sizeof *s->tokens);
+    bench_rotate(b, b->bytes, b->bytes);
+    s->logits = bench_alloc(b, (double)b->num_sets * b->bytes, 1);
+    s->tokens = bench_alloc(b, (double)s->batch, sizeof *s->tokens);
     data_fill(&b->random, s->logits, s->dtype, b->num_sets * n, 8);
     bench_rows_of(b, b->p->op);
-}
-
-static void teardown(bench *b)
-{
-    state *s = b->state;
-    void *blocks[] = {s->logits, s->tokens, s->temperature, s->top_p,
-                      s->min_p,  s->top_k,  s->seed,        s->offset};
-    for (size_t i = 0; i < sizeof blocks / sizeof blocks[0]; i++) data_free(blocks[i]);
-    free(s);
 }
 
 static char *row_at(const state *s, int64_t set, int64_t row)
@@ -57,7 +46,7 @@ static void poison_tokens(const state *s)
     for (int64_t i = 0; i < s->batch; i++) s->tokens[i] = -1;
 }
 
-/* ---- argmax ----------------------------------------------------------------------------------- */
+/* ---- argmax -------------------------------------------------------------------------------- */
 
 static void argmax_run(bench *b, int64_t set)
 {
@@ -84,24 +73,24 @@ static void argmax_verify(bench *b)
     argmax_run(b, set);
     for (int i = 0; i < NUM_ROWS; i++) {
         const int64_t row = data_below(&b->random, s->batch);
-        bench_expect(b, s->tokens[row], (double)largest(s, row_at(s, set, row)), 0, "token of row %lld",
-                     (long long)row);
+        bench_expect(b, s->tokens[row], (double)largest(s, row_at(s, set, row)), 0,
+                     "token of row %lld", (long long)row);
     }
 }
 
-/* ---- sample ----------------------------------------------------------------------------------- */
+/* ---- sample -------------------------------------------------------------------------------- */
 
 static void sample_setup(bench *b)
 {
     setup(b);
     state *s = b->state;
     const int64_t n = s->batch > NUM_DRAWS ? s->batch : NUM_DRAWS;
-    s->temperature = data_alloc((double)n, sizeof *s->temperature);
-    s->top_k = data_alloc((double)n, sizeof *s->top_k);
-    s->top_p = data_alloc((double)n, sizeof *s->top_p);
-    s->min_p = data_alloc((double)n, sizeof *s->min_p);
-    s->seed = data_alloc((double)n, sizeof *s->seed);
-    s->offset = data_alloc((double)n, sizeof *s->offset);
+    s->temperature = bench_alloc(b, (double)n, sizeof *s->temperature);
+    s->top_k = bench_alloc(b, (double)n, sizeof *s->top_k);
+    s->top_p = bench_alloc(b, (double)n, sizeof *s->top_p);
+    s->min_p = bench_alloc(b, (double)n, sizeof *s->min_p);
+    s->seed = bench_alloc(b, (double)n, sizeof *s->seed);
+    s->offset = bench_alloc(b, (double)n, sizeof *s->offset);
     for (int64_t i = 0; i < n; i++) {
         s->temperature[i] = (float)b->p->value[KEY_TEMPERATURE].real;
         s->top_k[i] = (int32_t)bench_int(b, KEY_TOP_K);
@@ -127,12 +116,9 @@ static void draw(const bench *b, void *logits, int64_t n, int64_t row_stride, in
     DATA_TENSOR(&min_p, s->min_p, QKV_F32, n);
     DATA_TENSOR(&seed, s->seed, QKV_U64, n);
     DATA_TENSOR(&offset, s->offset, QKV_U64, n);
-    const qkv_sampling_params params = {QKV_SAMPLING_PARAMS_INIT,
-                                        .temperature = &temperature.t,
-                                        .top_k = &top_k.t,
-                                        .top_p = &top_p.t,
-                                        .min_p = &min_p.t,
-                                        .seed = &seed.t,
+    const qkv_sampling_params params = {QKV_SAMPLING_PARAMS_INIT, .temperature = &temperature.t,
+                                        .top_k = &top_k.t,        .top_p = &top_p.t,
+                                        .min_p = &min_p.t,        .seed = &seed.t,
                                         .offset = &offset.t};
     tool_check(qkv_sample(b->ctx, &tokens.t, &rows.t, &params, NULL), "qkv_sample");
 }
@@ -155,14 +141,14 @@ static double mass(const distribution *d, double logit)
     return exp((logit - d->max) / d->temperature) / d->sum;
 }
 
-/* Fails a token that the filters exclude, by more than rounding; returns where it lies in [0, 1], the
- * kept mass counted from the largest logit on. */
+/* Fails a token that the filters exclude, by more than rounding; returns where it lies in [0,
+ * 1], the kept mass counted from the largest logit on. */
 static double place(const bench *b, const distribution *d, int64_t token)
 {
     const state *s = b->state;
     const problem_value *v = b->p->value;
-    const int64_t top_k = v[KEY_TOP_K].first > 0 && v[KEY_TOP_K].first < s->vocab ? v[KEY_TOP_K].first
-                                                                                 : s->vocab;
+    const int64_t top_k =
+        v[KEY_TOP_K].first > 0 && v[KEY_TOP_K].first < s->vocab ? v[KEY_TOP_K].first : s->vocab;
     const double logit = d->logit[token], p_max = mass(d, d->max);
     double k_mass = 0, kept = 0, above = 0, beside = 0;
     for (int64_t i = 0; i < top_k; i++) k_mass += mass(d, d->order[s->vocab - 1 - i]);
@@ -178,13 +164,13 @@ static double place(const bench *b, const distribution *d, int64_t token)
     bench_expect(b, num_above < top_k, 1, 0, "top_k: token %lld", (long long)token);
     bench_expect(b, above < (v[KEY_TOP_P].real + slack) * k_mass, 1, 0, "top_p: token %lld",
                  (long long)token);
-    bench_expect(b, mass(d, logit) >= v[KEY_MIN_P].real * p_max * (1 - slack), 1, 0, "min_p: token %lld",
-                 (long long)token);
+    bench_expect(b, mass(d, logit) >= v[KEY_MIN_P].real * p_max * (1 - slack), 1, 0,
+                 "min_p: token %lld", (long long)token);
     return (above + beside / 2) / kept;
 }
 
-/* Many draws from one row: the places of the tokens must be uniform in [0, 1], as far as the steps of
- * the distribution let them: mean and bound of six standard deviations. */
+/* Many draws from one row: the places of the tokens must be uniform in [0, 1], as far as the
+ * steps of the distribution let them: mean and bound of six standard deviations. */
 static void verify_row(bench *b, int64_t set, int64_t row)
 {
     state *s = b->state;
@@ -232,5 +218,7 @@ static void sample_verify(bench *b)
     bench_expect(b, s->tokens[0], alone[0], 0, "row 0 of the batch");
 }
 
-const bench_op bench_argmax = {"argmax", setup, argmax_run, argmax_verify, teardown};
-const bench_op bench_sample = {"sample", sample_setup, sample_run, sample_verify, teardown};
+const bench_op bench_argmax = {
+    .name = "argmax", .setup = setup, .run = argmax_run, .verify = argmax_verify};
+const bench_op bench_sample = {
+    .name = "sample", .setup = sample_setup, .run = sample_run, .verify = sample_verify};

@@ -4,29 +4,31 @@
 #ifndef QKV_TOOLS_CEILINGS_H
 #define QKV_TOOLS_CEILINGS_H
 
-#include "qkv/base.h"
+#include "qkv/context.h"
 
 typedef enum ceiling {
-    CEILING_READ, /* GB/s: linear reads of more memory than the last-level cache holds            */
-    CEILING_COPY, /* GB/s, read + written: the faster of plain and streaming stores               */
-    CEILING_FMA,  /* GFLOP/s: f32 fused multiply-adds on registers                                */
-    CEILING_DOT,  /* GFLOP/s: bf16 dot products with f32 sums (AVX-512-BF16)                      */
+    CEILING_READ, /* GB/s: linear reads */
+    CEILING_COPY, /* GB/s, read + written: the faster of plain and streaming stores */
+    CEILING_FMA,  /* GFLOP/s: f32 fused multiply-adds on registers */
+    CEILING_DOT,  /* GFLOP/s: bf16 dot products with f32 sums (AVX-512-BF16) */
     NUM_CEILINGS
 } ceiling;
 
 typedef struct ceiling_value {
-    double median, best; /* over the passes; 0 = this machine cannot (CEILING_DOT), or not measured */
-    const char *name;    /* "dram_read", "fma_avx512", ... */
+    double rate;   /* 0: the level has no such instruction (CEILING_DOT) */
+    char name[24]; /* "dram_read", "cache_copy", "fma_avx512", ... */
 } ceiling_value;
 
 typedef struct ceilings ceilings;
 
-/* isa: the level whose instructions count; NULL = all that this machine can run. Takes memory of the
- * size that bench inputs rotate over (see data.h). */
-ceilings *ceilings_create(int32_t num_threads, const char *isa);
+/* On ctx's threads, with the instructions of its level. seconds: how long calls are timed for;
+ * short ones get few passes. Takes memory of the size that bench inputs rotate over (see
+ * data.h). */
+ceilings *ceilings_create(const qkv_context *ctx, double seconds);
 void ceilings_destroy(ceilings *c);
 
-/* Some tenths of a second. */
-ceiling_value ceilings_measure(ceilings *c, ceiling which);
+/* At most some tenths of a second. cached_bytes: memory that reads and copies stay within; 0: they
+ * walk through more than the last-level cache holds. */
+ceiling_value ceilings_measure(ceilings *c, ceiling which, double cached_bytes);
 
 #endif

@@ -11,7 +11,7 @@
 
 #include "tool.h"
 
-/* ---- memory ----------------------------------------------------------------------------------- */
+/* ---- memory -------------------------------------------------------------------------------- */
 
 /* Bytes that the kernel would give us without swapping. */
 static double available_bytes(void)
@@ -48,15 +48,16 @@ size_t data_rotation_bytes(void)
     return (size_t)fmin(wanted, available_bytes() / 4) & ~(size_t)0xffff;
 }
 
-/* In front of each block: its whole size. A block of its own is page-aligned, so a page goes there. */
+/* In front of each block: its whole size. A block of its own is page-aligned, so a page goes
+ * there. */
 #define FRONT 4096
 
 void *data_alloc(double count, size_t size)
 {
     const double bytes = count * (double)size + FRONT;
     if (bytes > available_bytes() * 0.9)
-        tool_die(EXIT_WRONG, "the problem needs %.1f GB more memory, %.1f GB are free", bytes * 1e-9,
-                 available_bytes() * 1e-9);
+        tool_die(EXIT_WRONG, "the problem needs %.1f GB more memory, %.1f GB are free",
+                 bytes * 1e-9, available_bytes() * 1e-9);
     const size_t length = (size_t)bytes;
     char *p = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (p == MAP_FAILED) tool_die(EXIT_WRONG, "out of memory for %.1f MB", bytes * 1e-6);
@@ -74,7 +75,7 @@ void data_free(void *p)
     munmap(front, length);
 }
 
-/* ---- random numbers --------------------------------------------------------------------------- */
+/* ---- random numbers ------------------------------------------------------------------------ */
 
 data_random data_seed(void)
 {
@@ -106,7 +107,7 @@ void data_shuffle(data_random *r, int32_t *x, int64_t n)
     }
 }
 
-/* ---- elements --------------------------------------------------------------------------------- */
+/* ---- elements ------------------------------------------------------------------------------ */
 
 static double bf16_value(uint16_t h)
 {
@@ -194,6 +195,6 @@ void data_poison(void *p, DLDataType dtype, int64_t n)
 void data_tensor_init(data_tensor *x, void *p, DLDataType dtype, int ndim, const int64_t *shape)
 {
     memcpy(x->shape, shape, (size_t)ndim * sizeof *shape);
-    x->t = (DLTensor){.data = p, .device = {kDLCPU, 0}, .ndim = ndim, .dtype = dtype,
-                      .shape = x->shape};
+    x->t = (DLTensor){
+        .data = p, .device = {kDLCPU, 0}, .ndim = ndim, .dtype = dtype, .shape = x->shape};
 }

@@ -14,7 +14,7 @@ size_t data_rotation_bytes(void);
 void *data_alloc(double count, size_t size);
 void data_free(void *p);
 
-/* ---- random numbers: a 64-bit counter, hashed ------------------------------------------------ */
+/* ---- random numbers: a 64-bit counter, hashed ---------------------------------------------- */
 
 typedef struct data_random {
     uint64_t state;
@@ -40,9 +40,10 @@ static inline size_t data_bytes(DLDataType dtype, int64_t n)
     return dtype.bits / 8u * (size_t)n;
 }
 
-/* ---- tensors --------------------------------------------------------------------------------- */
+/* ---- tensors ------------------------------------------------------------------------------- */
 
-/* A contiguous tensor with its shape beside it; t.shape points into it, so it must not be copied. */
+/* A contiguous tensor with its shape beside it; t.shape points into it, so it must not be
+ * copied. */
 typedef struct data_tensor {
     DLTensor t;
     int64_t shape[5];
@@ -50,7 +51,7 @@ typedef struct data_tensor {
 
 /* DATA_TENSOR(&x, p, QKV_F32, 2, 3): x over memory p as [2, 3]. */
 void data_tensor_init(data_tensor *x, void *p, DLDataType dtype, int ndim, const int64_t *shape);
-#define DATA_TENSOR(x, p, dtype, ...)                                                       \
+#define DATA_TENSOR(x, p, dtype, ...)                                                              \
     data_tensor_init((x), (p), (dtype), (int)(sizeof((int64_t[]){__VA_ARGS__}) / sizeof(int64_t)), \
                      (const int64_t[]){__VA_ARGS__})
 

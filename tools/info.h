@@ -9,7 +9,6 @@
 
 typedef struct info_options {
     int32_t num_threads; /* 0 = all */
-    const char *isa;     /* NULL = the best */
     bool ceilings;       /* measure them, some seconds */
     const problem *p;    /* attention, or NULL */
 } info_options;

@@ -25,11 +25,13 @@ static const struct {
                       "requests that have qo_len rows; the others have one"},
     [KEY_HEADS] = {"heads", KIND_PAIR, 1, 1 << 16, NULL, "query heads/KV heads"},
     [KEY_KV_HEADS] = {"kv_heads", KIND_INT, 1, 1024, NULL, "KV heads"},
-    [KEY_HEAD_DIM] = {"head_dim", KIND_PAIR, 2, 65536, NULL, "head_dim_qk/head_dim_vo, or one for both"},
+    [KEY_HEAD_DIM] = {"head_dim", KIND_PAIR, 2, 65536, NULL,
+                      "head_dim_qk/head_dim_vo, or one for both"},
     [KEY_PAGE] = {"page", KIND_INT, 0, 1 << 24, NULL, "tokens a page; 0 = ragged, without pages"},
     [KEY_LAYOUT] = {"layout", KIND_CHOICE, 0, 0, "NHD|HND", "order of a page's axes"},
     [KEY_Q] = {"q", KIND_CHOICE, 0, 0, DTYPES, "dtype of q"},
-    [KEY_KV] = {"kv", KIND_CHOICE, 0, 0, DTYPES, "dtype of the cache; that of q or dtype if not given"},
+    [KEY_KV] = {"kv", KIND_CHOICE, 0, 0, DTYPES,
+                "dtype of the cache; that of q or dtype if not given"},
     [KEY_O] = {"o", KIND_CHOICE, 0, 0, DTYPES, "dtype of o; that of q if not given"},
     [KEY_MASK] = {"mask", KIND_CHOICE, 0, 0, "none|causal", "attention mask"},
     [KEY_WINDOW] = {"window", KIND_INT, -1, 1 << 27, NULL, "keys left of a row's own; -1 = open"},
@@ -55,15 +57,15 @@ static const struct {
     [KEY_TOP_P] = {"top_p", KIND_REAL, 0, 1, NULL, "in (0, 1]; 1 = all"},
     [KEY_MIN_P] = {"min_p", KIND_REAL, 0, 1, NULL, "0 = all"},
     [KEY_DATA] = {"data", KIND_CHOICE, 0, 0, "dram|cache",
-                  "dram: inputs rotate over more memory than the last-level cache holds; cache: the "
-                  "same ones each time"},
+                  "dram: inputs rotate over more memory than the last-level cache holds; "
+                  "cache: the same each time, held against the speed of as much memory"},
 };
 
 /* A key that takes another's value when a string does not give it, if the operator has that one. */
 static const struct {
     problem_key key, from;
 } follows[] = {
-    {KEY_KV_LEN, KEY_QO_LEN}, {KEY_KV, KEY_Q}, {KEY_O, KEY_Q},
+    {KEY_KV_LEN, KEY_QO_LEN}, {KEY_KV, KEY_Q},  {KEY_O, KEY_Q},
     {KEY_W, KEY_X},           {KEY_OUT, KEY_X}, {KEY_KV, KEY_DTYPE},
 };
 
@@ -72,25 +74,26 @@ static const struct {
     const char *name, *about, *defaults;
 } ops[] = {
     {"decode", "attention, one new row a request",
-     "batch=1,kv_len=4096,heads=32/8,head_dim=128,page=16,layout=NHD,q=bf16,kv=bf16,o=bf16,mask=causal,"
-     "window=-1,cap=0,dist=fixed,data=dram"},
+     "batch=1,kv_len=4096,heads=32/8,head_dim=128,page=16,layout=NHD,q=bf16,kv=bf16,o=bf16,"
+     "mask=causal,window=-1,cap=0,dist=fixed,data=dram"},
     {"prefill", "attention, qo_len new rows a request",
-     "batch=1,qo_len=1024,kv_len=1024,heads=32/8,head_dim=128,page=16,layout=NHD,q=bf16,kv=bf16,o=bf16,"
-     "mask=causal,window=-1,cap=0,data=cache"},
+     "batch=1,qo_len=1024,kv_len=1024,heads=32/8,head_dim=128,page=16,layout=NHD,q=bf16,kv=bf16,"
+     "o=bf16,mask=causal,window=-1,cap=0,data=dram"},
     {"mixed", "attention, prefills requests of qo_len new rows among decodes",
      "batch=8,prefills=1,qo_len=512,kv_len=1024,heads=32/8,head_dim=128,page=16,layout=NHD,q=bf16,"
      "kv=bf16,o=bf16,mask=causal,window=-1,cap=0,dist=fixed,data=dram"},
     {"append", "new keys and values into pages",
-     "batch=1,qo_len=1024,kv_len=1024,kv_heads=8,head_dim=128,page=16,layout=NHD,dtype=bf16,kv=bf16,"
-     "data=dram"},
+     "batch=1,qo_len=1024,kv_len=1024,kv_heads=8,head_dim=128,page=16,layout=NHD,dtype=bf16,"
+     "kv=bf16,data=dram"},
     {"gemm", "out[m,n] = x[m,k] w[n,k]^T", "m=1,n=4096,k=4096,x=bf16,w=bf16,out=bf16,data=dram"},
     {"rmsnorm", "RMSNorm", "tokens=64,size=4096,dtype=bf16,residual=no,data=dram"},
     {"rope", "rotary embedding of q and k, in place",
      "tokens=1024,heads=32/8,head_dim=128,dtype=bf16,rotary=0,style=neox,data=dram"},
-    {"silu", "gated activation", "tokens=64,size=14336,dtype=bf16,act=silu,data=dram"},
-    {"argmax", "index of each row's largest logit", "batch=1,vocab=128256,dtype=f32,data=cache"},
+    {"gated", "gated activation, act(gate) * up",
+     "tokens=64,size=14336,dtype=bf16,act=silu,data=dram"},
+    {"argmax", "index of each row's largest logit", "batch=1,vocab=128256,dtype=f32,data=dram"},
     {"sample", "one token a row",
-     "batch=1,vocab=128256,dtype=f32,temperature=1,top_k=0,top_p=1,min_p=0,data=cache"},
+     "batch=1,vocab=128256,dtype=f32,temperature=1,top_k=0,top_p=1,min_p=0,data=dram"},
 };
 enum { NUM_OPS = sizeof ops / sizeof ops[0] };
 
@@ -116,7 +119,7 @@ static int find_op(const char *name)
     return -1;
 }
 
-/* ---- one value -------------------------------------------------------------------------------- */
+/* ---- one value ----------------------------------------------------------------------------- */
 
 /* Decimal digits with an optional minus; *end behind them. */
 static bool read_int(const char *text, char **end, int64_t *out)
@@ -166,7 +169,8 @@ static bool read_value(int key, const char *text, problem_value *out)
         v.second = v.first;
         if (keys[key].kind == KIND_PAIR && *end == '/' && !read_int(end + 1, &end, &v.second))
             return false;
-        if (*end || v.first < min || v.first > max || v.second < min || v.second > max) return false;
+        if (*end || v.first < min || v.first > max || v.second < min || v.second > max)
+            return false;
     }
     *out = v;
     return true;
@@ -185,7 +189,7 @@ static void print_range(int key, char *text, size_t size)
                  (long long)keys[key].min, (long long)keys[key].max);
 }
 
-/* ---- strings ---------------------------------------------------------------------------------- */
+/* ---- strings ------------------------------------------------------------------------------- */
 
 /* "name=value" up to a comma; the value is cut into text. */
 typedef struct item {
@@ -217,7 +221,8 @@ static void print_known(int op, char *text, size_t size)
     for (const char *at = ops[op].defaults; *at && used < size;) {
         item it;
         next_item(&at, &it);
-        used += (size_t)snprintf(text + used, size - used, "%s%s", used ? ", " : "", keys[it.key].name);
+        const char *comma = used ? ", " : "";
+        used += (size_t)snprintf(text + used, size - used, "%s%s", comma, keys[it.key].name);
     }
 }
 
@@ -225,8 +230,8 @@ static bool fail_known(int op, const char *what, const item *it, char error[PROB
 {
     char known[256];
     print_known(op, known, sizeof known);
-    snprintf(error, PROBLEM_ERROR, "%.*s: %s; %s takes %s", it->name_len, it->name, what, ops[op].name,
-             known);
+    snprintf(error, PROBLEM_ERROR, "%.*s: %s; %s takes %s", it->name_len, it->name, what,
+             ops[op].name, known);
     return false;
 }
 
@@ -267,6 +272,10 @@ static bool check(const problem *p, const bool *has, char error[PROBLEM_ERROR])
         what = "qo_len: expected at most kv_len";
     else if (has[KEY_TOP_P] && !(v[KEY_TOP_P].real > 0))
         what = "top_p: expected more than 0";
+    else if (has[KEY_ROTARY] && v[KEY_HEAD_DIM].first != v[KEY_HEAD_DIM].second)
+        what = "head_dim: expected one for q and k";
+    else if (has[KEY_KV_HEADS] && v[KEY_PAGE].first == 0)
+        what = "page: expected at least 1";
     if (what) snprintf(error, PROBLEM_ERROR, "%s", what);
     return !what;
 }

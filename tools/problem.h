@@ -1,7 +1,8 @@
 /* problem.h - problem strings: "batch=8,kv_len=4096,heads=32/8,head_dim=128,q=bf16,mask=causal".
  *
  * Each operator has a list of keys with defaults; a string sets some of them. Printing gives the
- * canonical string: every key of the operator, in the operator's order. It parses to the same problem.
+ * canonical string: every key of the operator, in the operator's order. It parses to the same
+ * problem.
  * SPDX-License-Identifier: Apache-2.0 */
 #ifndef QKV_TOOLS_PROBLEM_H
 #define QKV_TOOLS_PROBLEM_H
@@ -53,8 +54,8 @@ enum { DIST_FIXED, DIST_UNIFORM, DIST_ZIPF };
 enum { DATA_DRAM, DATA_CACHE };
 enum { STYLE_NEOX, STYLE_INTERLEAVED };
 
-/* first: the number, the choice (in the order above or of the public header), or what stands before a
- * '/'; second: what stands behind it, or the same again. */
+/* first: the number, the choice (in the order above or of the public header), or what stands
+ * before a '/'; second: what stands behind it, or the same again. */
 typedef struct problem_value {
     int64_t first, second;
     double real;
@@ -67,8 +68,8 @@ typedef struct problem {
 
 enum { PROBLEM_ERROR = 512, PROBLEM_TEXT = 512 };
 
-/* The i-th operator's name, NULL past the end; *defaults (may be NULL): its canonical default string;
- * *about: what it is, in a few words. */
+/* The i-th operator's name, NULL past the end; *defaults (may be NULL): its canonical default
+ * string; *about: what it is, in a few words. */
 const char *problem_op(int i, const char **defaults, const char **about);
 
 /* What a key means and takes, for help; NULL past the end. */

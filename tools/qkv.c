@@ -22,18 +22,20 @@ static void print_help(void)
     puts("qkv - what the library has, and how fast it is\n"
          "\n"
          "  qkv info [--ceilings] [decode|prefill|mixed [PROBLEM]]\n"
-         "      version, CPU levels, device, kernel tables; which rows take an attention problem, and\n"
-         "      why the others do not. --ceilings measures memory and multiply-adds.\n"
+         "      version, CPU levels, device, kernel tables; which rows take an attention\n"
+         "      problem, and why the others do not; --ceilings: what this machine can do at most\n"
          "  qkv bench OP [PROBLEM]\n"
          "  qkv bench --file FILE        lines \"OP PROBLEM\"; # starts a comment\n"
-         "      verifies against double precision, then prints the median time of a call, GB/s, GFLOP/s\n"
-         "      and the share of the ceiling that binds, measured before and after.\n"
+         "      verifies against double precision, then prints the median time of a call, GB/s,\n"
+         "      GFLOP/s and the share of the ceiling that binds, measured before and after\n"
          "  qkv --help, qkv --version\n"
          "\n"
          "  --json           one object a line\n"
          "  --seconds S      time to measure each problem for (1)\n"
          "  --threads N      CPU threads (all)\n"
-         "  --isa LEVEL      CPU level (the best one here); its instructions make the ceiling\n"
+         "\n"
+         "QKV_DEVICE=cpu:LEVEL in the environment takes another CPU level than the best one here;\n"
+         "its instructions make the ceilings.\n"
          "\n"
          "PROBLEM is key=value,... ; unset keys have the defaults shown:");
     const char *name, *defaults, *about, *help;
@@ -51,7 +53,8 @@ static double read_number(const char *option, const char *text, double min, doub
     errno = 0;
     const double value = strtod(text, &end);
     if (end == text || *end || errno || !(value >= min && value <= max))
-        tool_die(EXIT_USAGE, "%s: expected a number from %g to %g, got \"%s\"", option, min, max, text);
+        tool_die(EXIT_USAGE, "%s: expected a number from %g to %g, got \"%s\"", option, min, max,
+                 text);
     return value;
 }
 
@@ -67,27 +70,18 @@ static int read_option(command *c, int argc, char **argv, int i)
         c->ceilings = true;
         return i;
     }
-    static const char *const with_argument[] = {"--seconds", "--threads", "--isa", "--file"};
+    static const char *const with_argument[] = {"--seconds", "--threads", "--file"};
     int which = 0;
-    while (which < 4 && strcmp(option, with_argument[which]) != 0) which++;
-    if (which == 4) tool_die(EXIT_USAGE, "%s: not an option; qkv --help lists them", option);
+    while (which < 3 && strcmp(option, with_argument[which]) != 0) which++;
+    if (which == 3) tool_die(EXIT_USAGE, "%s: not an option; qkv --help lists them", option);
     if (i + 1 == argc) tool_die(EXIT_USAGE, "%s: expected an argument", option);
     const char *argument = argv[i + 1];
     switch (which) {
     case 0: c->bench.seconds = read_number(option, argument, 0, 86400); break;
     case 1: c->bench.num_threads = (int32_t)read_number(option, argument, 1, 4096); break;
-    case 2: c->bench.isa = argument; break;
     default: c->file = argument;
     }
     return i + 1;
-}
-
-static void check_isa(const char *isa)
-{
-    const char *level;
-    for (int32_t i = 0; isa && (level = qkv_cpu_level(i, NULL)); i++)
-        if (strcmp(level, isa) == 0) return;
-    if (isa) tool_die(EXIT_USAGE, "--isa: expected a level of this build (see qkv info), got %s", isa);
 }
 
 static problem parse(const char *place, const char *op, const char *text)
@@ -98,12 +92,12 @@ static problem parse(const char *place, const char *op, const char *text)
     return p;
 }
 
-/* ---- commands --------------------------------------------------------------------------------- */
+/* ---- commands ------------------------------------------------------------------------------ */
 
 static void info(const command *c)
 {
     if (c->file || c->bench.json) tool_die(EXIT_USAGE, "info: takes neither --file nor --json");
-    info_options o = {.num_threads = c->bench.num_threads, .isa = c->bench.isa, .ceilings = c->ceilings};
+    info_options o = {.num_threads = c->bench.num_threads, .ceilings = c->ceilings};
     problem p;
     if (c->num_words > 1) {
         p = parse("", c->words[1], c->num_words > 2 ? c->words[2] : "");
@@ -114,55 +108,43 @@ static void info(const command *c)
     info_print(&o);
 }
 
-/* A line of a file: op and problem, cut at spaces; false: nothing on it. */
-static bool read_line(char *line, const char **op, const char **text)
+/* The problems of a file; all are read before the first one runs: a mistake shows at once. */
+static int read_problems(const char *path, problem *out, int room)
 {
-    static const char spaces[] = " \t\r\n";
-    line[strcspn(line, "#")] = '\0';
-    char *at = line + strspn(line, spaces);
-    if (!*at) return false;
-    *op = at;
-    at += strcspn(at, spaces);
-    if (*at) *at++ = '\0';
-    at += strspn(at, spaces);
-    at[strcspn(at, spaces)] = '\0';
-    *text = at;
-    return true;
-}
-
-/* All lines are read before the first one runs: a mistake shows at once. */
-static void bench_file(bench_session *s, const char *path)
-{
-    enum { MAX_PROBLEMS = 1024 };
-    problem *problems = data_alloc(MAX_PROBLEMS, sizeof *problems);
     FILE *f = fopen(path, "r");
     if (!f) tool_die(EXIT_USAGE, "--file: %s: %s", path, strerror(errno));
-    char line[1024], place[64];
+    char line[1024], op[64], text[PROBLEM_TEXT], extra, place[64];
     int n = 0;
     for (int number = 1; fgets(line, sizeof line, f); number++) {
-        const char *op, *text;
-        if (!read_line(line, &op, &text)) continue;
-        if (n == MAX_PROBLEMS) tool_die(EXIT_USAGE, "--file: expected at most %d problems", n);
+        line[strcspn(line, "#")] = text[0] = '\0';
+        const int words = sscanf(line, "%63s %511s %c", op, text, &extra);
+        if (words <= 0) continue;
         snprintf(place, sizeof place, "%.32s, line %d: ", path, number);
-        problems[n++] = parse(place, op, text);
+        if (words == 3) tool_die(EXIT_USAGE, "%sexpected OP [PROBLEM]", place);
+        if (n == room) tool_die(EXIT_USAGE, "%sexpected at most %d problems", place, room);
+        out[n++] = parse(place, op, text);
     }
     fclose(f);
-    for (int i = 0; i < n; i++) bench_problem(s, &problems[i]);
-    data_free(problems);
+    if (n == 0) tool_die(EXIT_USAGE, "--file: %s: no problem in it", path);
+    return n;
 }
 
 static void bench_command(const command *c)
 {
+    enum { MAX_PROBLEMS = 1024 };
     if (c->ceilings) tool_die(EXIT_USAGE, "bench: --ceilings belongs to info");
-    if (!c->file == (c->num_words < 2)) tool_die(EXIT_USAGE, "bench: expected OP [PROBLEM], or --file FILE");
-    problem p;
-    if (!c->file) p = parse("", c->words[1], c->num_words > 2 ? c->words[2] : "");
-    bench_session *s = bench_open(&c->bench);
+    if (!c->file == (c->num_words < 2))
+        tool_die(EXIT_USAGE, "bench: expected OP [PROBLEM], or --file FILE");
+    problem *problems = data_alloc(MAX_PROBLEMS, sizeof *problems);
+    int n = 1;
     if (c->file)
-        bench_file(s, c->file);
+        n = read_problems(c->file, problems, MAX_PROBLEMS);
     else
-        bench_problem(s, &p);
+        problems[0] = parse("", c->words[1], c->num_words > 2 ? c->words[2] : "");
+    bench_session *s = bench_open(&c->bench);
+    for (int i = 0; i < n; i++) bench_problem(s, &problems[i]);
     bench_close(s);
+    data_free(problems);
 }
 
 int main(int argc, char **argv)
@@ -182,7 +164,6 @@ int main(int argc, char **argv)
             c.words[c.num_words++] = argv[i];
     }
     if (c.num_words == 0) tool_die(EXIT_USAGE, "expected a command: info or bench; see qkv --help");
-    check_isa(c.bench.isa);
     if (strcmp(c.words[0], "info") == 0)
         info(&c);
     else if (strcmp(c.words[0], "bench") == 0)

@@ -1,5 +1,4 @@
 /* tool.c - SPDX-License-Identifier: Apache-2.0 */
-#define _POSIX_C_SOURCE 200809L
 #include "tool.h"
 
 #include <stdarg.h>

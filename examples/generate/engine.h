@@ -17,15 +17,15 @@ typedef enum request_state { WAITING, RUNNING, PREEMPTED, FINISHED } request_sta
 
 typedef struct request {
     request_state state;
-    int32_t *tokens;  /* [prompt_len + max_new] the prompt, then what was generated             */
-    double *token_ms; /* [max_new] when each generated token was known                          */
+    int32_t *tokens;  /* [prompt_len + max_new] the prompt, then what was generated */
+    double *token_ms; /* [max_new] when each generated token was known */
     int32_t prompt_len, max_new, num_tokens;
-    int32_t num_cached; /* tokens whose keys are in the pages (or in saved)                       */
-    int32_t *pages;     /* [num_pages]                                                            */
+    int32_t num_cached; /* tokens whose keys are in the pages (or in saved) */
+    int32_t *pages;     /* [num_pages] */
     int32_t num_pages;
-    int32_t num_known; /* pages at the front that are in the tree of known pages                 */
+    int32_t num_known;      /* pages at the front that are in the tree of known pages */
     bool private_from_here; /* its next page is not to be looked up, nor made known */
-    void *saved; /* PREEMPTED: num_pages pages of keys and values                          */
+    void *saved;            /* PREEMPTED: num_pages pages of keys and values */
 } request;
 
 typedef struct engine_options {
@@ -45,8 +45,8 @@ typedef struct engine_prompt {
 
 typedef struct engine_counts {
     int64_t prompt_tokens, shared_tokens; /* computed; found in the pool */
-    double prompt_ms;      /* of steps that had prompt tokens                       */
-    int64_t decode_tokens; /* of the other steps                                    */
+    double prompt_ms;                     /* of steps that had prompt tokens */
+    int64_t decode_tokens;                /* of the other steps */
     double decode_ms;
     int64_t preemptions;
 } engine_counts;

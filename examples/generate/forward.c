@@ -17,22 +17,22 @@ struct forward {
 
     /* The step. Capacities follow from the limits; num_entries counts kv_indices. */
     int32_t num_requests, num_tokens, num_entries;
-    int32_t *tokens, *positions; /* [max_tokens]                                   */
+    int32_t *tokens, *positions;                    /* [max_tokens] */
     int32_t *qo_indptr, *kv_indptr, *last_page_len; /* [max_requests + 1], the last without + 1 */
-    int32_t *kv_indices; /* [max_requests * pages_per_request]             */
+    int32_t *kv_indices;                            /* [max_requests * pages_per_request] */
 
     /* The KV pool: [num_pages, num_layers, 2, page_size, num_kv_heads, head_dim], so that all of a
      * page is one block, which makes saving it one copy. */
     uint8_t *pool;
 
     /* Activations, f32. hidden is the residual stream; delta is what the last operator adds to it.
-     */
-    float *hidden, *normed, *delta; /* [max_tokens, hidden_size]                                  */
-    float *qkv;                     /* [max_tokens, qkv_width]: q, k, v side by side              */
-    float *mixed;                   /* [max_tokens, qo_width]: attention's output                 */
-    float *gate_up, *activated; /* [max_tokens, 2 ffn_size], [max_tokens, ffn_size]               */
+ */
+    float *hidden, *normed, *delta;  /* [max_tokens, hidden_size] */
+    float *qkv;                      /* [max_tokens, qkv_width]: q, k, v side by side */
+    float *mixed;                    /* [max_tokens, qo_width]: attention's output */
+    float *gate_up, *activated;      /* [max_tokens, 2 ffn_size], [max_tokens, ffn_size] */
     float *head_hidden, *head_delta; /* [max_logits, hidden_size] */
-    float *logits; /* [max_logits, vocab_size]                                   */
+    float *logits;                   /* [max_logits, vocab_size] */
 };
 
 /* ---- tensors over plain memory ------------------------------------------------------------- */

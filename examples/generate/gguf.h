@@ -57,8 +57,8 @@ typedef enum gguf_tensor_type {
     GGUF_TENSOR_F32 = 0,
     GGUF_TENSOR_F16 = 1,
     GGUF_TENSOR_Q4_0 = 2, /* blocks of 32: f16 d, 32 nibbles q;        x = d (q - 8) */
-    GGUF_TENSOR_Q4_1 = 3, /* blocks of 32: f16 d, f16 m, 32 nibbles q; x = d q + m   */
-    GGUF_TENSOR_Q8_0 = 8, /* blocks of 32: f16 d, 32 int8 q;           x = d q       */
+    GGUF_TENSOR_Q4_1 = 3, /* blocks of 32: f16 d, f16 m, 32 nibbles q; x = d q + m */
+    GGUF_TENSOR_Q8_0 = 8, /* blocks of 32: f16 d, 32 int8 q;           x = d q */
     GGUF_TENSOR_BF16 = 30,
 } gguf_tensor_type;
 

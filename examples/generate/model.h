@@ -18,21 +18,21 @@ typedef struct model_config {
 } model_config;
 
 typedef struct model_layer {
-    float *attention_norm, *ffn_norm; /* [hidden_size]                                            */
-    void *qkv;    /* [(num_qo_heads + 2 num_kv_heads) head_dim, hidden_size]                      */
-    void *output; /* [hidden_size, num_qo_heads head_dim]                                         */
-    void *gate_up; /* [2 ffn_size, hidden_size] */
-    void *down; /* [hidden_size, ffn_size]                                                      */
+    float *attention_norm, *ffn_norm; /* [hidden_size] */
+    void *qkv;                        /* [(num_qo_heads + 2 num_kv_heads) head_dim, hidden_size] */
+    void *output;                     /* [hidden_size, num_qo_heads head_dim] */
+    void *gate_up;                    /* [2 ffn_size, hidden_size] */
+    void *down;                       /* [hidden_size, ffn_size] */
 } model_layer;
 
 typedef struct model {
     model_config config;
     DLDataType dtype; /* f32 or bf16 */
     model_layer *layers;
-    void *embedding; /* [vocab_size, hidden_size]                                               */
+    void *embedding;    /* [vocab_size, hidden_size] */
     float *output_norm; /* [hidden_size] */
-    void *head;    /* [vocab_size, hidden_size]; the embedding itself when they are tied      */
-    void *weights; /* the one block that all of the above point into                          */
+    void *head;         /* [vocab_size, hidden_size]; the embedding itself when they are tied */
+    void *weights;      /* the one block that all of the above point into */
     size_t weight_bytes;
 } model;
 

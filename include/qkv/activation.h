@@ -10,9 +10,9 @@ extern "C" {
 #endif
 
 enum {
-    QKV_SILU = 0,     /* x / (1 + exp(-x))                                          */
-    QKV_GELU = 1,     /* x/2 (1 + erf(x / sqrt 2))                                  */
-    QKV_GELU_TANH = 2 /* x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))              */
+    QKV_SILU = 0,     /* x / (1 + exp(-x)) */
+    QKV_GELU = 1,     /* x/2 (1 + erf(x / sqrt 2)) */
+    QKV_GELU_TANH = 2 /* x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) */
 };
 
 /*

@@ -37,19 +37,19 @@ enum { QKV_ATTENTION_LSE_BASE_2 = 2 }; /* flags: lse in base 2 instead of natura
 
 /* Per model; fixed at create. */
 typedef struct qkv_attention_spec {
-    uint32_t struct_size, flags;          /* QKV_ATTENTION_...                                     */
-    int32_t num_qo_heads, num_kv_heads;   /* qo a multiple of kv                                   */
-    int32_t head_dim_qk, head_dim_vo;     /* multiples of 8, 8 .. 512                              */
-    int32_t page_size;                    /* tokens a page, >= 1; 0 = ragged KV without pages      */
-    int32_t kv_layout;                    /* QKV_NHD, QKV_HND                                      */
-    int32_t mask;                         /* QKV_MASK_...                                          */
-    int32_t features;                     /* QKV_FEATURE_...; a field whose feature is not here must
-                                             be left 0 (a window may be -1): never silently ignored */
-    DLDataType dtype_q, dtype_kv, dtype_o; /* each f32, f16 or bf16                                */
-    float sm_scale;                       /* > 0; 0 = 1/sqrt(head_dim_qk)                          */
-    float logits_soft_cap;                /* > 0; with FEATURE_SOFT_CAP                            */
-    int32_t window_left, window_right;    /* keys visible beside the row's own, -1 = open; with
-                                             FEATURE_WINDOW; the widest that a layer will ask for  */
+    uint32_t struct_size, flags;           /* QKV_ATTENTION_... */
+    int32_t num_qo_heads, num_kv_heads;    /* qo a multiple of kv */
+    int32_t head_dim_qk, head_dim_vo;      /* multiples of 8, 8 .. 512 */
+    int32_t page_size;                     /* tokens a page, >= 1; 0 = ragged KV without pages */
+    int32_t kv_layout;                     /* QKV_NHD, QKV_HND */
+    int32_t mask;                          /* QKV_MASK_... */
+    int32_t features;                      /* QKV_FEATURE_...; a field whose feature is not here
+                                           must be left 0 (a window may be -1), not ignored */
+    DLDataType dtype_q, dtype_kv, dtype_o; /* each f32, f16 or bf16 */
+    float sm_scale;                        /* > 0; 0 = 1/sqrt(head_dim_qk) */
+    float logits_soft_cap;                 /* > 0; with FEATURE_SOFT_CAP */
+    int32_t window_left, window_right;     /* keys visible beside the row's own, -1 = open; with
+                                             FEATURE_WINDOW; the widest that a layer will ask for */
 } qkv_attention_spec;
 #define QKV_ATTENTION_SPEC_INIT .struct_size = sizeof(qkv_attention_spec)
 
@@ -57,19 +57,19 @@ typedef struct qkv_attention_spec {
 typedef struct qkv_attention_limits {
     uint32_t struct_size;
     int32_t max_requests;
-    int64_t max_tokens;     /* rows of q                                                            */
-    int32_t max_qo_len;     /* per request; 1 = decode only; 0 = max_tokens                         */
-    int32_t max_workers;    /* strips that the work is cut into; 0 = the context's threads          */
-    int64_t max_kv_len;     /* per request                                                          */
-    int64_t max_pages;      /* entries of all page lists together; unused when ragged               */
-    int64_t max_split_rows; /* partial rows (token x qo head); 0 = enough; less splits less         */
-    int64_t pool_pages;     /* pages in the pool: plan checks page numbers; 0 = only run does       */
+    int64_t max_tokens;     /* rows of q */
+    int32_t max_qo_len;     /* per request; 1 = decode only; 0 = max_tokens */
+    int32_t max_workers;    /* strips that the work is cut into; 0 = the context's threads */
+    int64_t max_kv_len;     /* per request */
+    int64_t max_pages;      /* entries of all page lists together; unused when ragged */
+    int64_t max_split_rows; /* partial rows (token x qo head); 0 = enough; less splits less */
+    int64_t pool_pages;     /* pages in the pool: plan checks page numbers; 0 = only run does */
 } qkv_attention_limits;
 #define QKV_ATTENTION_LIMITS_INIT .struct_size = sizeof(qkv_attention_limits)
 
-/* Exact sizes. plan: private to one operator, kept between calls. scratch: may be shared by operators
- * that never run at the same time; its content is free between runs. pinned: host staging, 0 on the
- * CPU. Nothing need be zeroed. */
+/* Exact sizes. plan: private to one operator, kept between calls. scratch: may be shared by
+ * operators that never run at the same time; its content is free between runs. pinned: host
+ * staging, 0 on the CPU. Nothing need be zeroed. */
 typedef struct qkv_workspace_size {
     uint64_t plan_bytes, scratch_bytes, pinned_bytes;
 } qkv_workspace_size;
@@ -84,39 +84,39 @@ typedef struct qkv_workspace { /* blocks of at least those sizes, aligned to 64 
 /* Where each request's keys are: exactly one form is set, the other pointers are NULL. All i32.
  *   paged CSR    kv_indptr, kv_indices, kv_last_page_len
  *   block table  block_table, kv_lens
- *   ragged       kv_indptr alone (spec.page_size = 0): offsets in tokens into k and v             */
+ *   ragged       kv_indptr alone (spec.page_size = 0): offsets in tokens into k and v */
 typedef struct qkv_kv_index {
     uint32_t struct_size, reserved;
-    const DLTensor *qo_indptr;        /* [requests + 1] offsets into q's rows, first 0             */
-    const DLTensor *kv_indptr;        /* [requests + 1] offsets into kv_indices, first >= 0        */
-    const DLTensor *kv_indices;       /* [>= kv_indptr[last]] page numbers                         */
-    const DLTensor *kv_last_page_len; /* [requests] 1 .. page_size; any for a request of no pages  */
-    const DLTensor *block_table;      /* [requests, columns] page numbers; unused entries free     */
-    const DLTensor *kv_lens;          /* [requests] tokens, including the new ones                 */
+    const DLTensor *qo_indptr;        /* [requests + 1] offsets into q's rows, first 0 */
+    const DLTensor *kv_indptr;        /* [requests + 1] offsets into kv_indices, first >= 0 */
+    const DLTensor *kv_indices;       /* [>= kv_indptr[last]] page numbers */
+    const DLTensor *kv_last_page_len; /* [requests] 1 .. page_size; any for a request of no pages */
+    const DLTensor *block_table;      /* [requests, columns] page numbers; unused entries free */
+    const DLTensor *kv_lens;          /* [requests] tokens, including the new ones */
 } qkv_kv_index;
 #define QKV_KV_INDEX_INIT .struct_size = sizeof(qkv_kv_index)
 
 /* One step. */
 typedef struct qkv_attention_batch {
     uint32_t struct_size;
-    int32_t num_levels;         /* 1                                                               */
-    const qkv_kv_index *levels; /* [num_levels]                                                    */
-    const DLTensor *qo_pos;     /* i32 [requests] position of each request's row 0, any value; NULL =
-                                   at the end of its keys (kv_len - qo_len)                        */
+    int32_t num_levels;         /* 1 */
+    const qkv_kv_index *levels; /* [num_levels] */
+    const DLTensor *qo_pos; /* i32 [requests] position of each request's row 0, any value; NULL =
+                                   at the end of its keys (kv_len - qo_len) */
 } qkv_attention_batch;
 #define QKV_ATTENTION_BATCH_INIT .struct_size = sizeof(qkv_attention_batch)
 
 /* One layer. */
 typedef struct qkv_attention_io {
     uint32_t struct_size, reserved;
-    const DLTensor *q; /* [tokens, num_qo_heads, head_dim_qk]                                      */
+    const DLTensor *q; /* [tokens, num_qo_heads, head_dim_qk] */
     const DLTensor *k; /* [pages, page_size, num_kv_heads, head_dim_qk] by layout; ragged without
-                          the pages axis ([tokens, heads, dim] or [heads, tokens, dim])            */
-    const DLTensor *v; /* the same with head_dim_vo. NULL: k holds both, [pages, 2, ...]           */
-    DLTensor *o;       /* [tokens, num_qo_heads, head_dim_vo]; must not overlap q, k, v            */
-    DLTensor *lse;     /* f32 [tokens, num_qo_heads], any strides; NULL = not wanted               */
-    float sm_scale, logits_soft_cap; /* this layer's; 0 = the spec's                               */
-    int32_t set_window;              /* 1: the two below replace the spec's (narrower or equal)    */
+                          the pages axis ([tokens, heads, dim] or [heads, tokens, dim]) */
+    const DLTensor *v; /* the same with head_dim_vo. NULL: k holds both, [pages, 2, ...] */
+    DLTensor *o;       /* [tokens, num_qo_heads, head_dim_vo]; must not overlap q, k, v */
+    DLTensor *lse;     /* f32 [tokens, num_qo_heads], any strides; NULL = not wanted */
+    float sm_scale, logits_soft_cap; /* this layer's; 0 = the spec's */
+    int32_t set_window;              /* 1: the two below replace the spec's (narrower or equal) */
     int32_t window_left, window_right;
     int32_t reserved2;
 } qkv_attention_io;
@@ -171,8 +171,8 @@ QKV_API qkv_status qkv_attention_plan(qkv_attention *attention, const qkv_attent
 /*
  * qkv_attention_run - compute one layer under the current plan.
  *
- * No allocation, no system call beyond waking threads. The same plan and tensors give the same bits,
- * with any number of threads. Errors: INVALID (a tensor, or no plan yet).
+ * No allocation, no system call beyond waking threads. The same plan and tensors give the same
+ * bits, with any number of threads. Errors: INVALID (a tensor, or no plan yet).
  */
 QKV_API qkv_status qkv_attention_run(qkv_attention *attention, const qkv_attention_io *io,
                                      void *stream);

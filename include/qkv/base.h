@@ -25,13 +25,13 @@ extern "C" {
 /* Status of a call. The values are pinned: they never change meaning or number. */
 typedef enum qkv_status {
     QKV_OK = 0,
-    QKV_ERR_INVALID = 1,     /* an argument breaks the documented contract            */
-    QKV_ERR_UNSUPPORTED = 2, /* valid request, but no kernel here accepts it          */
-    QKV_ERR_MEMORY = 3,      /* allocation failed, or a workspace is too small        */
-    QKV_ERR_COMPILE = 4,     /* a kernel compiler is absent or rejected the source    */
-    QKV_ERR_DEVICE = 5,      /* a driver or the operating system reported an error    */
-    QKV_ERR_COMM = 6,        /* a peer failed, timed out, or disagreed                */
-    QKV_ERR_INTERNAL = 7     /* a bug in qkv; please report the message               */
+    QKV_ERR_INVALID = 1,     /* an argument breaks the documented contract */
+    QKV_ERR_UNSUPPORTED = 2, /* valid request, but no kernel here accepts it */
+    QKV_ERR_MEMORY = 3,      /* allocation failed, or a workspace is too small */
+    QKV_ERR_COMPILE = 4,     /* a kernel compiler is absent or rejected the source */
+    QKV_ERR_DEVICE = 5,      /* a driver or the operating system reported an error */
+    QKV_ERR_COMM = 6,        /* a peer failed, timed out, or disagreed */
+    QKV_ERR_INTERNAL = 7     /* a bug in qkv; please report the message */
 } qkv_status;
 
 /*
@@ -62,16 +62,16 @@ QKV_API int32_t qkv_version(void);
 #else
 #define QKV_DTYPE(code, bits) ((DLDataType){(code), (bits), 1})
 #endif
-#define QKV_F32 QKV_DTYPE(2, 32)
-#define QKV_F16 QKV_DTYPE(2, 16)
+#define QKV_F32  QKV_DTYPE(2, 32)
+#define QKV_F16  QKV_DTYPE(2, 16)
 #define QKV_BF16 QKV_DTYPE(4, 16)
 #define QKV_E4M3 QKV_DTYPE(10, 8) /* fp8 e4m3, finite only ("fn"): largest value 448 */
 #define QKV_E5M2 QKV_DTYPE(12, 8) /* fp8 e5m2, with infinities: largest value 57344 */
-#define QKV_I8 QKV_DTYPE(0, 8)
-#define QKV_I32 QKV_DTYPE(0, 32)
-#define QKV_I64 QKV_DTYPE(0, 64)
-#define QKV_U8 QKV_DTYPE(1, 8)
-#define QKV_U64 QKV_DTYPE(1, 64)
+#define QKV_I8   QKV_DTYPE(0, 8)
+#define QKV_I32  QKV_DTYPE(0, 32)
+#define QKV_I64  QKV_DTYPE(0, 64)
+#define QKV_U8   QKV_DTYPE(1, 8)
+#define QKV_U64  QKV_DTYPE(1, 64)
 
 #ifdef __cplusplus
 }

@@ -34,10 +34,10 @@ typedef void (*qkv_log_fn)(void *user, const char *line);
 
 typedef struct qkv_context_options {
     uint32_t struct_size;
-    int32_t num_threads; /* CPU: 0 = all that this process may run on; ignored with parallel.run  */
-    DLDevice device;     /* {kDLCPU, 0}; a zeroed device means the same                           */
+    int32_t num_threads; /* CPU: 0 = all that this process may run on; ignored with parallel.run */
+    DLDevice device;     /* {kDLCPU, 0}; a zeroed device means the same */
     const char *isa;     /* CPU: NULL = the fastest level; else "avx2", "avx512", "avx512_bf16",
-                            "neon". QKV_DEVICE=cpu:LEVEL in the environment wins over it           */
+                            "neon". QKV_DEVICE=cpu:LEVEL in the environment wins over it */
     qkv_allocator allocator;
     qkv_parallel parallel;
     qkv_log_fn log; /* verbose lines (QKV_VERBOSE=error,dispatch,plan,run or all); NULL = stderr */
@@ -51,9 +51,9 @@ typedef struct qkv_context_options {
  *   options  NULL: the CPU with all defaults
  *   out      set to the context, or to NULL on failure
  *
- * A context may be shared by threads; on the CPU one call computes at a time and others wait for it.
- * Objects made from it must be destroyed first. Starts num_threads - 1 threads unless parallel.run
- * is given; they sleep between calls.
+ * A context may be shared by threads; on the CPU one call computes at a time and others wait for
+ * it. Objects made from it must be destroyed first. Starts num_threads - 1 threads unless
+ * parallel.run is given; they sleep between calls.
  *
  * Errors: INVALID (options), UNSUPPORTED (device, or an ISA level that this machine lacks), MEMORY,
  * DEVICE (threads could not be started).
@@ -77,7 +77,7 @@ QKV_API const char *qkv_cpu_level(int32_t i, int32_t *usable);
 typedef struct qkv_kernel_info {
     uint32_t struct_size;
     DLDeviceType device_type;
-    const char *op;  /* "attention"     */
+    const char *op;  /* "attention" */
     const char *row; /* "attention.d128" */
 } qkv_kernel_info;
 

@@ -16,8 +16,8 @@ extern "C" {
  *   x    [m, k]  f32|f16|bf16
  *   w    [n, k]  f32|f16|bf16
  *
- * Products and sums in f32 (f16 and bf16 inputs are exact in f32), rounded once to out's dtype.
- * k = 0 gives zeros. A row of out depends on its row of x alone, not on m: the same bits for a token
+ * Products and sums in f32 (f16 and bf16 inputs are exact in f32), rounded once to out's dtype. k =
+ * 0 gives zeros. A row of out depends on its row of x alone, not on m: the same bits for a token
  * whatever it is batched with. Allocates nothing; CPU scratch belongs to the context.
  *
  * Errors: INVALID (shape, dtype, overlap).

@@ -44,7 +44,7 @@ QKV_API qkv_status qkv_kv_append_slots(qkv_context *ctx, DLTensor *k_cache, DLTe
 /*
  * qkv_kv_copy_pages - copy whole pages within the pool: k_cache[dst[i]] = k_cache[src[i]], v too.
  *
- *   k_cache, v_cache  [pages, ...] 4-D of any dtype; v_cache may be NULL
+ *   k_cache, v_cache  [pages, ...] 4-D, or combined 5-D, of any dtype; v_cache may be NULL
  *   src, dst          i32 [n] page numbers; no page is both, and none twice in dst (INVALID)
  *
  * Errors: INVALID.

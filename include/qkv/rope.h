@@ -11,12 +11,13 @@ extern "C" {
 
 typedef struct qkv_rope_spec {
     uint32_t struct_size;
-    int32_t rotary_dim;  /* even; 0 = head_dim. Dims from rotary_dim on are copied unrotated       */
-    int32_t interleaved; /* 0: pairs (i, i + rotary_dim/2), NeoX; 1: pairs (2i, 2i + 1), GPT-J, GGUF */
-    float theta;         /* base; 0 = 10000                                                        */
-    float scale;         /* context extension factor, >= 1; 0 or 1 = none                          */
-    float low_freq, high_freq; /* Llama 3.1: 1 and 4; both 0: every frequency is divided by scale  */
-    float old_context;   /* Llama 3.1: 8192                                                        */
+    int32_t rotary_dim; /* even; 0 = head_dim. Dims from rotary_dim on are copied unrotated */
+    int32_t
+        interleaved; /* 0: pairs (i, i + rotary_dim/2), NeoX; 1: pairs (2i, 2i + 1), GPT-J, GGUF */
+    float theta;     /* base; 0 = 10000 */
+    float scale;     /* context extension factor, >= 1; 0 or 1 = none */
+    float low_freq, high_freq; /* Llama 3.1: 1 and 4; both 0: every frequency is divided by scale */
+    float old_context;         /* Llama 3.1: 8192 */
 } qkv_rope_spec;
 #define QKV_ROPE_SPEC_INIT .struct_size = sizeof(qkv_rope_spec)
 

@@ -24,12 +24,12 @@ QKV_API qkv_status qkv_argmax(qkv_context *ctx, DLTensor *tokens, const DLTensor
  * on the host. */
 typedef struct qkv_sampling_params {
     uint32_t struct_size, reserved;
-    const DLTensor *temperature; /* f32 [batch] >= 0; 0 = argmax; default 1                        */
-    const DLTensor *top_k;       /* i32 [batch]; 0 or >= vocab = all; default all                  */
-    const DLTensor *top_p;       /* f32 [batch] in (0, 1]; default 1                               */
-    const DLTensor *min_p;       /* f32 [batch] in [0, 1]; default 0                               */
-    const DLTensor *seed;        /* u64 [batch]; required                                          */
-    const DLTensor *offset;      /* u64 [batch]; draw number of the seed's stream; default 0       */
+    const DLTensor *temperature; /* f32 [batch] >= 0; 0 = argmax; default 1 */
+    const DLTensor *top_k;       /* i32 [batch]; 0 or >= vocab = all; default all */
+    const DLTensor *top_p;       /* f32 [batch] in (0, 1]; default 1 */
+    const DLTensor *min_p;       /* f32 [batch] in [0, 1]; default 0 */
+    const DLTensor *seed;        /* u64 [batch]; required */
+    const DLTensor *offset;      /* u64 [batch]; draw number of the seed's stream; default 0 */
 } qkv_sampling_params;
 #define QKV_SAMPLING_PARAMS_INIT .struct_size = sizeof(qkv_sampling_params)
 
@@ -47,8 +47,8 @@ typedef struct qkv_sampling_params {
  * The uniform number of a row is Philox4x32-10 keyed by its seed at counter offset: it depends on
  * nothing else, so a request draws the same tokens whatever it is batched with. No allocation.
  *
- * Errors: INVALID (shapes, dtypes, a parameter out of range: names the row).
- * Source: Salmon et al. 2011 (Philox); Holtzman et al. 2020 (top-p), arXiv:1904.09751.
+ * Errors: INVALID (shapes, dtypes, a parameter out of range: names the row). Source: Salmon et al.
+ * 2011 (Philox); Holtzman et al. 2020 (top-p), arXiv:1904.09751.
  */
 QKV_API qkv_status qkv_sample(qkv_context *ctx, DLTensor *tokens, const DLTensor *logits,
                               const qkv_sampling_params *params, void *stream);

@@ -19,8 +19,8 @@ static void read_all(void)
 {
     for (int i = 0; i < QI_NUM_ENV; i++) {
         const char *value = getenv(names[i]);
-        set[i] = value != NULL;
-        if (value) snprintf(values[i], sizeof values[i], "%s", value);
+        set[i] = value && *value; /* an empty one is as good as none */
+        if (set[i]) snprintf(values[i], sizeof values[i], "%s", value);
     }
 }
 

@@ -4,15 +4,16 @@
 #define QI_BASE_ENV_H
 
 /* Variable             Values                                                                  */
-#define QI_ENV(X)                                                                                 \
-    X(VERBOSE, "QKV_VERBOSE") /* error,dispatch,plan,run or all: lines to the log                */ \
-    X(DEVICE, "QKV_DEVICE")   /* cpu or cpu:LEVEL: the CPU level of every context                */
+#define QI_ENV(X)                                                                                  \
+    X(VERBOSE,                                                                                     \
+      "QKV_VERBOSE")        /* error,dispatch,plan,run or all: lines to the log                */  \
+    X(DEVICE, "QKV_DEVICE") /* cpu or cpu:LEVEL: the CPU level of every context */
 
 enum {
 #define X(id, name) QI_ENV_##id,
     QI_ENV(X)
 #undef X
-    QI_NUM_ENV
+        QI_NUM_ENV
 };
 
 /* The value when the library first asked, or NULL. */

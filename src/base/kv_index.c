@@ -1,5 +1,5 @@
-/* kv_index.c - checking page tables. The loop over page numbers is a plain minimum and maximum, which
- * vectorises; the entry at fault is looked for only once one is known to be there.
+/* kv_index.c - checking page tables. The loop over page numbers is a plain minimum and maximum,
+ * which vectorises; the entry at fault is looked for only once one is known to be there.
  * SPDX-License-Identifier: Apache-2.0 */
 #include "base/kv_index.h"
 
@@ -17,9 +17,10 @@ static qkv_status check_indptr(const i32 *indptr, i64 requests, const char *name
     QI_REQUIRE(indptr[0] >= 0, "%s: expected a first entry >= 0, got %d (entry 0)", name,
                (int)indptr[0]);
     for (i64 r = 0; r < requests; r++)
-        QI_REQUIRE(indptr[r + 1] >= indptr[r],
-                   "%s: expected entries that do not fall, got %d after %d (request %lld, entry %lld)",
-                   name, (int)indptr[r + 1], (int)indptr[r], (long long)r, (long long)r + 1);
+        QI_REQUIRE(
+            indptr[r + 1] >= indptr[r],
+            "%s: expected entries that do not fall, got %d after %d (request %lld, entry %lld)",
+            name, (int)indptr[r + 1], (int)indptr[r], (long long)r, (long long)r + 1);
     return QKV_OK;
 }
 
@@ -32,16 +33,18 @@ static qkv_status read_csr(const qkv_kv_index *index, qi_kv_view *v)
     QI_TRY(read_array(index->kv_last_page_len, "kv_last_page_len", v->num_requests,
                       &v->kv_last_page_len));
     const i64 listed = index->kv_indices->shape[0], end = v->kv_indptr[v->num_requests];
-    QI_REQUIRE(end <= listed, "kv_indices: expected at least %lld entries, as kv_indptr says, got %lld",
+    QI_REQUIRE(end <= listed,
+               "kv_indices: expected at least %lld entries, as kv_indptr says, got %lld",
                (long long)end, (long long)listed);
     for (i64 r = 0; r < v->num_requests; r++) {
         const i64 pages = qi_kv_num_pages(v, r), last = v->kv_last_page_len[r];
         QI_REQUIRE(pages == 0 || (last >= 1 && last <= v->page_size),
                    "kv_last_page_len: expected 1 to page_size = %lld, got %lld (request %lld)",
                    (long long)v->page_size, (long long)last, (long long)r);
-        QI_REQUIRE(qi_kv_len(v, r) <= INT32_MAX,
-                   "kv_indptr: expected fewer than 2^31 keys a request, got %lld pages (request %lld)",
-                   (long long)pages, (long long)r);
+        QI_REQUIRE(
+            qi_kv_len(v, r) <= INT32_MAX,
+            "kv_indptr: expected fewer than 2^31 keys a request, got %lld pages (request %lld)",
+            (long long)pages, (long long)r);
     }
     return QKV_OK;
 }
@@ -85,16 +88,20 @@ qkv_status qi_kv_index_read(const qkv_kv_index *index, i64 page_size, qi_kv_view
     if (page_size == 0)
         QI_REQUIRE(csr && !in.kv_indices && !in.kv_last_page_len,
                    "%s: expected NULL, since ragged keys (page_size 0) have kv_indptr alone",
-                   dense ? "block_table" : in.kv_indices ? "kv_indices" : "kv_last_page_len");
-    if (csr) QI_TRY(read_csr(&in, &v));
-    else QI_TRY(read_block_table(&in, &v));
+                   dense           ? "block_table"
+                   : in.kv_indices ? "kv_indices"
+                                   : "kv_last_page_len");
+    if (csr)
+        QI_TRY(read_csr(&in, &v));
+    else
+        QI_TRY(read_block_table(&in, &v));
     for (i64 r = 0; r < v.num_requests; r++) v.num_pages_listed += qi_kv_num_pages(&v, r);
     *out = v;
     return QKV_OK;
 }
 
-qkv_status qi_kv_check_pages(const qi_kv_view *view, i64 request, i64 begin, i64 end, i64 pool_pages,
-                             i64 *max)
+qkv_status qi_kv_check_pages(const qi_kv_view *view, i64 request, i64 begin, i64 end,
+                             i64 pool_pages, i64 *max)
 {
     if (begin >= end) return QKV_OK;
     const i32 *pages = qi_kv_pages(view, request);
@@ -109,8 +116,8 @@ qkv_status qi_kv_check_pages(const qi_kv_view *view, i64 request, i64 begin, i64
     const char *name = view->block_table ? "block_table" : "kv_indices";
     i64 i = begin;
     while (pages[i] >= 0 && (pool_pages == 0 || pages[i] < pool_pages)) i++;
-    QI_REQUIRE(pages[i] < 0, "%s: expected a page below %lld, got %d (request %lld, entry %lld)", name,
-               (long long)pool_pages, (int)pages[i], (long long)request, (long long)i);
+    QI_REQUIRE(pages[i] < 0, "%s: expected a page below %lld, got %d (request %lld, entry %lld)",
+               name, (long long)pool_pages, (int)pages[i], (long long)request, (long long)i);
     QI_FAIL(QKV_ERR_INVALID, "%s: expected a page >= 0, got %d (request %lld, entry %lld)", name,
             (int)pages[i], (long long)request, (long long)i);
 }

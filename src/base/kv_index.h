@@ -24,9 +24,9 @@ qkv_status qi_kv_index_read(const qkv_kv_index *index, i64 page_size, qi_kv_view
 qkv_status qi_kv_index_check(const qkv_kv_index *index, i64 page_size, i64 pool_pages,
                              qi_kv_view *out);
 
-/* The pages [begin, end) of one request lie in [0, pool_pages), 0 = not known; *max (may be NULL) is
- * raised to the largest. */
-qkv_status qi_kv_check_pages(const qi_kv_view *view, i64 request, i64 begin, i64 end, i64 pool_pages,
-                             i64 *max);
+/* The pages [begin, end) of one request lie in [0, pool_pages), 0 = not known; *max (may be NULL)
+ * is raised to the largest. */
+qkv_status qi_kv_check_pages(const qi_kv_view *view, i64 request, i64 begin, i64 end,
+                             i64 pool_pages, i64 *max);
 
 #endif

@@ -16,8 +16,11 @@ static int parse_kinds(const char *list)
         const char *word;
         int kinds;
     } words[] = {
-        {"error", QI_VERBOSE_ERROR}, {"dispatch", QI_VERBOSE_DISPATCH}, {"plan", QI_VERBOSE_PLAN},
-        {"run", QI_VERBOSE_RUN},     {"all", 15},
+        {"error", QI_VERBOSE_ERROR},
+        {"dispatch", QI_VERBOSE_DISPATCH},
+        {"plan", QI_VERBOSE_PLAN},
+        {"run", QI_VERBOSE_RUN},
+        {"all", 15},
     };
     int kinds = 0;
     for (const char *at = list; at && *at;) {

@@ -23,7 +23,8 @@ qkv_status qi_fail(qkv_status status, const char *file, int line, const char *fo
     va_end(args);
     const char *slash = strrchr(file, '/');
     if (n >= 0 && (size_t)n < sizeof message)
-        snprintf(message + n, sizeof message - (size_t)n, " (%s:%d)", slash ? slash + 1 : file, line);
+        snprintf(message + n, sizeof message - (size_t)n, " (%s:%d)", slash ? slash + 1 : file,
+                 line);
     if (qi_verbose(NULL, QI_VERBOSE_ERROR))
         qi_log(NULL, "error,%s,%s", qkv_status_name(status), message);
     return status;
@@ -61,6 +62,7 @@ qkv_status qi_read_struct(void *to, size_t bytes, const void *from, const char *
     for (size_t i = bytes; i < size; i++)
         QI_REQUIRE(((const unsigned char *)from)[i] == 0,
                    "%s: expected zeros in the fields that this library does not know, got a set "
-                   "byte at offset %zu", name, i);
+                   "byte at offset %zu",
+                   name, i);
     return QKV_OK;
 }

@@ -10,22 +10,21 @@ __attribute__((format(printf, 4, 5))) qkv_status qi_fail(qkv_status status, cons
                                                          int line, const char *format, ...);
 
 /* Names the status itself, so that a compiler which sees only the caller knows that it fails. */
-#define QI_FAIL(status, ...) \
-    return qi_fail((status), __FILE__, __LINE__, __VA_ARGS__), (status)
-#define QI_REQUIRE(cond, ...)                             \
-    do {                                                  \
-        if (!(cond)) QI_FAIL(QKV_ERR_INVALID, __VA_ARGS__); \
+#define QI_FAIL(status, ...) return qi_fail((status), __FILE__, __LINE__, __VA_ARGS__), (status)
+#define QI_REQUIRE(cond, ...)                                                                      \
+    do {                                                                                           \
+        if (!(cond)) QI_FAIL(QKV_ERR_INVALID, __VA_ARGS__);                                        \
     } while (0)
-#define QI_TRY(expr)                                 \
-    do {                                             \
-        const qkv_status qi_try_ = (expr);           \
-        if (qi_try_ != QKV_OK) return qi_try_;       \
+#define QI_TRY(expr)                                                                               \
+    do {                                                                                           \
+        const qkv_status qi_try_ = (expr);                                                         \
+        if (qi_try_ != QKV_OK) return qi_try_;                                                     \
     } while (0)
 /* With a variable `status` in scope: on failure go to the label that undoes what is done so far. */
-#define QI_TRY_OR(expr, label)              \
-    do {                                    \
-        status = (expr);                    \
-        if (status != QKV_OK) goto label;   \
+#define QI_TRY_OR(expr, label)                                                                     \
+    do {                                                                                           \
+        status = (expr);                                                                           \
+        if (status != QKV_OK) goto label;                                                          \
     } while (0)
 
 /*

@@ -20,8 +20,9 @@ static void shape_text(char *text, size_t bytes, int ndim, const int64_t *shape)
 
 static qkv_status expect_layout(const DLTensor *t, const char *name, int ndim, const int64_t *shape)
 {
-    QI_REQUIRE(t->device.device_type == kDLCPU, "%s: expected a tensor on the CPU, got device type %d",
-               name, (int)t->device.device_type);
+    QI_REQUIRE(t->device.device_type == kDLCPU,
+               "%s: expected a tensor on the CPU, got device type %d", name,
+               (int)t->device.device_type);
     int match = t->ndim == ndim && (t->shape || ndim == 0);
     for (int i = 0; match && i < ndim; i++)
         match = t->shape[i] >= 0 && (shape[i] == QI_ANY || shape[i] == t->shape[i]);
@@ -40,7 +41,8 @@ static qkv_status expect_layout(const DLTensor *t, const char *name, int ndim, c
                        (n == 0 || !__builtin_mul_overflow(n - 1, stride, &reach)) &&
                        (n == 0 || !__builtin_add_overflow(span, reach, &span)),
                    "%s: expected sizes and strides within 63 bits and not negative, got size %lld, "
-                   "stride %lld on axis %d", name, (long long)n, (long long)stride, i);
+                   "stride %lld on axis %d",
+                   name, (long long)n, (long long)stride, i);
     }
     if (numel == 0) return QKV_OK;
     QI_REQUIRE(t->data, "%s: expected data, got NULL", name);
@@ -58,9 +60,9 @@ qkv_status qi_expect(const DLTensor *t, const char *name, DLDataType dtype, int 
                      const int64_t *shape)
 {
     QI_REQUIRE(t, "%s: expected a tensor, got NULL", name);
-    QI_REQUIRE(t->dtype.code == dtype.code && t->dtype.bits == dtype.bits &&
-                   t->dtype.lanes == dtype.lanes,
-               "%s: expected dtype %s, got %s", name, qi_dtype_name(dtype), qi_dtype_name(t->dtype));
+    QI_REQUIRE(
+        t->dtype.code == dtype.code && t->dtype.bits == dtype.bits && t->dtype.lanes == dtype.lanes,
+        "%s: expected dtype %s, got %s", name, qi_dtype_name(dtype), qi_dtype_name(t->dtype));
     return expect_layout(t, name, ndim, shape);
 }
 
@@ -87,12 +89,33 @@ int64_t qi_numel(const DLTensor *t)
     return n;
 }
 
-/* Bytes from the first element to past the last one, of the axes from `axis` on. */
-static size_t span_bytes(const DLTensor *t, int axis)
+static int64_t stride_bytes(const DLTensor *t, int axis)
+{
+    return qi_stride(t, axis) * (t->dtype.bits / 8);
+}
+
+/* Bytes from the first element to past the last one, leaving out axes that step by whole pitches
+ * (pitch 0: none). */
+static int64_t span_bytes(const DLTensor *t, int64_t pitch)
 {
     int64_t last = 0;
-    for (int i = axis; i < t->ndim; i++) last += (t->shape[i] - 1) * qi_stride(t, i);
-    return ((size_t)last + 1) * (t->dtype.bits / 8u);
+    for (int i = 0; i < t->ndim; i++)
+        if (pitch == 0 || stride_bytes(t, i) % pitch != 0)
+            last += (t->shape[i] - 1) * stride_bytes(t, i);
+    return last + t->dtype.bits / 8;
+}
+
+/* Modulo a pitch of either, each lies in one run of bytes: where the runs are apart, so are they. */
+static int apart_by_a_pitch_of(const DLTensor *t, const DLTensor *a, const DLTensor *b)
+{
+    for (int i = 0; i < t->ndim; i++) {
+        const int64_t pitch = stride_bytes(t, i);
+        if (pitch == 0) continue;
+        const int64_t distance = (const char *)qi_data(b) - (const char *)qi_data(a);
+        const int64_t shift = (distance % pitch + pitch) % pitch;
+        if (shift >= span_bytes(a, pitch) && shift + span_bytes(b, pitch) <= pitch) return 1;
+    }
+    return 0;
 }
 
 int qi_overlap(const DLTensor *a, const DLTensor *b)
@@ -100,13 +123,7 @@ int qi_overlap(const DLTensor *a, const DLTensor *b)
     if (qi_numel(a) == 0 || qi_numel(b) == 0) return 0;
     const char *a0 = qi_data(a), *b0 = qi_data(b);
     if (a0 >= b0 + span_bytes(b, 0) || b0 >= a0 + span_bytes(a, 0)) return 0;
-    /* Rows of one stride may lie side by side, as the halves of a wider tensor do. */
-    if (a->ndim < 2 || b->ndim < 2) return 1;
-    const int64_t stride = qi_stride(a, 0) * (a->dtype.bits / 8);
-    if (stride == 0 || stride != qi_stride(b, 0) * (b->dtype.bits / 8)) return 1;
-    const int64_t row_a = (int64_t)span_bytes(a, 1), row_b = (int64_t)span_bytes(b, 1);
-    const int64_t shift = ((b0 - a0) % stride + stride) % stride;
-    return shift < row_a || shift + row_b > stride;
+    return !apart_by_a_pitch_of(a, a, b) && !apart_by_a_pitch_of(b, a, b);
 }
 
 int qi_same(const DLTensor *a, const DLTensor *b)
@@ -115,8 +132,7 @@ int qi_same(const DLTensor *a, const DLTensor *b)
         a->dtype.bits != b->dtype.bits)
         return 0;
     for (int i = 0; i < a->ndim; i++)
-        if (a->shape[i] != b->shape[i] ||
-            (a->shape[i] > 1 && qi_stride(a, i) != qi_stride(b, i)))
+        if (a->shape[i] != b->shape[i] || (a->shape[i] > 1 && qi_stride(a, i) != qi_stride(b, i)))
             return 0;
     return 1;
 }

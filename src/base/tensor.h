@@ -7,9 +7,11 @@
 #include "base/status.h"
 
 #define QI_ANY ((int64_t)-1) /* matches every size, in a QI_SHAPE */
-#define QI_SHAPE(...)                                                    \
-    (int)(sizeof((const int64_t[]){__VA_ARGS__}) / sizeof(int64_t)),     \
-        (const int64_t[]){__VA_ARGS__}
+#define QI_SHAPE(...)                                                                              \
+    (int)(sizeof((const int64_t[]){__VA_ARGS__}) / sizeof(int64_t)), (const int64_t[])             \
+    {                                                                                              \
+        __VA_ARGS__                                                                                \
+    }
 
 /*
  * Requires a tensor of this dtype and shape on the CPU, with data unless it is empty, sane strides

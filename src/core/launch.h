@@ -22,21 +22,28 @@ typedef struct qi_kernel {
 } qi_kernel;
 
 /* Declares qi_NAME_<level> for every level, and lists them for a table row. In the params header:
- * QI_CPU_DECLARE(rmsnorm); in the table: {"rmsnorm.any", kDLCPU, NULL, QI_CPU_ENTRIES(rmsnorm)}. The
- * .cpu.c file defines them through QI_CPU_KERNEL(rmsnorm) of kern/cpu/prelude.h. */
+ * QI_CPU_DECLARE(rmsnorm); in the table: {"rmsnorm.any", kDLCPU, NULL, QI_CPU_ENTRIES(rmsnorm)}.
+ * The .cpu.c file defines them through QI_CPU_KERNEL(rmsnorm) of kern/cpu/prelude.h. */
 #if defined(__x86_64__)
-#define QI_CPU_DECLARE(name)                                        \
-    void qi_##name##_avx512_bf16(const void *params, qi_task task); \
-    void qi_##name##_avx512(const void *params, qi_task task);      \
+#define QI_CPU_DECLARE(name)                                                                       \
+    void qi_##name##_avx512_bf16(const void *params, qi_task task);                                \
+    void qi_##name##_avx512(const void *params, qi_task task);                                     \
     void qi_##name##_avx2(const void *params, qi_task task)
-#define QI_CPU_ENTRIES(name) {qi_##name##_avx512_bf16, qi_##name##_avx512, qi_##name##_avx2}
+#define QI_CPU_ENTRIES(name)                                                                       \
+    {                                                                                              \
+        qi_##name##_avx512_bf16, qi_##name##_avx512, qi_##name##_avx2                              \
+    }
 #else
 #define QI_CPU_DECLARE(name) void qi_##name##_neon(const void *params, qi_task task)
-#define QI_CPU_ENTRIES(name) {qi_##name##_neon}
+#define QI_CPU_ENTRIES(name)                                                                       \
+    {                                                                                              \
+        qi_##name##_neon                                                                           \
+    }
 #endif
 
-/* The first row that runs on the context's device and does not reject desc (NULL where no row of the
- * table looks at it). UNSUPPORTED with every row's reason. Under QKV_VERBOSE=dispatch logs each. */
+/* The first row that runs on the context's device and does not reject desc (NULL where no row of
+ * the table looks at it). UNSUPPORTED with every row's reason. Under QKV_VERBOSE=dispatch logs
+ * each. */
 qkv_status qi_select(const qkv_context *ctx, const qi_kernel *table, const void *desc,
                      const qi_kernel **row);
 

@@ -96,15 +96,15 @@ typedef struct launch {
 } launch;
 
 struct qi_threads {
-    int32_t count;        /* including the caller */
-    int32_t num_started;  /* pool threads */
+    int32_t count;         /* including the caller */
+    int32_t num_started;   /* pool threads */
     qkv_parallel parallel; /* run NULL: the pool */
     qkv_allocator allocator;
-    char *scratch;         /* [count][QI_TASK_SCRATCH_BYTES] */
-    pthread_mutex_t turn;  /* held for a whole launch */
-    pthread_mutex_t lock;  /* guards sleep and wake */
+    char *scratch;        /* [count][QI_TASK_SCRATCH_BYTES] */
+    pthread_mutex_t turn; /* held for a whole launch */
+    pthread_mutex_t lock; /* guards sleep and wake */
     pthread_cond_t wake;
-    launch job;                     /* written by the caller before generation moves */
+    launch job;                  /* written by the caller before generation moves */
     _Atomic uint32_t generation; /* counts launches */
     _Atomic int32_t running;     /* pool threads that have not finished the launch */
     _Atomic int32_t sleeping;

@@ -19,7 +19,7 @@ enum {
 #define X(level) QI_CPU_##level,
     QI_CPU_LEVELS(X)
 #undef X
-    QI_NUM_CPU_LEVELS
+        QI_NUM_CPU_LEVELS
 };
 
 const char *qi_cpu_level_name(int level);

@@ -9,13 +9,13 @@
 /* Borrowed arrays of one form; the pointers of the others are NULL. */
 typedef struct qi_kv_view {
     i64 num_requests;
-    const i32 *qo_indptr;                                 /* [num_requests + 1]                   */
-    const i32 *kv_indptr, *kv_indices, *kv_last_page_len; /* CSR; ragged: kv_indptr alone         */
-    const i32 *block_table, *kv_lens;                     /* dense                                */
+    const i32 *qo_indptr;                                 /* [num_requests + 1] */
+    const i32 *kv_indptr, *kv_indices, *kv_last_page_len; /* CSR; ragged: kv_indptr alone */
+    const i32 *block_table, *kv_lens;                     /* dense */
     i64 block_table_stride;
-    i64 page_size;        /* 0 = ragged                                                           */
-    i64 num_pages_listed; /* entries in use, all requests together                                */
-    i64 max_page, max_page_request, max_page_entry; /* the largest page number in use; -1: none   */
+    i64 page_size;                                  /* 0 = ragged */
+    i64 num_pages_listed;                           /* entries in use, all requests together */
+    i64 max_page, max_page_request, max_page_entry; /* the largest page number in use; -1: none */
 } qi_kv_view;
 
 static inline i64 qi_kv_num_pages(const qi_kv_view *view, i64 request)

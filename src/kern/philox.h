@@ -1,6 +1,6 @@
-/* philox.h - Philox4x32-10, the counter-based random generator of Salmon et al. 2011 ("Parallel random
- * numbers: as easy as 1, 2, 3"), table 2: a bijection of 128-bit counters under a 64-bit key. A draw is
- * a function of (key, counter) alone, so it has no state to share, save or advance.
+/* philox.h - Philox4x32-10, the counter-based random generator of Salmon et al. 2011 ("Parallel
+ * random numbers: as easy as 1, 2, 3"), table 2: a bijection of 128-bit counters under a 64-bit
+ * key. A draw is a function of (key, counter) alone, so it has no state to share, save or advance.
  * SPDX-License-Identifier: Apache-2.0 */
 #ifndef QI_KERN_PHILOX_H
 #define QI_KERN_PHILOX_H

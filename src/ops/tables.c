@@ -1,9 +1,11 @@
-/* tables.c - the list of kernel tables, for qkv_enumerate_kernels and for tests that walk every row.
+/* tables.c - the list of kernel tables, for qkv_enumerate_kernels and for tests that walk every
+ * row.
  * SPDX-License-Identifier: Apache-2.0 */
 #include "core/launch.h"
 
 /* op, its table */
-#define TABLES(X) X(attention) X(gemm) X(rmsnorm) X(rope) X(gated) X(append) X(copy_pages) X(argmax) X(sample)
+#define TABLES(X)                                                                                  \
+    X(attention) X(gemm) X(rmsnorm) X(rope) X(gated) X(append) X(copy_pages) X(argmax) X(sample)
 
 #define X(op) extern const qi_kernel qi_##op##_kernels[];
 TABLES(X)

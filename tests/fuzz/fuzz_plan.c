@@ -1,5 +1,5 @@
-/* fuzz_plan.c - libFuzzer: any index arrays are refused with a message, or planned and run without a
- * touch outside the tensors (AddressSanitizer watches: every array is an allocation of its own).
+/* fuzz_plan.c - libFuzzer: any index arrays are refused with a message, or planned and run without
+ * a touch outside the tensors (AddressSanitizer watches: every array is an allocation of its own).
  *
  * The first bytes choose form, lengths and the pool; the rest fills the arrays, mostly with small
  * numbers so that some batches are valid. Built and run by tools/fuzz.sh.
@@ -69,26 +69,18 @@ static void run(qkv_attention *attention, int ragged)
 static qkv_attention *create(int ragged)
 {
     static qkv_context *ctx;
-    if (!ctx && qkv_context_create(&(qkv_context_options){QKV_CONTEXT_OPTIONS_INIT, .num_threads = 1},
-                                   &ctx) != QKV_OK)
+    if (!ctx &&
+        qkv_context_create(&(qkv_context_options){QKV_CONTEXT_OPTIONS_INIT, .num_threads = 1},
+                           &ctx) != QKV_OK)
         abort();
-    const qkv_attention_spec spec = {QKV_ATTENTION_SPEC_INIT,
-                                     .num_qo_heads = HEADS,
-                                     .num_kv_heads = 1,
-                                     .head_dim_qk = DIM,
-                                     .head_dim_vo = DIM,
-                                     .page_size = ragged ? 0 : PAGE,
-                                     .mask = QKV_MASK_CAUSAL,
-                                     .dtype_q = QKV_F32,
-                                     .dtype_kv = QKV_F32,
-                                     .dtype_o = QKV_F32};
-    const qkv_attention_limits limits = {QKV_ATTENTION_LIMITS_INIT,
-                                         .max_requests = 8,
-                                         .max_tokens = MAX_TOKENS,
-                                         .max_workers = 3,
-                                         .max_kv_len = 48,
-                                         .max_pages = 64,
-                                         .pool_pages = POOL};
+    const qkv_attention_spec spec = {QKV_ATTENTION_SPEC_INIT, .num_qo_heads = HEADS,
+                                     .num_kv_heads = 1,       .head_dim_qk = DIM,
+                                     .head_dim_vo = DIM,      .page_size = ragged ? 0 : PAGE,
+                                     .mask = QKV_MASK_CAUSAL, .dtype_q = QKV_F32,
+                                     .dtype_kv = QKV_F32,     .dtype_o = QKV_F32};
+    const qkv_attention_limits limits = {
+        QKV_ATTENTION_LIMITS_INIT, .max_requests = 8, .max_tokens = MAX_TOKENS, .max_workers = 3,
+        .max_kv_len = 48,          .max_pages = 64,   .pool_pages = POOL};
     qkv_attention *attention;
     if (qkv_attention_create(ctx, &spec, &limits, NULL, &attention) != QKV_OK) abort();
     return attention;
@@ -122,9 +114,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
                                 .kv_last_page_len = form == 0 ? &lens : NULL,
                                 .block_table = form == 1 ? &indices : NULL,
                                 .kv_lens = form == 1 ? &lens : NULL};
-    const qkv_attention_batch batch = {QKV_ATTENTION_BATCH_INIT,
-                                       .num_levels = 1,
-                                       .levels = &index,
+    const qkv_attention_batch batch = {QKV_ATTENTION_BATCH_INIT, .num_levels = 1, .levels = &index,
                                        .qo_pos = size % 2 ? &qo_pos : NULL};
     qkv_attention *attention = form == 2 ? ragged : paged;
     const qkv_status status = qkv_attention_plan(attention, &batch, NULL);

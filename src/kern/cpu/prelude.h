@@ -15,10 +15,10 @@
 #endif
 
 #define QI_JOIN_(a, b, c) a##b##_##c
-#define QI_JOIN(a, b, c) QI_JOIN_(a, b, c)
+#define QI_JOIN(a, b, c)  QI_JOIN_(a, b, c)
 /* Defines a kernel's entry of this level: QI_CPU_KERNEL(rmsnorm) { ... params, task ... } */
-#define QI_CPU_KERNEL(name)                                                          \
-    void QI_JOIN(qi_, name, QI_LEVEL)(const void *params, qi_task task);             \
+#define QI_CPU_KERNEL(name)                                                                        \
+    void QI_JOIN(qi_, name, QI_LEVEL)(const void *params, qi_task task);                           \
     void QI_JOIN(qi_, name, QI_LEVEL)(const void *params, qi_task task)
 
 /* A function that must vanish into its caller, so that constant arguments specialise it. */
@@ -32,6 +32,6 @@
 #endif
 
 #define QI_LOG2E 1.44269504088896340736f
-#define QI_LN2 0.69314718055994530942f
+#define QI_LN2   0.69314718055994530942f
 
 #endif

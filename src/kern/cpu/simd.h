@@ -12,15 +12,15 @@
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
-#define QI_VW 16
+#define QI_VW        16
 #define QI_NUM_VREGS 32
 #elif defined(__AVX2__)
 #include <immintrin.h>
-#define QI_VW 8
+#define QI_VW        8
 #define QI_NUM_VREGS 16
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
-#define QI_VW 4
+#define QI_VW        4
 #define QI_NUM_VREGS 32
 #else
 #error "no vector unit for this level"
@@ -213,9 +213,11 @@ QI_INLINE void qi_widen(float *out, const void *in, const qi_dtype t, i64 n)
 QI_INLINE void qi_narrow(void *out, const qi_dtype t, const float *in, i64 n)
 {
     i64 i = 0;
-    for (; i + QI_VW <= n; i += QI_VW) qi_store((char *)out + i * (i64)qi_size_of(t), t, vf_load(in + i));
+    for (; i + QI_VW <= n; i += QI_VW)
+        qi_store((char *)out + i * (i64)qi_size_of(t), t, vf_load(in + i));
     if (i < n)
-        qi_store_n((char *)out + i * (i64)qi_size_of(t), t, qi_load_n(in + i, QI_F32, n - i), n - i);
+        qi_store_n((char *)out + i * (i64)qi_size_of(t), t, qi_load_n(in + i, QI_F32, n - i),
+                   n - i);
 }
 
 /* ---- shuffles ----------------------------------------------------------------------------- */
@@ -310,8 +312,8 @@ QI_INLINE float vf_max_lane(vf v)
 
 /* ---- functions ---------------------------------------------------------------------------- */
 
-/* 2^x for x <= 127; 0 below -126 (no subnormals), NaN for NaN. Within 2 ulp: 2^f on [-1/2, 1/2] by a
- * degree-6 minimax polynomial, then the exponent is added as an integer. */
+/* 2^x for x <= 127; 0 below -126 (no subnormals), NaN for NaN. Within 2 ulp: 2^f on [-1/2, 1/2] by
+ * a degree-6 minimax polynomial, then the exponent is added as an integer. */
 QI_INLINE vf vf_exp2(vf x)
 {
     const vf magic = vf_set1(12582912.f); /* 1.5 * 2^23: adding it rounds to an integer */

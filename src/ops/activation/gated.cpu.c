@@ -1,6 +1,6 @@
-/* gated.cpu.c - activation(gate) * up, elementwise. Tasks share blocks of BLOCK elements of rows, so
- * that one long row is shared too.
- * Bound: memory, 3 x size bytes an element; out of a cache, the exponential.
+/* gated.cpu.c - activation(gate) * up, elementwise. Tasks share blocks of BLOCK elements of rows,
+ * so that one long row is shared too. Bound: memory, 3 x size bytes an element; out of a cache, the
+ * exponential.
  * SPDX-License-Identifier: Apache-2.0 */
 #include "kern/cpu/simd.h"
 #include "ops/activation/gated_params.h"

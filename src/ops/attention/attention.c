@@ -45,8 +45,8 @@ static qkv_status check_head_dim(const char *name, int32_t dim)
 static qkv_status check_dtype(const char *name, DLDataType dtype)
 {
     if (!qi_is_float(dtype))
-        QI_FAIL(QKV_ERR_UNSUPPORTED, "%s: expected f32, f16 or bf16, got %s (code %d, %d bits)", name,
-                qi_dtype_name(dtype), dtype.code, dtype.bits);
+        QI_FAIL(QKV_ERR_UNSUPPORTED, "%s: expected f32, f16 or bf16, got %s (code %d, %d bits)",
+                name, qi_dtype_name(dtype), dtype.code, dtype.bits);
     return QKV_OK;
 }
 
@@ -93,10 +93,11 @@ static qkv_status read_spec(const qkv_attention_spec *in, qkv_attention_spec *ou
         QI_REQUIRE(s->window_right >= -1, "window_right: expected -1 (open) or more, got %d",
                    (int)s->window_right);
     } else {
-        QI_REQUIRE((s->window_left == 0 || s->window_left == -1) &&
-                       (s->window_right == 0 || s->window_right == -1),
-                   "window_left, window_right: expected 0 or -1 without QKV_FEATURE_WINDOW, got %d, %d",
-                   (int)s->window_left, (int)s->window_right);
+        QI_REQUIRE(
+            (s->window_left == 0 || s->window_left == -1) &&
+                (s->window_right == 0 || s->window_right == -1),
+            "window_left, window_right: expected 0 or -1 without QKV_FEATURE_WINDOW, got %d, %d",
+            (int)s->window_left, (int)s->window_right);
         s->window_left = s->window_right = -1;
     }
     return QKV_OK;
@@ -130,9 +131,9 @@ static qkv_status read_limits(const qkv_context *ctx, const qkv_attention_spec *
     return QKV_OK;
 }
 
-/* What the scheduler needs, from a spec and limits with their defaults filled in. Costs are in units of
- * one multiply-add over a whole head: reading a key costs about 3 of them a byte of its elements on the
- * CPUs measured (docs/performance.md), starting a tile about 200. */
+/* What the scheduler needs, from a spec and limits with their defaults filled in. Costs are in
+ * units of one multiply-add over a whole head: reading a key costs about 3 of them a byte of its
+ * elements on the CPUs measured (docs/performance.md), starting a tile about 200. */
 static qi_limits schedule_limits(const qkv_attention_spec *spec, qkv_attention_limits *limits)
 {
     const int32_t group = spec->num_qo_heads / spec->num_kv_heads;
@@ -172,8 +173,8 @@ static void bind_workspace(qkv_attention *a, qi_arena *plan, qi_arena *scratch)
 {
     const qkv_attention_limits *l = &a->limits;
     const uint64_t requests = (uint64_t)l->max_requests, workers = (uint64_t)l->max_workers;
-    const uint64_t max_work = (uint64_t)qi_schedule_max_work(&a->schedule, l->max_tokens,
-                                                             l->max_requests, l->max_qo_len);
+    const uint64_t max_work =
+        (uint64_t)qi_schedule_max_work(&a->schedule, l->max_tokens, l->max_requests, l->max_qo_len);
     a->plan = (qi_plan){
         .header = qi_arena_take(plan, 1, sizeof(qi_plan_header)),
         .work_indptr = qi_arena_take(plan, workers + 1, sizeof(i32)),
@@ -293,11 +294,10 @@ qkv_status qkv_attention_create(qkv_context *ctx, const qkv_attention_spec *spec
     if (!a) QI_FAIL(QKV_ERR_MEMORY, "attention: out of memory");
     *a = prepared;
     if (!workspace) {
-        a->owned = w = (qkv_workspace){QKV_WORKSPACE_INIT,
-                                       .plan = mem->alloc(mem->user, size.plan_bytes, 4096),
-                                       .scratch = mem->alloc(mem->user, size.scratch_bytes, 4096),
-                                       .plan_bytes = size.plan_bytes,
-                                       .scratch_bytes = size.scratch_bytes};
+        a->owned = w = (qkv_workspace){
+            QKV_WORKSPACE_INIT, .plan = mem->alloc(mem->user, size.plan_bytes, 4096),
+            .scratch = mem->alloc(mem->user, size.scratch_bytes, 4096),
+            .plan_bytes = size.plan_bytes, .scratch_bytes = size.scratch_bytes};
         if (!w.plan || !w.scratch) {
             qkv_attention_destroy(a);
             QI_FAIL(QKV_ERR_MEMORY, "attention: out of memory for %llu + %llu bytes of workspace",

@@ -1,21 +1,21 @@
 /* attention.cpu.c - the attention kernel of the CPU: each worker walks its strip of the plan.
  *
- * One kernel, three rows: head dims 64 and 128 as constants in the decode tile, and any. Work items are
- * decode tiles (decode_tile.h) or prefill tiles (prefill_tile.h); the last piece of a cut tile to finish
- * merges it, in key order, so the result does not depend on who that is.
+ * One kernel, three rows: head dims 64 and 128 as constants in the decode tile, and any. Work items
+ * are decode tiles (decode_tile.h) or prefill tiles (prefill_tile.h); the last piece of a cut tile
+ * to finish merges it, in key order, so the result does not depend on who that is.
  * SPDX-License-Identifier: Apache-2.0 */
 #include "ops/attention/attention_tile.h"
 #include "ops/attention/decode_tile.h"
 #include "ops/attention/prefill_tile.h"
 
-#define DEFINE_DECODE(name, dim_qk, dim_vo)                                                    \
-    static void name(const attention_params *p, const qi_work *w, float *scratch)              \
-    {                                                                                          \
-        switch (p->dtype_kv) {                                                                 \
-        case QI_F32: decode_tile(p, w, scratch, dim_qk, dim_vo, QI_F32); break;                \
-        case QI_F16: decode_tile(p, w, scratch, dim_qk, dim_vo, QI_F16); break;                \
-        default: decode_tile(p, w, scratch, dim_qk, dim_vo, QI_BF16); break;                   \
-        }                                                                                      \
+#define DEFINE_DECODE(name, dim_qk, dim_vo)                                                        \
+    static void name(const attention_params *p, const qi_work *w, float *scratch)                  \
+    {                                                                                              \
+        switch (p->dtype_kv) {                                                                     \
+        case QI_F32: decode_tile(p, w, scratch, dim_qk, dim_vo, QI_F32); break;                    \
+        case QI_F16: decode_tile(p, w, scratch, dim_qk, dim_vo, QI_F16); break;                    \
+        default: decode_tile(p, w, scratch, dim_qk, dim_vo, QI_BF16); break;                       \
+        }                                                                                          \
     }
 DEFINE_DECODE(decode_d64, 64, 64)
 DEFINE_DECODE(decode_d128, 128, 128)
@@ -38,7 +38,8 @@ static void prefill_any(const attention_params *p, const qi_work *w, float *scra
     }
 }
 
-/* o = sum_i w_i o_i / sum_i w_i with w_i = 2^(lse_i - max), pieces in key order. acc: [head_dim_vo]. */
+/* o = sum_i w_i o_i / sum_i w_i with w_i = 2^(lse_i - max), pieces in key order. acc:
+ * [head_dim_vo]. */
 static void merge_row(const attention_params *p, const qi_merge *m, i32 row, float *acc)
 {
     const i32 group = p->num_qo_heads / p->num_kv_heads, per_head = m->num_rows * group;
@@ -55,7 +56,8 @@ static void merge_row(const attention_params *p, const qi_merge *m, i32 row, flo
         for (i32 d = 0; d < p->head_dim_vo; d++) acc[d] += weight * o[d];
         sum += weight;
     }
-    finish_row(p, -1, m->row_begin + row % per_head / group, head * group + row % group, acc, max, sum);
+    finish_row(p, -1, m->row_begin + row % per_head / group, head * group + row % group, acc, max,
+               sum);
 }
 
 /* Counts a finished piece; the last one merges the tile and leaves the ticket as it was found. */
@@ -64,8 +66,10 @@ static void finish_piece(const attention_params *p, const qi_work *w, float *scr
     i32 lo = 0, hi = p->plan.header->num_merges - 1;
     while (lo < hi) { /* the last merge whose first slot is not above ours */
         const i32 mid = lo + (hi - lo + 1) / 2;
-        if (p->plan.merge[mid].slot <= w->slot) lo = mid;
-        else hi = mid - 1;
+        if (p->plan.merge[mid].slot <= w->slot)
+            lo = mid;
+        else
+            hi = mid - 1;
     }
     const qi_merge *m = &p->plan.merge[lo];
     if (__atomic_add_fetch(&p->plan.ticket[lo], 1, __ATOMIC_ACQ_REL) < m->num_pieces) return;
@@ -80,8 +84,10 @@ QI_INLINE void walk_strips(const attention_params *p, qi_task task,
     for (i32 worker = task.index; worker < p->num_workers; worker += task.count)
         for (i32 i = p->plan.work_indptr[worker]; i < p->plan.work_indptr[worker + 1]; i++) {
             const qi_work *w = &p->plan.work[i];
-            if (w->flags & QI_TILE_PREFILL) prefill_any(p, w, scratch);
-            else decode(p, w, scratch);
+            if (w->flags & QI_TILE_PREFILL)
+                prefill_any(p, w, scratch);
+            else
+                decode(p, w, scratch);
             if (w->slot >= 0) finish_piece(p, w, scratch);
         }
 }

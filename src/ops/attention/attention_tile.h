@@ -1,5 +1,5 @@
-/* attention_tile.h - what decode and prefill tiles share: where keys are, what a row sees, where its
- * result goes. Included by attention.cpu.c only.
+/* attention_tile.h - what decode and prefill tiles share: where keys are, what a row sees, where
+ * its result goes. Included by attention.cpu.c only.
  * SPDX-License-Identifier: Apache-2.0 */
 #ifndef QI_ATTENTION_TILE_H
 #define QI_ATTENTION_TILE_H
@@ -7,8 +7,8 @@
 #include "kern/cpu/simd.h"
 #include "ops/attention/attention_params.h"
 
-/* Offsets, in elements, of keys [begin, begin + n) of a request: token_offsets in k and in v, head 0.
- * Walks the page list run by run, so any page size costs one division a run. */
+/* Offsets, in elements, of keys [begin, begin + n) of a request: token_offsets in k and in v, head
+ * 0. Walks the page list run by run, so any page size costs one division a run. */
 QI_INLINE void locate_keys(const attention_params *p, i32 request, i32 begin, i32 n, i64 *k_offset,
                            i64 *v_offset)
 {
@@ -32,9 +32,10 @@ QI_INLINE void locate_keys(const attention_params *p, i32 request, i32 begin, i3
 }
 
 /* The keys [*begin, *end) that the row at this position sees, clamped to [from, to]; none where
- * *begin >= *end. Both grow with position, so the first row's begin and the last row's end bound what
- * rows in between see. */
-QI_INLINE void row_sees(const attention_params *p, i64 position, i32 from, i32 to, i32 *begin, i32 *end)
+ * *begin >= *end. Both grow with position, so the first row's begin and the last row's end bound
+ * what rows in between see. */
+QI_INLINE void row_sees(const attention_params *p, i64 position, i32 from, i32 to, i32 *begin,
+                        i32 *end)
 {
     i64 lo = p->window_left >= 0 ? position - p->window_left : from;
     i64 hi = p->window_right >= 0 ? position + p->window_right + 1 : to;
@@ -47,7 +48,8 @@ QI_INLINE void row_sees(const attention_params *p, i64 position, i32 from, i32 t
 QI_INLINE vf score(const attention_params *p, vf product)
 {
     if (p->logits_soft_cap > 0.f)
-        return vf_tanh(product * (p->sm_scale / p->logits_soft_cap)) * (p->logits_soft_cap * QI_LOG2E);
+        return vf_tanh(product * (p->sm_scale / p->logits_soft_cap)) *
+               (p->logits_soft_cap * QI_LOG2E);
     return product * (p->sm_scale * QI_LOG2E);
 }
 

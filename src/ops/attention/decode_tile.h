@@ -1,14 +1,15 @@
 /* decode_tile.h - a few query rows of one request against its keys, all KV heads at once.
  *
- * Keys pass in blocks of BLOCK = 16 tokens, in order; for each block the KV heads are walked in memory
- * order, so that a page is read once, and the unit (block, head) AHEAD units further is prefetched
- * along the page table while this one is computed. Query rows of a KV head (tokens x group) are taken
- * in fours. Scores live as vectors [token][4 rows], so that the softmax of all rows is elementwise;
- * K needs no transposition: QI_VW dot products at a time are summed by vf_sum_each. K and V are
- * widened to f32 and multiplied by FMA, so the result has f32 accuracy for every cache dtype.
+ * Keys pass in blocks of BLOCK = 16 tokens, in order; for each block the KV heads are walked in
+ * memory order, so that a page is read once, and the unit (block, head) AHEAD units further is
+ * prefetched along the page table while this one is computed. Query rows of a KV head (tokens x
+ * group) are taken in fours. Scores live as vectors [token][4 rows], so that the softmax of all
+ * rows is elementwise; K needs no transposition: QI_VW dot products at a time are summed by
+ * vf_sum_each. K and V are widened to f32 and multiplied by FMA, so the result has f32 accuracy for
+ * every cache dtype.
  *
- * Bound: memory, 2 * head_dim * size bytes a key and head. The state of a head (O, max, sum) lives in
- * L1/L2. Source: FlashAttention-2's online softmax (arXiv:2307.08691), FlashDecoding's splits.
+ * Bound: memory, 2 * head_dim * size bytes a key and head. The state of a head (O, max, sum) lives
+ * in L1/L2. Source: FlashAttention-2's online softmax (arXiv:2307.08691), FlashDecoding's splits.
  * SPDX-License-Identifier: Apache-2.0 */
 #ifndef QI_ATTENTION_DECODE_TILE_H
 #define QI_ATTENTION_DECODE_TILE_H
@@ -16,12 +17,12 @@
 #include "ops/attention/attention_tile.h"
 
 enum {
-    BLOCK = 16,             /* keys a block                                                       */
-    ROWS = 4,               /* query rows computed together                                       */
-    TOKENS = QI_VW / ROWS,  /* keys in one score vector                                           */
-    SCORES = BLOCK / TOKENS, /* score vectors of a block                                          */
-    AHEAD = 4,              /* units of prefetch distance                                         */
-    WIDE = QI_VW == 8 ? 2 : 4, /* vectors of O per pass of P.V: ROWS * WIDE accumulators          */
+    BLOCK = 16,                /* keys a block */
+    ROWS = 4,                  /* query rows computed together */
+    TOKENS = QI_VW / ROWS,     /* keys in one score vector */
+    SCORES = BLOCK / TOKENS,   /* score vectors of a block */
+    AHEAD = 4,                 /* units of prefetch distance */
+    WIDE = QI_VW == 8 ? 2 : 4, /* vectors of O per pass of P.V: ROWS * WIDE accumulators */
 };
 
 /* Everything a block of keys needs, and the same for the block to prefetch. */
@@ -32,12 +33,12 @@ typedef struct decode_block {
 
 /* State of four rows of one KV head. */
 typedef struct decode_state {
-    float *q;   /* [ROWS][q_stride]                                                               */
-    float *o;   /* [ROWS][o_stride], unnormalised                                                 */
-    float *max; /* [QI_VW] lanes [token][row]: the same for every token                           */
-    float *sum; /* [QI_VW] partial sums over the lanes' tokens                                    */
-    const i32 *sees_begin, *sees_end; /* [ROWS] keys that each row sees                           */
-    int edge;   /* does some row not see every key of the block?                                  */
+    float *q;                         /* [ROWS][q_stride] */
+    float *o;                         /* [ROWS][o_stride], unnormalised */
+    float *max;                       /* [QI_VW] lanes [token][row]: the same for every token */
+    float *sum;                       /* [QI_VW] partial sums over the lanes' tokens */
+    const i32 *sees_begin, *sees_end; /* [ROWS] keys that each row sees */
+    int edge;                         /* does some row not see every key of the block? */
 } decode_state;
 
 /* The largest over tokens, in every token's lanes. */
@@ -58,8 +59,8 @@ QI_INLINE void prefetch_row(const char *row, const i64 bytes)
 }
 
 /* TOKENS x ROWS products q.k as one vector [token][row]. */
-QI_INLINE vf decode_products(const char *const k[TOKENS], const float *q, i64 q_stride, const i32 dim,
-                             const qi_dtype kv)
+QI_INLINE vf decode_products(const char *const k[TOKENS], const float *q, i64 q_stride,
+                             const i32 dim, const qi_dtype kv)
 {
     vf acc[QI_VW];
     QI_UNROLL(16)
@@ -91,14 +92,13 @@ QI_INLINE vf decode_products(const char *const k[TOKENS], const float *q, i64 q_
 
 /* o[r] += sum_t weight[t][r] * v[t] for dims [d, d + count vectors). */
 QI_INLINE void decode_accumulate(const decode_state *s, i64 o_stride, const float *weight,
-                                 const char *v, const decode_block *b, i64 head, i32 d, const int count,
-                                 const i32 dim, const qi_dtype kv)
+                                 const char *v, const decode_block *b, i64 head, i32 d,
+                                 const int count, const i32 dim, const qi_dtype kv)
 {
     vf acc[ROWS][4];
     QI_UNROLL(4)
-    for (int r = 0; r < ROWS; r++)
-        QI_UNROLL(4)
-        for (int c = 0; c < count; c++) acc[r][c] = vf_load(s->o + r * o_stride + d + c * QI_VW);
+    for (int r = 0; r < ROWS; r++) QI_UNROLL(4)
+    for (int c = 0; c < count; c++) acc[r][c] = vf_load(s->o + r * o_stride + d + c * QI_VW);
     for (i32 t = 0; t < b->n; t++) {
         const char *row = qi_at(v, kv, b->v_offset[t] + head + d);
         QI_UNROLL(4)
@@ -111,9 +111,8 @@ QI_INLINE void decode_accumulate(const decode_state *s, i64 o_stride, const floa
         }
     }
     QI_UNROLL(4)
-    for (int r = 0; r < ROWS; r++)
-        QI_UNROLL(4)
-        for (int c = 0; c < count; c++) vf_store(s->o + r * o_stride + d + c * QI_VW, acc[r][c]);
+    for (int r = 0; r < ROWS; r++) QI_UNROLL(4)
+    for (int c = 0; c < count; c++) vf_store(s->o + r * o_stride + d + c * QI_VW, acc[r][c]);
 }
 
 /* Four rows of one KV head against one block; next: the block and head to prefetch. */
@@ -133,7 +132,8 @@ QI_INLINE void decode_unit(const attention_params *p, const decode_state *s, con
         for (int t = 0; t < TOKENS; t++) {
             const i32 at = j * TOKENS + t;
             rows[t] = qi_at(k, kv, b->k_offset[at] + head);
-            prefetch_row(qi_at(k, kv, next->k_offset[at] + next_head * p->k_stride[2]), dim_qk * size);
+            prefetch_row(qi_at(k, kv, next->k_offset[at] + next_head * p->k_stride[2]),
+                         dim_qk * size);
         }
         scores[j] = score(p, decode_products(rows, s->q, q_stride, dim_qk, kv));
         if (s->edge) {
@@ -181,9 +181,10 @@ QI_INLINE void decode_unit(const attention_params *p, const decode_state *s, con
         decode_accumulate(s, o_stride, weight, v, b, v_head, d, 1, dim_vo, kv);
 }
 
-/* Fills a block with keys from `begin` on, below `end`. Offsets past the last key repeat it: they are
- * loaded, but their scores are dropped. An empty block prefetches what `b` holds already. */
-QI_INLINE void fill_block(const attention_params *p, i32 request, i32 begin, i32 end, decode_block *b)
+/* Fills a block with keys from `begin` on, below `end`. Offsets past the last key repeat it: they
+ * are loaded, but their scores are dropped. An empty block prefetches what `b` holds already. */
+QI_INLINE void fill_block(const attention_params *p, i32 request, i32 begin, i32 end,
+                          decode_block *b)
 {
     b->begin = begin;
     b->n = end - begin < BLOCK ? end - begin : BLOCK;
@@ -197,8 +198,8 @@ QI_INLINE void fill_block(const attention_params *p, i32 request, i32 begin, i32
 
 /* One work item. Scratch: for each KV head q [m][q_stride], o [m][o_stride], max and sum a group of
  * four rows. dim_qk, dim_vo, kv: constants in the specialised rows, p's fields in the general one. */
-QI_INLINE void decode_tile(const attention_params *p, const qi_work *w, float *scratch, const i32 dim_qk,
-                           const i32 dim_vo, const qi_dtype kv)
+QI_INLINE void decode_tile(const attention_params *p, const qi_work *w, float *scratch,
+                           const i32 dim_qk, const i32 dim_vo, const qi_dtype kv)
 {
     const i32 group = p->num_qo_heads / p->num_kv_heads, request = w->group;
     const i32 rows = w->num_rows * group, fours = (rows + ROWS - 1) / ROWS, heads = w->num_kv_heads;
@@ -247,12 +248,15 @@ QI_INLINE void decode_tile(const attention_params *p, const qi_work *w, float *s
             const i32 fetch_head = ahead < heads ? ahead : (ahead - heads) % heads;
             for (i32 f = 0; f < fours; f++) {
                 float *state = scratch + ((i64)h * fours + f) * unit;
-                const decode_state s = {.q = state, .o = state + ROWS * q_stride,
-                                        .max = state + unit - 2 * QI_VW, .sum = state + unit - QI_VW,
-                                        .sees_begin = begin + f * ROWS, .sees_end = end + f * ROWS,
+                const decode_state s = {.q = state,
+                                        .o = state + ROWS * q_stride,
+                                        .max = state + unit - 2 * QI_VW,
+                                        .sum = state + unit - QI_VW,
+                                        .sees_begin = begin + f * ROWS,
+                                        .sees_end = end + f * ROWS,
                                         .edge = edge};
-                decode_unit(p, &s, b, w->kv_head + h, fetch, w->kv_head + fetch_head, dim_qk, dim_vo,
-                            kv);
+                decode_unit(p, &s, b, w->kv_head + h, fetch, w->kv_head + fetch_head, dim_qk,
+                            dim_vo, kv);
             }
         }
     }

@@ -19,7 +19,8 @@ static qkv_status check_limits(const qkv_attention *a, const qi_kv_view *view)
         const i64 qo_len = view->qo_indptr[r + 1] - view->qo_indptr[r], kv_len = qi_kv_len(view, r);
         QI_REQUIRE(qo_len <= l->max_qo_len,
                    "qo_indptr: expected at most max_qo_len = %d rows a request, got %lld (request "
-                   "%lld)", (int)l->max_qo_len, (long long)qo_len, (long long)r);
+                   "%lld)",
+                   (int)l->max_qo_len, (long long)qo_len, (long long)r);
         QI_REQUIRE(kv_len <= l->max_kv_len,
                    "%s: expected at most max_kv_len = %lld keys a request, got %lld (request %lld)",
                    view->block_table ? "kv_lens" : "kv_indptr", (long long)l->max_kv_len,
@@ -43,7 +44,8 @@ static void copy_batch(qkv_attention *a, const qi_kv_view *view, const i32 *qo_p
     for (i64 r = 0; r < view->num_requests; r++) {
         const i32 kv_len = (i32)qi_kv_len(view, r);
         plan->kv_len[r] = kv_len;
-        plan->qo_pos[r] = qo_pos ? qo_pos[r] : kv_len - (view->qo_indptr[r + 1] - view->qo_indptr[r]);
+        plan->qo_pos[r] =
+            qo_pos ? qo_pos[r] : kv_len - (view->qo_indptr[r + 1] - view->qo_indptr[r]);
         if (a->spec.page_size == 0) {
             plan->kv_begin[r] = view->kv_indptr[r];
             continue;
@@ -81,7 +83,8 @@ qkv_status qkv_attention_plan(qkv_attention *attention, const qkv_attention_batc
     const i64 start = verbose ? qi_now_ns() : 0;
     qkv_attention_batch b;
     QI_TRY(qi_read_struct(&b, sizeof b, batch, "batch"));
-    QI_REQUIRE(b.num_levels == 1 && b.levels, "levels: expected 1 level, got %d", (int)b.num_levels);
+    QI_REQUIRE(b.num_levels == 1 && b.levels, "levels: expected 1 level, got %d",
+               (int)b.num_levels);
     qi_kv_view view;
     QI_TRY(qi_kv_index_check(b.levels, a->spec.page_size, a->limits.pool_pages, &view));
     QI_TRY(check_limits(a, &view));
@@ -93,8 +96,10 @@ qkv_status qkv_attention_plan(qkv_attention *attention, const qkv_attention_batc
 
     /* Nothing can fail from here on: the former plan gives way to this one. */
     copy_batch(a, &view, qo_pos);
-    const qi_lengths lengths = {.qo_indptr = a->plan.qo_indptr, .kv_len = a->plan.kv_len,
-                                .qo_pos = a->plan.qo_pos, .num_requests = (i32)view.num_requests};
+    const qi_lengths lengths = {.qo_indptr = a->plan.qo_indptr,
+                                .kv_len = a->plan.kv_len,
+                                .qo_pos = a->plan.qo_pos,
+                                .num_requests = (i32)view.num_requests};
     qi_schedule((qi_lanes){.id = 0, .count = 1}, &lengths, &a->schedule, &a->plan);
     a->planned = 1;
     if (verbose) log_plan(a, qi_now_ns() - start);

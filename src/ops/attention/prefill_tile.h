@@ -1,17 +1,17 @@
 /* prefill_tile.h - many query rows of one request against its keys, one KV head.
  *
- * The rows of a KV head are tokens x group, folded (row = token * group + head), so that every packed
- * key serves the whole group and the causal edge is only a few keys wide per panel. Keys pass in blocks
- * of up to BLOCK_N; K is packed as K^T panels [dim][QI_TILE_N keys], V as panels [key][QI_TILE_N dims].
- * For each panel of QI_TILE_M rows: S = Q K^T into L1, softmax of each row in place, O = scale * O + P V
- * with the rescale done as the O tile is loaded. Only the columns that some row of the panel sees are
- * computed, rounded to whole tiles.
+ * The rows of a KV head are tokens x group, folded (row = token * group + head), so that every
+ * packed key serves the whole group and the causal edge is only a few keys wide per panel. Keys
+ * pass in blocks of up to BLOCK_N; K is packed as K^T panels [dim][QI_TILE_N keys], V as panels
+ * [key][QI_TILE_N dims]. For each panel of QI_TILE_M rows: S = Q K^T into L1, softmax of each row
+ * in place, O = scale * O + P V with the rescale done as the O tile is loaded. Only the columns
+ * that some row of the panel sees are computed, rounded to whole tiles.
  *
- * With dot (bf16 q and cache on a CPU whose vdpbf16ps is faster than FMA) words are bf16 pairs: of two
- * dims in K and Q, of two keys in V and P; P is rounded to bf16, sums stay f32.
+ * With dot (bf16 q and cache on a CPU whose vdpbf16ps is faster than FMA) words are bf16 pairs: of
+ * two dims in K and Q, of two keys in V and P; P is rounded to bf16, sums stay f32.
  *
- * Bound: multiply-adds, 2 * (head_dim_qk + head_dim_vo) flops a (row, key) pair; packing costs about
- * 1 / PREFILL_M of it. Source: FlashAttention-2, arXiv:2307.08691.
+ * Bound: multiply-adds, 2 * (head_dim_qk + head_dim_vo) flops a (row, key) pair; packing costs
+ * about 1 / PREFILL_M of it. Source: FlashAttention-2, arXiv:2307.08691.
  * SPDX-License-Identifier: Apache-2.0 */
 #ifndef QI_ATTENTION_PREFILL_TILE_H
 #define QI_ATTENTION_PREFILL_TILE_H
@@ -23,15 +23,15 @@
 typedef struct prefill {
     const attention_params *p;
     const qi_work *w;
-    i32 group, rows;           /* rows = tokens * group                                           */
-    i32 words_qk;              /* words of a row of q: dims, or pairs of dims                      */
-    i32 dim_vo_padded;         /* multiple of QI_TILE_N                                           */
-    i32 keys;                  /* keys a block, multiple of QI_TILE_N                             */
-    i64 score_stride;          /* row of scores, padded against set conflicts                     */
-    i64 position;              /* of the first token                                              */
-    float *q, *o, *max, *sum;  /* [rows padded to QI_TILE_M][words_qk | dim_vo_padded | 1 | 1]    */
-    float *k, *v;              /* packed block                                                    */
-    float *scores;             /* [QI_TILE_M][score_stride]                                       */
+    i32 group, rows;          /* rows = tokens * group */
+    i32 words_qk;             /* words of a row of q: dims, or pairs of dims */
+    i32 dim_vo_padded;        /* multiple of QI_TILE_N */
+    i32 keys;                 /* keys a block, multiple of QI_TILE_N */
+    i64 score_stride;         /* row of scores, padded against set conflicts */
+    i64 position;             /* of the first token */
+    float *q, *o, *max, *sum; /* [rows padded to QI_TILE_M][words_qk | dim_vo_padded | 1 | 1] */
+    float *k, *v;             /* packed block */
+    float *scores;            /* [QI_TILE_M][score_stride] */
 } prefill;
 
 /* Words [word, word + n) of one row as a vector: f32 values, or raw bf16 pairs. n <= QI_VW. */
@@ -80,7 +80,8 @@ QI_INLINE void pack_v(const prefill *f, const i64 *offset, i32 n, const qi_dtype
             for (i32 i = 0; i < step; i++)
                 if (j + i < n && dims > 0)
                     x[i] = load_words(qi_at(f->p->v, kv, offset[j + i] + head), d, dims, kv, 0);
-            vf_store(f->v + d / QI_TILE_N * panel_words + (i64)(j / step) * QI_TILE_N + d % QI_TILE_N,
+            vf_store(f->v + d / QI_TILE_N * panel_words + (i64)(j / step) * QI_TILE_N +
+                         d % QI_TILE_N,
                      dot ? pair_rows(x[0], x[1]) : x[0]);
         }
 }
@@ -95,7 +96,8 @@ QI_INLINE void pack_q(const prefill *f, const int dot)
         if (i >= f->rows)
             memset(out, 0, (size_t)f->words_qk * sizeof *out);
         else if (dot)
-            memcpy(out, qi_at(f->p->q, QI_BF16, token * f->p->q_stride[0] + head * f->p->q_stride[1]),
+            memcpy(out,
+                   qi_at(f->p->q, QI_BF16, token * f->p->q_stride[0] + head * f->p->q_stride[1]),
                    (size_t)f->words_qk * sizeof *out);
         else
             load_query(f->p, token, head, out, f->words_qk);
@@ -109,10 +111,11 @@ QI_INLINE void store_pairs(float *out, vf low, vf high)
     qi_store((char *)out + QI_VW * 2, QI_BF16, high);
 }
 
-/* Scores s[0, n) of one row to weights in place (as bf16 pairs at the front with dot); columns outside
- * [begin, end) get weight 0. n is a multiple of QI_TILE_N. Returns what O must be scaled by. */
-QI_INLINE float softmax_row(const attention_params *p, float *s, i32 n, i32 begin, i32 end, float *max,
-                            float *sum, const int dot)
+/* Scores s[0, n) of one row to weights in place (as bf16 pairs at the front with dot); columns
+ * outside [begin, end) get weight 0. n is a multiple of QI_TILE_N. Returns what O must be scaled
+ * by. */
+QI_INLINE float softmax_row(const attention_params *p, float *s, i32 n, i32 begin, i32 end,
+                            float *max, float *sum, const int dot)
 {
     vf top = vf_set1(-INFINITY);
     for (i32 j = 0; j < n; j += QI_VW) {
@@ -169,12 +172,13 @@ QI_INLINE void prefill_panel(const prefill *f, i32 panel, i32 from, i32 n, const
                     f->score_stride, NULL, dot);
     float scale[QI_TILE_M];
     for (i32 i = 0; i < QI_TILE_M; i++)
-        scale[i] = softmax_row(p, f->scores + i * f->score_stride, hi - lo, begin[i] - lo, end[i] - lo,
-                               f->max + row + i, f->sum + row + i, dot);
+        scale[i] = softmax_row(p, f->scores + i * f->score_stride, hi - lo, begin[i] - lo,
+                               end[i] - lo, f->max + row + i, f->sum + row + i, dot);
     for (i32 d = 0; d < f->dim_vo_padded; d += QI_TILE_N)
         qi_tile_mac(f->scores, f->score_stride,
-                    f->v + (i64)d * (f->keys / step) + (i64)(lo / step) * QI_TILE_N, (hi - lo) / step,
-                    f->o + (i64)row * f->dim_vo_padded + d, f->dim_vo_padded, scale, dot);
+                    f->v + (i64)d * (f->keys / step) + (i64)(lo / step) * QI_TILE_N,
+                    (hi - lo) / step, f->o + (i64)row * f->dim_vo_padded + d, f->dim_vo_padded,
+                    scale, dot);
 }
 
 /* One work item. kv: the cache's dtype as a constant; dot: words are bf16 pairs. */
@@ -183,12 +187,15 @@ QI_INLINE void prefill_tile(const attention_params *p, const qi_work *w, float *
 {
     const i32 group = p->num_qo_heads / p->num_kv_heads, rows = w->num_rows * group;
     const i64 padded = round_up(rows, QI_TILE_M);
-    prefill f = {.p = p, .w = w, .group = group, .rows = rows,
+    prefill f = {.p = p,
+                 .w = w,
+                 .group = group,
+                 .rows = rows,
                  .words_qk = dot ? p->head_dim_qk / 2 : p->head_dim_qk,
                  .dim_vo_padded = (i32)round_up(p->head_dim_vo, QI_TILE_N),
                  .keys = block_keys(p->head_dim_qk, p->head_dim_vo),
-                 .position = (i64)p->plan.qo_pos[w->group] +
-                             (w->row_begin - p->plan.qo_indptr[w->group])};
+                 .position =
+                     (i64)p->plan.qo_pos[w->group] + (w->row_begin - p->plan.qo_indptr[w->group])};
     f.score_stride = f.keys + MAX_VW;
     f.scores = scratch;
     f.k = f.scores + QI_TILE_M * f.score_stride;
@@ -217,7 +224,8 @@ QI_INLINE void prefill_tile(const attention_params *p, const qi_work *w, float *
     }
     for (i32 i = 0; i < rows; i++)
         finish_row(p, w->slot < 0 ? -1 : w->slot + i, w->row_begin + i / group,
-                   w->kv_head * group + i % group, f.o + (i64)i * f.dim_vo_padded, f.max[i], f.sum[i]);
+                   w->kv_head * group + i % group, f.o + (i64)i * f.dim_vo_padded, f.max[i],
+                   f.sum[i]);
 }
 
 #endif

@@ -14,8 +14,8 @@ typedef struct kv_tensor {
     i64 extent;    /* pages, or tokens when ragged */
 } kv_tensor;
 
-/* t: [pages, page_size, heads, dim] (ragged: [tokens, heads, dim]), the middle two by layout. which: -1,
- * or the half of a combined [pages, 2, ...] tensor. */
+/* t: [pages, page_size, heads, dim] (ragged: [tokens, heads, dim]), the middle two by layout.
+ * which: -1, or the half of a combined [pages, 2, ...] tensor. */
 static qkv_status read_kv(const qkv_attention *a, const DLTensor *t, const char *name, int32_t dim,
                           int which, kv_tensor *out)
 {
@@ -46,19 +46,23 @@ static qkv_status read_kv(const qkv_attention *a, const DLTensor *t, const char 
 
 static qkv_status check_extent(const qkv_attention *a, const char *name, i64 extent)
 {
-    QI_REQUIRE(a->max_page < extent,
-               "%s: expected a pool of more than %lld pages, which the plan's request %lld uses (entry "
-               "%lld of its page list), got %lld", name, (long long)a->max_page,
-               (long long)a->max_page_request, (long long)a->max_page_entry, (long long)extent);
-    QI_REQUIRE(a->ragged_end <= extent, "%s: expected at least %lld tokens, as kv_indptr says, got %lld",
-               name, (long long)a->ragged_end, (long long)extent);
+    QI_REQUIRE(
+        a->max_page < extent,
+        "%s: expected a pool of more than %lld pages, which the plan's request %lld uses (entry "
+        "%lld of its page list), got %lld",
+        name, (long long)a->max_page, (long long)a->max_page_request, (long long)a->max_page_entry,
+        (long long)extent);
+    QI_REQUIRE(a->ragged_end <= extent,
+               "%s: expected at least %lld tokens, as kv_indptr says, got %lld", name,
+               (long long)a->ragged_end, (long long)extent);
     return QKV_OK;
 }
 
 static qkv_status check_rows(const qkv_attention *a, const char *name, i64 rows)
 {
-    QI_REQUIRE(rows >= a->num_tokens, "%s: expected at least %lld rows, as qo_indptr says, got %lld",
-               name, (long long)a->num_tokens, (long long)rows);
+    QI_REQUIRE(rows >= a->num_tokens,
+               "%s: expected at least %lld rows, as qo_indptr says, got %lld", name,
+               (long long)a->num_tokens, (long long)rows);
     return QKV_OK;
 }
 
@@ -84,12 +88,14 @@ static qkv_status read_lse(const qkv_attention *a, const DLTensor *lse, attentio
 static qkv_status check_window(const char *name, int32_t want, int32_t planned)
 {
     QI_REQUIRE(want >= -1 && (planned < 0 || (want >= 0 && want <= planned)),
-               "%s: expected within the spec's window of %d, got %d", name, (int)planned, (int)want);
+               "%s: expected within the spec's window of %d, got %d", name, (int)planned,
+               (int)want);
     return QKV_OK;
 }
 
 /* sm_scale, soft cap and window of this layer. */
-static qkv_status read_overrides(const qkv_attention *a, const qkv_attention_io *io, attention_params *p)
+static qkv_status read_overrides(const qkv_attention *a, const qkv_attention_io *io,
+                                 attention_params *p)
 {
     const qkv_attention_spec *s = &a->spec;
     QI_REQUIRE(io->sm_scale >= 0.f && isfinite(io->sm_scale),
@@ -122,7 +128,8 @@ static qkv_status read_overrides(const qkv_attention *a, const qkv_attention_io 
 }
 
 /* Shapes, dtypes, extents; p gets addresses and strides. */
-static qkv_status read_tensors(const qkv_attention *a, const qkv_attention_io *io, attention_params *p)
+static qkv_status read_tensors(const qkv_attention *a, const qkv_attention_io *io,
+                               attention_params *p)
 {
     const qkv_attention_spec *s = &a->spec;
     QI_TRY(qi_expect(io->q, "q", s->dtype_q, QI_SHAPE(QI_ANY, s->num_qo_heads, s->head_dim_qk)));
@@ -132,8 +139,9 @@ static qkv_status read_tensors(const qkv_attention *a, const qkv_attention_io *i
 
     kv_tensor k, v;
     const int combined = io->v == NULL && s->page_size > 0;
-    QI_REQUIRE(!combined || s->head_dim_qk == s->head_dim_vo,
-               "v: expected a tensor, since k and v with unequal head dims cannot share one, got NULL");
+    QI_REQUIRE(
+        !combined || s->head_dim_qk == s->head_dim_vo,
+        "v: expected a tensor, since k and v with unequal head dims cannot share one, got NULL");
     QI_TRY(read_kv(a, io->k, "k", s->head_dim_qk, combined ? 0 : -1, &k));
     QI_TRY(read_kv(a, combined ? io->k : io->v, "v", s->head_dim_vo, combined ? 1 : -1, &v));
     QI_TRY(check_extent(a, "k", k.extent));
@@ -167,8 +175,10 @@ qkv_status qkv_attention_run(qkv_attention *attention, const qkv_attention_io *i
     const qkv_attention_spec *s = &a->spec;
     attention_params p = {
         .plan = a->plan,
-        .num_qo_heads = s->num_qo_heads, .num_kv_heads = s->num_kv_heads,
-        .head_dim_qk = s->head_dim_qk, .head_dim_vo = s->head_dim_vo,
+        .num_qo_heads = s->num_qo_heads,
+        .num_kv_heads = s->num_kv_heads,
+        .head_dim_qk = s->head_dim_qk,
+        .head_dim_vo = s->head_dim_vo,
         .page_size = s->page_size,
         .dtype_q = (qi_dtype)qi_dtype_of(s->dtype_q),
         .dtype_kv = (qi_dtype)qi_dtype_of(s->dtype_kv),
@@ -176,7 +186,8 @@ qkv_status qkv_attention_run(qkv_attention *attention, const qkv_attention_io *i
         .lse_scale = s->flags & QKV_ATTENTION_LSE_BASE_2 ? 1.f : LN2,
         .causal = s->mask == QKV_MASK_CAUSAL,
         .num_workers = a->limits.max_workers,
-        .scratch = a->scratch, .scratch_stride = a->scratch_stride,
+        .scratch = a->scratch,
+        .scratch_stride = a->scratch_stride,
     };
     QI_TRY(read_tensors(a, &layer, &p));
     QI_TRY(read_overrides(a, &layer, &p));
@@ -186,7 +197,7 @@ qkv_status qkv_attention_run(qkv_attention *attention, const qkv_attention_io *i
     const i64 start = verbose ? qi_now_ns() : 0;
     qi_launch(a->ctx, a->row, a->plan.header->num_strips, &p);
     if (verbose)
-        qi_log(&a->ctx->logger, "run,%s,tokens=%lld,us=%.1f", a->row->name, (long long)a->num_tokens,
-               (double)(qi_now_ns() - start) * 1e-3);
+        qi_log(&a->ctx->logger, "run,%s,tokens=%lld,us=%.1f", a->row->name,
+               (long long)a->num_tokens, (double)(qi_now_ns() - start) * 1e-3);
     return QKV_OK;
 }

@@ -131,7 +131,8 @@ static int may_cut(const strips *s, const tile *t)
 static i32 count_pieces(const strips *s, const qi_limits *limits, const tile *t, i64 position)
 {
     i32 pieces = 1, from = t->kv_begin;
-    for (i64 w = strip_from(s, position); w < s->count && strip_begin(s, w) < position + t->cost; w++) {
+    for (i64 w = strip_from(s, position); w < s->count && strip_begin(s, w) < position + t->cost;
+         w++) {
         const i32 key = cut_key(limits, t, strip_begin(s, w) - position, may_cut(s, t));
         if (key > from && key < t->kv_end) {
             pieces++;
@@ -146,9 +147,14 @@ static void emit(const strips *s, const qi_limits *limits, const tile *t, i64 po
                  i32 at, i32 slot, const qi_plan *out)
 {
     const i32 rows = (i32)rows_of(limits, t);
-    qi_work w = {.group = t->request, .row_begin = t->row_begin, .num_rows = (u16)t->num_rows,
-                 .flags = (u8)t->flags, .kv_head = (u16)t->kv_head,
-                 .num_kv_heads = (u16)t->num_kv_heads, .kv_begin = t->kv_begin, .slot = slot};
+    qi_work w = {.group = t->request,
+                 .row_begin = t->row_begin,
+                 .num_rows = (u16)t->num_rows,
+                 .flags = (u8)t->flags,
+                 .kv_head = (u16)t->kv_head,
+                 .num_kv_heads = (u16)t->num_kv_heads,
+                 .kv_begin = t->kv_begin,
+                 .slot = slot};
     i64 strip = strip_from(s, position);
     for (; strip < s->count && strip_begin(s, strip) < position + t->cost; strip++) {
         const i32 key = cut_key(limits, t, strip_begin(s, strip) - position, cut && may_cut(s, t));
@@ -169,9 +175,9 @@ i64 qi_schedule_max_work(const qi_limits *limits, i64 max_tokens, i64 max_reques
     i64 tiles = max_requests < max_tokens ? max_requests : max_tokens;
     if (max_qo_len > limits->decode_rows) {
         const i64 long_requests = max_tokens / (limits->decode_rows + 1);
-        tiles += limits->num_kv_heads *
-                 (max_tokens / limits->tile_rows +
-                  (long_requests < max_requests ? long_requests : max_requests));
+        tiles +=
+            limits->num_kv_heads * (max_tokens / limits->tile_rows +
+                                    (long_requests < max_requests ? long_requests : max_requests));
     }
     return tiles + limits->num_workers - 1;
 }
@@ -182,7 +188,8 @@ i64 qi_schedule_split_rows(const qi_limits *limits, i64 max_qo_len)
     i64 rows = decode * limits->group_size * limits->num_kv_heads;
     if (max_qo_len > limits->decode_rows && rows < (i64)limits->tile_rows * limits->group_size)
         rows = (i64)limits->tile_rows * limits->group_size;
-    return 2 * (i64)(limits->num_workers - 1) * rows; /* n cuts make at most 2 n pieces of cut tiles */
+    return 2 * (i64)(limits->num_workers - 1) *
+           rows; /* n cuts make at most 2 n pieces of cut tiles */
 }
 
 void qi_schedule(qi_lanes lanes, const qi_lengths *in, const qi_limits *limits, const qi_plan *out)
@@ -204,9 +211,9 @@ void qi_schedule(qi_lanes lanes, const qi_lengths *in, const qi_limits *limits, 
     s.longer = s.total % s.count;
     s.cut_prefill = max_all(lanes, largest_prefill) > s.size / 8;
 
-    /* Lay the tiles along the line again, one a lane, and cut them. What stands before this round of
-     * tiles: its cost, the pieces and merges emitted, the partial rows that cuts asked for. A tile that
-     * would pass the capacity is not cut, nor then is any later one. */
+    /* Lay the tiles along the line again, one a lane, and cut them. What stands before this round
+     * of tiles: its cost, the pieces and merges emitted, the partial rows that cuts asked for. A
+     * tile that would pass the capacity is not cut, nor then is any later one. */
     i64 position = 0, work = 0, merges = 0, slots = 0, rows_used = 0, sum_more, sums[5];
     at = (cursor){.request = -1};
     for (i32 step = lanes.id;; step = lanes.count) {
@@ -225,10 +232,12 @@ void qi_schedule(qi_lanes lanes, const qi_lengths *in, const qi_limits *limits, 
         scan_add(lanes, cut ? wanted : 0, &sums[4]);
         if (more) emit(&s, limits, &t, begin, cut, (i32)first, cut ? (i32)slot : -1, out);
         if (cut) {
-            out->merge[merge] = (qi_merge){.row_begin = t.row_begin, .num_rows = (u16)t.num_rows,
+            out->merge[merge] = (qi_merge){.row_begin = t.row_begin,
+                                           .num_rows = (u16)t.num_rows,
                                            .kv_head = (u16)t.kv_head,
                                            .num_kv_heads = (u16)t.num_kv_heads,
-                                           .num_pieces = pieces, .slot = (i32)slot,
+                                           .num_pieces = pieces,
+                                           .slot = (i32)slot,
                                            .rows_per_piece = (i32)rows};
             out->ticket[merge] = 0;
         }

@@ -13,9 +13,9 @@ typedef struct qi_lanes {
 } qi_lanes;
 
 typedef struct qi_lengths {
-    const i32 *qo_indptr; /* [num_requests + 1], first 0                                          */
-    const i32 *kv_len;    /* [num_requests]                                                       */
-    const i32 *qo_pos;    /* [num_requests] position of row 0                                     */
+    const i32 *qo_indptr; /* [num_requests + 1], first 0 */
+    const i32 *kv_len;    /* [num_requests] */
+    const i32 *qo_pos;    /* [num_requests] position of row 0 */
     i32 num_requests;
 } qi_lengths;
 
@@ -23,15 +23,15 @@ typedef struct qi_lengths {
 typedef struct qi_limits {
     i32 num_workers;
     i32 num_kv_heads, group_size;
-    i32 decode_rows;  /* a request of at most this many rows is one decode tile                   */
-    i32 tile_rows;    /* rows of a prefill tile, <= 65535                                         */
-    i32 causal, window_left, window_right; /* as in the spec; windows -1 = open                   */
-    i32 cut_align;    /* keys are cut at multiples of this                                        */
-    i32 cost_visit;   /* cost units of starting a tile                                            */
-    i32 cost_key;     /* of one key of one KV head                                                */
-    i32 cost_pair;    /* of one (query row, key) pair of one query head                           */
-    i64 cost_strip;   /* a strip costs at least this, or it is not worth a worker; 0 = no minimum */
-    i64 max_split_rows; /* capacity of partial rows                                               */
+    i32 decode_rows; /* a request of at most this many rows is one decode tile */
+    i32 tile_rows;   /* rows of a prefill tile, <= 65535 */
+    i32 causal, window_left, window_right; /* as in the spec; windows -1 = open */
+    i32 cut_align;                         /* keys are cut at multiples of this */
+    i32 cost_visit;                        /* cost units of starting a tile */
+    i32 cost_key;                          /* of one key of one KV head */
+    i32 cost_pair;                         /* of one (query row, key) pair of one query head */
+    i64 cost_strip; /* a strip costs at least this, or it is not worth a worker; 0 = no minimum */
+    i64 max_split_rows; /* capacity of partial rows */
 } qi_limits;
 
 /* The keys [*begin, *end) that rows [first, last] at these positions see, empty as begin == end. */
@@ -57,23 +57,23 @@ i64 qi_schedule_split_rows(const qi_limits *limits, i64 max_qo_len);
 /*
  * qi_schedule - fill header, work_indptr, work, merge and clear the tickets of *out.
  *
- * A request of n rows is one decode tile over all KV heads if n <= decode_rows, else
- * num_kv_heads * ceil(n / tile_rows) prefill tiles, head by head. The tiles, in that order, form a
- * line of integer costs
+ * A request of n rows is one decode tile over all KV heads if n <= decode_rows, else num_kv_heads *
+ * ceil(n / tile_rows) prefill tiles, head by head. The tiles, in that order, form a line of integer
+ * costs
  *
  *   cost = cost_visit + heads * keys * (cost_key + rows * group_size * cost_pair)
  *
- * that is cut into n = min(num_workers, max(1, total / cost_strip)) strips of equal cost, the first n
- * workers'. A strip that would end inside a tile ends at a
- * multiple of cut_align keys there, and the tile's pieces are merged later; it ends at the nearer end
- * of the tile instead if a piece would be shorter than cut_align keys, if the partial rows do not
- * suffice, or if no prefill tile exceeds 1/8 of a strip (then cutting one gains less than its merge
- * costs). At most num_workers - 1 extra pieces and merges arise; no search, no heap, O(tiles).
+ * that is cut into n = min(num_workers, max(1, total / cost_strip)) strips of equal cost, the first
+ * n workers'. A strip that would end inside a tile ends at a multiple of cut_align keys there, and
+ * the tile's pieces are merged later; it ends at the nearer end of the tile instead if a piece
+ * would be shorter than cut_align keys, if the partial rows do not suffice, or if no prefill tile
+ * exceeds 1/8 of a strip (then cutting one gains less than its merge costs). At most num_workers -
+ * 1 extra pieces and merges arise; no search, no heap, O(tiles).
  *
- * With S = ceil(total / n), u the cost of the largest tile that is left whole and a that of
- * 3 * cut_align keys of the largest cut tile: no strip costs more than S + max(u, a) + cost_visit.
- * Deterministic in its inputs. Capacity: work as qi_schedule_max_work, merge and ticket
- * num_workers - 1.
+ * With S = ceil(total / n), u the cost of the largest tile that is left whole and a that of 3 *
+ * cut_align keys of the largest cut tile: no strip costs more than S + max(u, a) + cost_visit.
+ * Deterministic in its inputs. Capacity: work as qi_schedule_max_work, merge and ticket num_workers
+ * - 1.
  */
 void qi_schedule(qi_lanes lanes, const qi_lengths *in, const qi_limits *limits, const qi_plan *out);
 

@@ -1,8 +1,8 @@
 /* gemm.cpu.c - out = x w^T: w is transposed on its way in, so that lanes are columns of out.
  *
- * Each output is one chain of multiply-adds in f32, k ascending from 0: its bits depend on its row
- * of x and its row of w alone, not on m, the blocking, the threads or the ISA level (batch
- * invariance).
+ * Each output is a sum of chains of multiply-adds in f32, one for every PIECE of k, all ascending
+ * from 0: its bits depend on its row of x and its row of w alone, not on m, the blocking, the
+ * threads or the ISA level (batch invariance), and rounding errors grow with PIECE, not with k.
  *
  * A task owns a range of columns (rows of w), or of rows of x when those are the more. It walks
  * blocks of columns, rows and k, and widens the block's x to f32 in scratch.
@@ -34,9 +34,9 @@ enum {
 };
 
 typedef struct scratch {
-    float w[PIECE * COLUMNS]; /* [piece][COLUMNS] of the panel                           */
-    float x[MAX_X];           /* [padded_m, k] of the block, x_stride apart              */
-    float sums[MAX_SUMS];     /* [padded_m, n] of the block so far, sum_stride apart     */
+    float w[PIECE * COLUMNS]; /* [piece][COLUMNS] of the panel */
+    float x[MAX_X];           /* [padded_m, k] of the block, x_stride apart */
+    float sums[MAX_SUMS];     /* [padded_m, n] of the block so far, sum_stride apart */
 } scratch;
 _Static_assert(sizeof(scratch) <= QI_TASK_SCRATCH_BYTES, "blocks live in task scratch");
 
@@ -103,8 +103,7 @@ QI_INLINE vf square_column(const vf square[QI_VW], int j, const qi_dtype wt)
     return (vf)((vu)square[j / 2] << 16);
 }
 
-/* ---- many rows of x: pack, then multiply -------------------------------------------------------
- */
+/* ---- many rows of x: pack, then multiply ----------------------------------------------------- */
 
 /* Columns [i, i + n) of QI_VW rows of w to out [square_k][COLUMNS], zeros after n. */
 QI_INLINE void pack_square(float *out, const char *const rows[QI_VW], i64 i, i64 n,
@@ -141,7 +140,14 @@ QI_INLINE void pack_panel(const gemm_params *p, const block *b, float *out, i64 
     }
 }
 
-/* sums [rows, COLUMNS] += x [rows, k] times w [k][COLUMNS]. */
+/* sums += acc, and acc = 0 for the next chain. */
+QI_INLINE void end_chain(float *sums, vf *acc)
+{
+    vf_store(sums, vf_load(sums) + *acc);
+    *acc = vf_set1(0.f);
+}
+
+/* sums [rows, COLUMNS] += x [rows, k] times w [k][COLUMNS], k at most PIECE: one chain each. */
 QI_INLINE void multiply_tile(const block *b, float *sums, const float *x, const float *w, i64 k,
                              const int rows)
 {
@@ -149,7 +155,7 @@ QI_INLINE void multiply_tile(const block *b, float *sums, const float *x, const 
     QI_UNROLL(12)
     for (int r = 0; r < rows; r++) {
         QI_UNROLL(2)
-        for (int v = 0; v < VECTORS; v++) acc[r][v] = vf_load(sums + r * b->sum_stride + v * QI_VW);
+        for (int v = 0; v < VECTORS; v++) acc[r][v] = vf_set1(0.f);
     }
     for (i64 i = 0; i < k; i++) {
         vf columns[VECTORS];
@@ -165,7 +171,8 @@ QI_INLINE void multiply_tile(const block *b, float *sums, const float *x, const 
     QI_UNROLL(12)
     for (int r = 0; r < rows; r++) {
         QI_UNROLL(2)
-        for (int v = 0; v < VECTORS; v++) vf_store(sums + r * b->sum_stride + v * QI_VW, acc[r][v]);
+        for (int v = 0; v < VECTORS; v++)
+            end_chain(sums + r * b->sum_stride + v * QI_VW, &acc[r][v]);
     }
 }
 
@@ -198,8 +205,7 @@ QI_INLINE void multiply_many(const gemm_params *p, const block *b, scratch *s, i
     }
 }
 
-/* ---- few rows of x: multiply what is read ------------------------------------------------------
- */
+/* ---- few rows of x: multiply what is read ---------------------------------------------------- */
 
 /* acc += x [rows, square_k] times the square of w at i. */
 QI_INLINE void multiply_square(vf acc[FEW], const float *x, i64 x_stride,
@@ -226,7 +232,7 @@ QI_INLINE void stream_rows(const block *b, float *sums, const float *x, const ch
     QI_UNROLL(2)
     for (int v = 0; v < vectors; v++) {
         QI_UNROLL(8)
-        for (int r = 0; r < rows; r++) acc[v][r] = vf_load(sums + r * b->sum_stride + v * QI_VW);
+        for (int r = 0; r < rows; r++) acc[v][r] = vf_set1(0.f);
     }
     for (i64 i = 0; i < k; i += step) {
         const int wraps = i + ahead >= k;
@@ -238,11 +244,13 @@ QI_INLINE void stream_rows(const block *b, float *sums, const float *x, const ch
                 qi_prefetch(qi_at(later[j], wt, i + ahead - (wraps ? k : 0)));
             multiply_square(acc[v], x, b->x_stride, w + v * QI_VW, i, rows, wt);
         }
-    }
-    QI_UNROLL(2)
-    for (int v = 0; v < vectors; v++) {
-        QI_UNROLL(8)
-        for (int r = 0; r < rows; r++) vf_store(sums + r * b->sum_stride + v * QI_VW, acc[v][r]);
+        if ((i + step) % PIECE && i + step < k) continue;
+        QI_UNROLL(2)
+        for (int v = 0; v < vectors; v++) {
+            QI_UNROLL(8)
+            for (int r = 0; r < rows; r++)
+                end_chain(sums + r * b->sum_stride + v * QI_VW, &acc[v][r]);
+        }
     }
 }
 
@@ -260,10 +268,10 @@ QI_INLINE void stream_block(const gemm_params *p, const block *b, scratch *s, i6
     }
 }
 
-/* The block, the last k that make no square left to multiply_many(). */
+/* The block, a last piece of k that ends within a square left to multiply_many(). */
 QI_INLINE void multiply_few(const gemm_params *p, const block *b, scratch *s, const qi_dtype wt)
 {
-    const i64 k = b->k / square_k(wt) * square_k(wt);
+    const i64 k = b->k % square_k(wt) ? b->k / PIECE * PIECE : b->k;
     switch (b->padded_m) {
     case 1: stream_block(p, b, s, k, 1, FEW_VECTORS, wt); break;
     case 2: stream_block(p, b, s, k, 2, FEW_VECTORS, wt); break;
@@ -273,8 +281,7 @@ QI_INLINE void multiply_few(const gemm_params *p, const block *b, scratch *s, co
     multiply_many(p, b, s, k, wt);
 }
 
-/* ---- blocks ------------------------------------------------------------------------------------
- */
+/* ---- blocks ---------------------------------------------------------------------------------- */
 
 QI_INLINE i64 pad_few(i64 m)
 {

@@ -1,27 +1,32 @@
-/* rmsnorm.cpu.c - RMSNorm, with or without adding to a residual stream first. Tasks share the tokens.
+/* rmsnorm.cpu.c - RMSNorm, with or without adding to a residual stream first. Tasks share the
+ * tokens.
  *
- * A token's row is widened into task scratch while its squares are summed, then scaled from there: one
- * read and one write of memory a row.
- * Bound: memory, 2 (with residual 4) x hidden_size x size bytes a token.
+ * A token's row is widened into task scratch while its squares are summed, then scaled from there:
+ * one read and one write of memory a row. Bound: memory, 2 (with residual 4) x hidden_size x size
+ * bytes a token.
  * SPDX-License-Identifier: Apache-2.0 */
 #include "kern/cpu/simd.h"
 #include "ops/norm/rmsnorm_params.h"
 
 #define CHAINS 4 /* independent sums: FMA latency over throughput, halved */
 
-/* n <= QI_VW elements at h of the row that is normalised, which also go to `row`: x, or x added to the
- * residual. */
+/* n <= QI_VW elements at h of the row that is normalised, which also go to `row`: x, or x added to
+ * the residual. */
 QI_INLINE vf take(float *row, char *residual, const char *x, i64 h, i64 n, const qi_dtype t)
 {
     const i64 at = h * (i64)qi_size_of(t);
     vf v = n == QI_VW ? qi_load(x + at, t) : qi_load_n(x + at, t, n);
     if (residual) {
         v = v + (n == QI_VW ? qi_load(residual + at, t) : qi_load_n(residual + at, t, n));
-        if (n == QI_VW) qi_store(residual + at, t, v);
-        else qi_store_n(residual + at, t, v, n);
+        if (n == QI_VW)
+            qi_store(residual + at, t, v);
+        else
+            qi_store_n(residual + at, t, v, n);
     }
-    if (n == QI_VW) vf_store(row + h, v);
-    else qi_store_n(row + h, QI_F32, v, n);
+    if (n == QI_VW)
+        vf_store(row + h, v);
+    else
+        qi_store_n(row + h, QI_F32, v, n);
     return v;
 }
 
@@ -76,8 +81,8 @@ QI_INLINE void norm_rows(const rmsnorm_params *p, qi_task task, const qi_dtype t
         char *residual = (char *)p->residual + token * p->residual_stride * bytes;
         char *out = (char *)p->out + token * p->out_stride * bytes;
         float *row = task.scratch;
-        const float squares = p->residual ? take_row(row, residual, x, size, t)
-                                          : take_row(row, NULL, x, size, t);
+        const float squares =
+            p->residual ? take_row(row, residual, x, size, t) : take_row(row, NULL, x, size, t);
         const float scale = 1.f / sqrtf(squares / (float)size + p->eps);
         scale_row(out, row, scale, p->weight, p->weight_bias, size, t, wt);
     }
@@ -89,12 +94,16 @@ QI_CPU_KERNEL(rmsnorm)
     switch (p->dtype) {
     case QI_F32: norm_rows(p, task, QI_F32, QI_F32); break;
     case QI_F16:
-        if (p->weight_dtype == QI_F32) norm_rows(p, task, QI_F16, QI_F32);
-        else norm_rows(p, task, QI_F16, QI_F16);
+        if (p->weight_dtype == QI_F32)
+            norm_rows(p, task, QI_F16, QI_F32);
+        else
+            norm_rows(p, task, QI_F16, QI_F16);
         break;
     default:
-        if (p->weight_dtype == QI_F32) norm_rows(p, task, QI_BF16, QI_F32);
-        else norm_rows(p, task, QI_BF16, QI_BF16);
+        if (p->weight_dtype == QI_F32)
+            norm_rows(p, task, QI_BF16, QI_F32);
+        else
+            norm_rows(p, task, QI_BF16, QI_BF16);
         break;
     }
 }

@@ -6,11 +6,11 @@
 #include "kern/abi.h"
 
 typedef struct rmsnorm_params {
-    void *out;          /* dtype [num_tokens, hidden_size]                       */
-    void *residual;     /* dtype [num_tokens, hidden_size], NULL: plain norm     */
-    const void *x;      /* dtype [num_tokens, hidden_size]                       */
-    const void *weight; /* weight_dtype [hidden_size]                            */
-    i64 out_stride, residual_stride, x_stride; /* of a token                     */
+    void *out;          /* dtype [num_tokens, hidden_size] */
+    void *residual;     /* dtype [num_tokens, hidden_size], NULL: plain norm */
+    const void *x;      /* dtype [num_tokens, hidden_size] */
+    const void *weight; /* weight_dtype [hidden_size] */
+    i64 out_stride, residual_stride, x_stride; /* of a token */
     i64 num_tokens, hidden_size;
     qi_dtype dtype, weight_dtype;
     float eps, weight_bias;

@@ -193,8 +193,7 @@ qkv_status qkv_kv_append_slots(qkv_context *ctx, DLTensor *k_cache, DLTensor *v_
     pool_shape shape;
     QI_TRY(read_tensors(k_cache, v_cache, kv_layout, k, v, &shape, &params));
     const int is64 = slot_mapping && qi_dtype_of(slot_mapping->dtype) == QI_I64;
-    QI_TRY(qi_expect(slot_mapping, "slot_mapping", is64 ? QKV_I64 : QKV_I32,
-                     QI_SHAPE(params.nnz)));
+    QI_TRY(qi_expect(slot_mapping, "slot_mapping", is64 ? QKV_I64 : QKV_I32, QI_SHAPE(params.nnz)));
     params.slots = qi_data(slot_mapping);
     params.slots_dtype = is64 ? QI_I64 : QI_I32;
     QI_TRY(check_slots(&params, shape.pages));

@@ -38,8 +38,10 @@ static void append_row(const append_tensor *t, i64 row, i64 page, i64 slot)
     const char *in = (const char *)t->rows + row * t->row_stride * size;
     char *out = (char *)t->cache + (page * t->page_stride + slot * t->slot_stride) * cache_size;
     for (i64 head = 0; head < t->num_heads; head++) {
-        if (t->dtype == t->cache_dtype) memcpy(out, in, (size_t)(t->head_dim * size));
-        else convert(out, t->cache_dtype, in, t->dtype, t->head_dim);
+        if (t->dtype == t->cache_dtype)
+            memcpy(out, in, (size_t)(t->head_dim * size));
+        else
+            convert(out, t->cache_dtype, in, t->dtype, t->head_dim);
         in += t->row_head_stride * size;
         out += t->head_stride * cache_size;
     }
@@ -48,8 +50,8 @@ static void append_row(const append_tensor *t, i64 row, i64 page, i64 slot)
 static void append_by_slot(const append_params *p, i64 begin, i64 end)
 {
     for (i64 row = begin; row < end; row++) {
-        const i64 slot = p->slots_dtype == QI_I32 ? ((const i32 *)p->slots)[row]
-                                                  : ((const i64 *)p->slots)[row];
+        const i64 slot =
+            p->slots_dtype == QI_I32 ? ((const i32 *)p->slots)[row] : ((const i64 *)p->slots)[row];
         if (slot < 0) continue;
         append_row(&p->k, row, slot / p->page_size, slot % p->page_size);
         append_row(&p->v, row, slot / p->page_size, slot % p->page_size);
@@ -61,9 +63,9 @@ static void append_by_position(const append_params *p, i64 begin, i64 end)
     i64 request = 0;
     for (i64 row = begin; row < end; row++) {
         while (row >= p->index.qo_indptr[request + 1]) request++;
-        const i64 position = p->positions ? p->positions[row]
-                                          : qi_kv_len(&p->index, request) + row -
-                                                p->index.qo_indptr[request + 1];
+        const i64 position =
+            p->positions ? p->positions[row]
+                         : qi_kv_len(&p->index, request) + row - p->index.qo_indptr[request + 1];
         const i64 page = qi_kv_pages(&p->index, request)[position / p->page_size];
         append_row(&p->k, row, page, position % p->page_size);
         append_row(&p->v, row, page, position % p->page_size);
@@ -75,6 +77,8 @@ QI_CPU_KERNEL(append)
     const append_params *p = params;
     i64 begin, end;
     qi_task_share(task, p->nnz, 1, &begin, &end);
-    if (p->slots) append_by_slot(p, begin, end);
-    else append_by_position(p, begin, end);
+    if (p->slots)
+        append_by_slot(p, begin, end);
+    else
+        append_by_position(p, begin, end);
 }

@@ -7,7 +7,7 @@
 
 /* Rows of k or v, and the cache that they go to. Strides in elements. */
 typedef struct append_tensor {
-    const void *rows; /* dtype       [nnz, num_heads, head_dim]              */
+    const void *rows; /* dtype       [nnz, num_heads, head_dim] */
     void *cache;      /* cache_dtype [pages, page_size, num_heads, head_dim] */
     i64 row_stride, row_head_stride;
     i64 page_stride, slot_stride, head_stride;

@@ -17,16 +17,20 @@ const qi_kernel qi_copy_pages_kernels[] = {
 static qkv_status read_pool(const DLTensor *cache, const char *name, i64 pages, copy_pool *pool)
 {
     QI_REQUIRE(cache, "%s: expected a tensor, got NULL", name);
-    QI_REQUIRE(qi_dtype_of(cache->dtype) >= 0, "%s: expected a dtype of this library, got code %d, %d bits",
-               name, (int)cache->dtype.code, (int)cache->dtype.bits);
+    QI_REQUIRE(qi_dtype_of(cache->dtype) >= 0,
+               "%s: expected a dtype of this library, got code %d, %d bits", name,
+               (int)cache->dtype.code, (int)cache->dtype.bits);
     if (cache->ndim == 5)
-        QI_TRY(qi_expect(cache, name, cache->dtype, QI_SHAPE(pages, QI_ANY, QI_ANY, QI_ANY, QI_ANY)));
+        QI_TRY(
+            qi_expect(cache, name, cache->dtype, QI_SHAPE(pages, QI_ANY, QI_ANY, QI_ANY, QI_ANY)));
     else
         QI_TRY(qi_expect(cache, name, cache->dtype, QI_SHAPE(pages, QI_ANY, QI_ANY, QI_ANY)));
 
     const i64 size = (i64)qi_dtype_bytes((qi_dtype)qi_dtype_of(cache->dtype));
-    *pool = (copy_pool){.data = qi_data(cache), .page_stride = qi_stride(cache, 0) * size,
-                        .runs = {1, 1, 1}, .run_bytes = size};
+    *pool = (copy_pool){.data = qi_data(cache),
+                        .page_stride = qi_stride(cache, 0) * size,
+                        .runs = {1, 1, 1},
+                        .run_bytes = size};
     /* From the last axis outwards: what adjoins joins the run, the rest become loops. */
     int loop = 3;
     for (int axis = cache->ndim - 1; axis > 0; axis--) {

@@ -54,7 +54,9 @@ static qkv_status read_pair(const DLTensor *in, const char *in_name, const DLTen
     QI_TRY(qi_expect(out, out_name, q->dtype, QI_SHAPE(q->shape[0], in->shape[1], q->shape[2])));
     QI_REQUIRE(qi_same(out, in) || !qi_overlap(out, in),
                "%s: expected %s itself or memory apart from it", out_name, in_name);
-    *x = (rope_tensor){.in = qi_data(in), .out = qi_data(out), .heads = in->shape[1],
+    *x = (rope_tensor){.in = qi_data(in),
+                       .out = qi_data(out),
+                       .heads = in->shape[1],
                        .in_stride = {qi_stride(in, 0), qi_stride(in, 1)},
                        .out_stride = {qi_stride(out, 0), qi_stride(out, 1)}};
     return QKV_OK;
@@ -72,7 +74,8 @@ static qkv_status read_positions(const DLTensor *positions, const DLTensor *indp
         p->positions = qi_data(positions);
         return QKV_OK;
     }
-    QI_REQUIRE(indptr && offsets, "positions: expected positions, or indptr and offsets, got neither");
+    QI_REQUIRE(indptr && offsets,
+               "positions: expected positions, or indptr and offsets, got neither");
     QI_TRY(qi_expect(indptr, "indptr", QKV_I32, QI_SHAPE(QI_ANY)));
     QI_REQUIRE(indptr->shape[0] >= 1, "indptr: expected at least 1 entry, got 0");
     p->num_requests = indptr->shape[0] - 1;

@@ -1,9 +1,9 @@
 /* rope.cpu.c - rotary embedding of q and k. Tasks share the tokens.
  *
- * A task makes the table of frequencies once, in turns a position and double precision. For each token
- * it reduces the angles to an eighth of a turn in double and evaluates sine and cosine by polynomials
- * (a plain loop, which vectorises); all heads of the token share them.
- * Bound: memory, 2 x head_dim x size bytes a head; the angles cost about as much as two heads.
+ * A task makes the table of frequencies once, in turns a position and double precision. For each
+ * token it reduces the angles to an eighth of a turn in double and evaluates sine and cosine by
+ * polynomials (a plain loop, which vectorises); all heads of the token share them. Bound: memory, 2
+ * x head_dim x size bytes a head; the angles cost about as much as two heads.
  * SPDX-License-Identifier: Apache-2.0 */
 #include "kern/cpu/simd.h"
 #include "ops/rope/rope_params.h"
@@ -11,9 +11,9 @@
 #define TWO_PI 6.283185307179586476925
 
 typedef struct rope_table {
-    double turns[ROPE_MAX_PAIRS];     /* of a pair, a position                            */
-    float cosine[2 * ROPE_MAX_PAIRS]; /* of the token at hand; interleaved: each twice    */
-    float sine[2 * ROPE_MAX_PAIRS];   /* interleaved: -sin, sin                           */
+    double turns[ROPE_MAX_PAIRS];     /* of a pair, a position */
+    float cosine[2 * ROPE_MAX_PAIRS]; /* of the token at hand; interleaved: each twice */
+    float sine[2 * ROPE_MAX_PAIRS];   /* interleaved: -sin, sin */
 } rope_table;
 _Static_assert(sizeof(rope_table) <= QI_TASK_SCRATCH_BYTES, "the table lives in task scratch");
 
@@ -29,14 +29,15 @@ static double extend(const rope_params *p, double freq)
     return (1 - smooth) * freq / p->scale + smooth * freq;
 }
 
-/* theta^(-i / num_pairs) is a product of the powers for the bits of i: log2(num_pairs) calls of pow,
- * which would cost more than the rotation of a token, and as many roundings at the slow end. */
+/* theta^(-i / num_pairs) is a product of the powers for the bits of i: log2(num_pairs) calls of
+ * pow, which would cost more than the rotation of a token, and as many roundings at the slow end. */
 static void frequencies(const rope_params *p, double *turns)
 {
     turns[0] = 1;
     for (i32 span = 1; span < p->num_pairs; span *= 2) {
         const double factor = pow(p->theta, -(double)span / p->num_pairs);
-        for (i32 i = 0; i < span && span + i < p->num_pairs; i++) turns[span + i] = turns[i] * factor;
+        for (i32 i = 0; i < span && span + i < p->num_pairs; i++)
+            turns[span + i] = turns[i] * factor;
     }
     for (i32 i = 0; i < p->num_pairs; i++) turns[i] = extend(p, turns[i]) * (1 / TWO_PI);
 }
@@ -86,8 +87,10 @@ QI_INLINE vf load_some(const char *p, const qi_dtype t, i64 n)
 
 QI_INLINE void store_some(char *p, const qi_dtype t, vf v, i64 n)
 {
-    if (n >= QI_VW) qi_store(p, t, v);
-    else qi_store_n(p, t, v, n);
+    if (n >= QI_VW)
+        qi_store(p, t, v);
+    else
+        qi_store_n(p, t, v, n);
 }
 
 /* Pairs (2i, 2i + 1). */
@@ -125,8 +128,10 @@ QI_INLINE void rotate_heads(const rope_params *p, const rope_tensor *x, const ro
         const char *in = qi_at(x->in, t, token * x->in_stride[0] + head * x->in_stride[1]);
         char *out = (char *)x->out +
                     (token * x->out_stride[0] + head * x->out_stride[1]) * (i64)qi_size_of(t);
-        if (p->interleaved) rotate_interleaved(out, in, table, p->num_pairs, t);
-        else rotate_halves(out, in, table, p->num_pairs, t);
+        if (p->interleaved)
+            rotate_interleaved(out, in, table, p->num_pairs, t);
+        else
+            rotate_halves(out, in, table, p->num_pairs, t);
         if (out != in)
             memcpy(out + rotated, in + rotated,
                    (size_t)(p->head_dim * (i64)qi_size_of(t) - rotated));

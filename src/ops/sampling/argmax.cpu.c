@@ -1,6 +1,6 @@
-/* argmax.cpu.c - tasks share the rows; a row is read once for its largest value and once more, up to
- * that value's first place, for the index.
- * Bound: memory, vocab x size bytes a row; the second read comes out of a cache.
+/* argmax.cpu.c - tasks share the rows; a row is read once for its largest value and once more, up
+ * to that value's first place, for the index. Bound: memory, vocab x size bytes a row; the second
+ * read comes out of a cache.
  * SPDX-License-Identifier: Apache-2.0 */
 #include "ops/sampling/argmax.h"
 #include "ops/sampling/sampling_params.h"

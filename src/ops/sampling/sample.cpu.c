@@ -1,14 +1,15 @@
-/* sample.cpu.c - one token a row by exact selection, without sorting or memory of the vocabulary's size.
- * Tasks share the rows.
+/* sample.cpu.c - one token a row by exact selection, without sorting or memory of the vocabulary's
+ * size. Tasks share the rows.
  *
- * Tokens are ordered by logit, descending, then by index. Top-k, top-p and min-p each keep a prefix of
- * that order, and the draw is the token at which the running sum of masses passes a random number: all
- * are questions for find(), "the shortest prefix with so many tokens, or so much mass".
+ * Tokens are ordered by logit, descending, then by index. Top-k, top-p and min-p each keep a prefix
+ * of that order, and the draw is the token at which the running sum of masses passes a random
+ * number: all are questions for find(), "the shortest prefix with so many tokens, or so much mass".
  *
- * Masses are exp((logit - max) / temperature) as 64-bit fixed point, so sums are exact in any order and
- * nothing below depends on rounding. find() is a radix select over the logit's 32-bit key, 11 + 11 + 10
- * bits: a histogram of counts and masses, a walk to the bin where the wish is met, then the same inside
- * that bin. Only the first histogram needs every token's mass, and all finds of a row share it.
+ * Masses are exp((logit - max) / temperature) as 64-bit fixed point, so sums are exact in any order
+ * and nothing below depends on rounding. find() is a radix select over the logit's 32-bit key, 11 +
+ * 11 + 10 bits: a histogram of counts and masses, a walk to the bin where the wish is met, then the
+ * same inside that bin. Only the first histogram needs every token's mass, and all finds of a row
+ * share it.
  *
  * Bound: one exp a token (about 5 ns), then up to 3 x 3 passes over the row in cache.
  * SPDX-License-Identifier: Apache-2.0 */
@@ -17,7 +18,7 @@
 #include "ops/sampling/sampling_params.h"
 
 #define NUM_BINS 2048
-#define BLOCK 1024 /* logits widened and keyed at a time */
+#define BLOCK    1024 /* logits widened and keyed at a time */
 #define NO_LIMIT UINT64_MAX
 
 typedef struct histogram {
@@ -31,17 +32,18 @@ typedef struct sampler {
     qi_dtype dtype;
     float max; /* the largest logit, > -inf */
     double inverse_temperature;
-    double unit;       /* mass of the largest logit: vocab of them fit u64 */
-    u64 total;         /* mass of all tokens                               */
-    u64 num_tokens;    /* whose logit is above -inf                        */
-    histogram top;     /* by the key's 11 upper bits                       */
-    histogram part;    /* inside one bin                                   */
+    double unit;    /* mass of the largest logit: vocab of them fit u64 */
+    u64 total;      /* mass of all tokens */
+    u64 num_tokens; /* whose logit is above -inf */
+    histogram top;  /* by the key's 11 upper bits */
+    histogram part; /* inside one bin */
     u32 keys[BLOCK];
 } sampler;
 
 _Static_assert(sizeof(sampler) <= QI_TASK_SCRATCH_BYTES, "a sampler fits a task's scratch");
 
-/* ---- keys and masses: small keys are large logits; the key of -inf and NaN is above all others ---- */
+/* ---- keys and masses: small keys are large logits; the key of -inf and NaN is above all others
+ * ---- */
 
 #define KEY_NONE UINT32_MAX
 
@@ -84,8 +86,8 @@ static void load_keys(sampler *s, i64 begin, i64 end)
 
 /* ---- selection -------------------------------------------------------------------------------- */
 
-/* The whole row's histogram. Returns the mass of the tokens that min_p keeps: those with a mass of at
- * least min_p times the largest. */
+/* The whole row's histogram. Returns the mass of the tokens that min_p keeps: those with a mass of
+ * at least min_p times the largest. */
 static u64 count_row(sampler *s, float min_p)
 {
     const double least = s->unit * (double)min_p;
@@ -133,8 +135,8 @@ typedef struct prefix {
     u64 count, mass;
 } prefix;
 
-/* Adds whole bins to found while they stay below both wishes, which lie within h. Returns the bin that
- * meets one. */
+/* Adds whole bins to found while they stay below both wishes, which lie within h. Returns the bin
+ * that meets one. */
 static u32 walk(const histogram *h, prefix *found, u64 count, u64 mass)
 {
     u32 bin = 0;
@@ -146,8 +148,8 @@ static u32 walk(const histogram *h, prefix *found, u64 count, u64 mass)
     return bin;
 }
 
-/* The shortest prefix with `count` tokens or with `mass`; one of them is NO_LIMIT, the other is at least
- * 1 and at most what the row holds. */
+/* The shortest prefix with `count` tokens or with `mass`; one of them is NO_LIMIT, the other is at
+ * least 1 and at most what the row holds. */
 static prefix find(sampler *s, u64 count, u64 mass)
 {
     prefix found = {0};
@@ -157,7 +159,8 @@ static prefix find(sampler *s, u64 count, u64 mass)
     count_part(s, found.key, 0, 10);
     found.key = found.key << 10 | walk(&s->part, &found, count, mass);
 
-    const u64 each = mass_of(s, found.key); /* above 0 where a mass is wished for: the bin meets it */
+    const u64 each =
+        mass_of(s, found.key); /* above 0 where a mass is wished for: the bin meets it */
     found.rank = count != NO_LIMIT ? count - found.count : (mass - found.mass + each - 1) / each;
     found.count += found.rank;
     found.mass += found.rank * each;

@@ -1,8 +1,8 @@
 /* sampling.c - host side of qkv_argmax and qkv_sample: check, choose, launch.
  * SPDX-License-Identifier: Apache-2.0 */
+#include "qkv/sampling.h"
 #include "core/launch.h"
 #include "ops/sampling/sampling_params.h"
-#include "qkv/sampling.h"
 
 QI_CPU_DECLARE(argmax);
 QI_CPU_DECLARE(sample);
@@ -55,13 +55,14 @@ static qkv_status check_ranges(const sample_params *p)
         const double top_p = p->top_p ? (double)p->top_p[r] : 1;
         const double min_p = p->min_p ? (double)p->min_p[r] : 0;
         QI_REQUIRE(temperature >= 0 && temperature <= 3e38,
-                   "temperature[%lld]: expected >= 0 and finite, got %g", (long long)r, temperature);
-        QI_REQUIRE(!p->top_k || p->top_k[r] >= 0, "top_k[%lld]: expected >= 0, got %d", (long long)r,
-                   p->top_k[r]);
+                   "temperature[%lld]: expected >= 0 and finite, got %g", (long long)r,
+                   temperature);
+        QI_REQUIRE(!p->top_k || p->top_k[r] >= 0, "top_k[%lld]: expected >= 0, got %d",
+                   (long long)r, p->top_k[r]);
         QI_REQUIRE(top_p > 0 && top_p <= 1, "top_p[%lld]: expected in (0, 1], got %g", (long long)r,
                    top_p);
-        QI_REQUIRE(min_p >= 0 && min_p <= 1, "min_p[%lld]: expected in [0, 1], got %g", (long long)r,
-                   min_p);
+        QI_REQUIRE(min_p >= 0 && min_p <= 1, "min_p[%lld]: expected in [0, 1], got %g",
+                   (long long)r, min_p);
     }
     return QKV_OK;
 }

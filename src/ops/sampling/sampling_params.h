@@ -6,21 +6,21 @@
 #include "kern/abi.h"
 
 typedef struct argmax_params {
-    i32 *tokens;        /* [batch]              */
+    i32 *tokens;        /* [batch] */
     const void *logits; /* dtype [batch, vocab] */
-    i64 logits_stride;  /* of a row             */
+    i64 logits_stride;  /* of a row */
     i64 batch, vocab;
     qi_dtype dtype;
 } argmax_params;
 
 typedef struct sample_params {
     argmax_params rows;
-    const float *temperature; /* [batch], NULL: 1                  */
-    const i32 *top_k;         /* [batch], NULL or 0: all           */
-    const float *top_p;       /* [batch], NULL: 1                  */
-    const float *min_p;       /* [batch], NULL: 0                  */
-    const u64 *seed;          /* [batch]                           */
-    const u64 *offset;        /* [batch], NULL: 0                  */
+    const float *temperature; /* [batch], NULL: 1 */
+    const i32 *top_k;         /* [batch], NULL or 0: all */
+    const float *top_p;       /* [batch], NULL: 1 */
+    const float *min_p;       /* [batch], NULL: 0 */
+    const u64 *seed;          /* [batch] */
+    const u64 *offset;        /* [batch], NULL: 0 */
 } sample_params;
 
 #endif
