@@ -89,7 +89,7 @@ static void problem_reads_values(void **state)
 static void problem_dtypes_follow_the_first_one(void **state)
 {
     (void)state;
-    static const struct {
+    const struct {
         const char *op, *text;
         problem_key key;
         DLDataType want;
@@ -205,7 +205,7 @@ static void problem_prints_what_it_reads(void **state)
 {
     (void)state;
     static const char *const items[] = {
-        "batch=7",      "qo_len=9",     "kv_len=40",   "prefills=3",
+        "batch=7",      "qo_len=9",     "kv_len=4000", "prefills=3",
         "heads=12/3",   "kv_heads=5",   "head_dim=64", "page=3",
         "layout=HND",   "q=f16",        "kv=f32",      "o=bf16",
         "mask=none",    "window=11",    "cap=1.25",    "dist=uniform",
@@ -322,7 +322,7 @@ static void attention_problem_asks_for_features(void **state)
     (void)state;
     static const struct {
         const char *text;
-        uint64_t features;
+        int32_t features;
     } cases[] = {
         {"", 0},
         {"window=0", QKV_FEATURE_WINDOW},

@@ -35,12 +35,12 @@ check_tree() {
   for op in src/ops/*/; do
     op=${op#src/}
     op=${op%/}
-    local kernels=("src/$op"/*.cpu.c "src/$op"/*_tile.h)
+    local kernels=("src/$op"/*.cpu.[ch] "src/$op"/*_tile.h)
     local hosts=()
     for file in "src/$op"/*.[ch]; do
       [[ " ${kernels[*]} " == *" $file "* ]] || hosts+=("$file")
     done
-    check "${kernels[@]}" -- "kern/.*|$op/[a-z_]+(_params|_tile)\\.h"
+    check "${kernels[@]}" -- "kern/.*|$op/[a-z_]+(_params|_tile|\\.cpu)\\.h"
     check "${hosts[@]}" -- "qkv/[a-z_]+\\.h|base/.*|core/launch\\.h|kern/(abi|plan|kv_view)\\.h|$op/.*"
   done
   check tools/*.[ch] examples/*.c examples/*/*.[ch] -- 'qkv/[a-z_]+\.h|[a-z_]+\.h'

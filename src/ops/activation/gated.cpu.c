@@ -6,6 +6,7 @@
 #include "ops/activation/gated_params.h"
 
 #define BLOCK 1024
+#define AHEAD 512 /* elements to prefetch: hardware stops at the end of a 4-KB page */
 
 /* x Phi(x) = max(x, 0) - a Q(a), a = |x|, Q the normal tail. Q(a) exp(a^2/2) is smooth in
  * u = 1 / (1 + 0.35 a): a minimax polynomial of degree 9 on a <= 14, relative error 3.2e-8. */
@@ -43,9 +44,13 @@ QI_INLINE void gated_block(const gated_params *p, i64 token, i64 begin, i64 n, c
     const char *up = qi_at(p->up, t, token * p->up_stride + begin);
     char *out = (char *)p->out + (token * p->out_stride + begin) * (i64)qi_size_of(t);
     i64 i = 0;
-    for (; i + QI_VW <= n; i += QI_VW)
+    for (; i + QI_VW <= n; i += QI_VW) {
+        qi_prefetch(qi_at(gate, t, i + AHEAD));
+        qi_prefetch(qi_at(up, t, i + AHEAD));
+        qi_prefetch(qi_at(out, t, i + AHEAD));
         qi_store(out + i * (i64)qi_size_of(t), t,
                  activate(qi_load(qi_at(gate, t, i), t), kind) * qi_load(qi_at(up, t, i), t));
+    }
     if (i < n)
         qi_store_n(out + i * (i64)qi_size_of(t), t,
                    activate(qi_load_n(qi_at(gate, t, i), t, n - i), kind) *

@@ -55,12 +55,14 @@ QI_INLINE float take_row(float *row, char *residual, const char *x, i64 size, co
     return vf_sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
 }
 
-/* out = row * scale * (bias + weight) */
+/* out = row * scale * (bias + weight). Brings x of the next row closer meanwhile: rows are read in
+ * turns with such computing, too short each for the hardware to run ahead. */
 QI_INLINE void scale_row(char *out, const float *row, float scale, const void *weight, float bias,
-                         i64 size, const qi_dtype t, const qi_dtype wt)
+                         i64 size, const char *next, const qi_dtype t, const qi_dtype wt)
 {
     i64 h = 0;
     for (; h + QI_VW <= size; h += QI_VW) {
+        qi_prefetch(qi_at(next, t, h));
         const vf w = qi_load(qi_at(weight, wt, h), wt) + bias;
         qi_store(out + h * (i64)qi_size_of(t), t, vf_load(row + h) * scale * w);
     }
@@ -84,7 +86,8 @@ QI_INLINE void norm_rows(const rmsnorm_params *p, qi_task task, const qi_dtype t
         const float squares =
             p->residual ? take_row(row, residual, x, size, t) : take_row(row, NULL, x, size, t);
         const float scale = 1.f / sqrtf(squares / (float)size + p->eps);
-        scale_row(out, row, scale, p->weight, p->weight_bias, size, t, wt);
+        const char *next = x + (token + 1 < end ? p->x_stride * bytes : 0);
+        scale_row(out, row, scale, p->weight, p->weight_bias, size, next, t, wt);
     }
 }
 

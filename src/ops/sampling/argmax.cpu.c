@@ -2,7 +2,7 @@
  * to that value's first place, for the index. Bound: memory, vocab x size bytes a row; the second
  * read comes out of a cache.
  * SPDX-License-Identifier: Apache-2.0 */
-#include "ops/sampling/argmax.h"
+#include "ops/sampling/argmax.cpu.h"
 #include "ops/sampling/sampling_params.h"
 
 QI_INLINE void argmax_rows(const argmax_params *p, qi_task task, const qi_dtype t)

@@ -14,7 +14,7 @@
  * Bound: one exp a token (about 5 ns), then up to 3 x 3 passes over the row in cache.
  * SPDX-License-Identifier: Apache-2.0 */
 #include "kern/philox.h"
-#include "ops/sampling/argmax.h"
+#include "ops/sampling/argmax.cpu.h"
 #include "ops/sampling/sampling_params.h"
 
 #define NUM_BINS 2048

@@ -1,7 +1,7 @@
-/* argmax.h - the first index of a row's largest value, for the kernels of this folder.
+/* argmax.cpu.h - the first index of a row's largest value, for the kernels of this folder.
  * SPDX-License-Identifier: Apache-2.0 */
-#ifndef QI_ARGMAX_H
-#define QI_ARGMAX_H
+#ifndef QI_ARGMAX_CPU_H
+#define QI_ARGMAX_CPU_H
 
 #include "kern/cpu/simd.h"
 
