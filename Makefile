@@ -6,7 +6,7 @@ PREFIX ?= /usr/local
 MODEL ?=
 PROBLEMS ?= bench/problems/smoke.txt
 
-CTEST = ctest --output-on-failure -j $(JOBS) --test-dir
+CTEST = ctest --output-on-failure --no-label-summary -j $(JOBS) --test-dir
 C_FILES = $(shell git ls-files --cached --others --exclude-standard '*.[ch]')
 
 # $(call configure_and_build,FOLDER,CMAKE OPTIONS): the log of a configuration is shown if it fails.

@@ -2,8 +2,10 @@
  * SPDX-License-Identifier: Apache-2.0 */
 #include "ops/attention/schedule.h"
 
-/* The two primitives that lanes share. The host is one lane, with none below it.
- * scan_add: the sum over lower lanes; *total: over all. Every lane must take part. */
+/* The two primitives that lanes share, collectively. The host is one lane, with none below it; who
+ * runs more lanes brings a scan_add() and max_all() of its own.
+ * scan_add: the sum over lower lanes; *total: over all. */
+#ifndef QI_SCHEDULE_LANES
 static i64 scan_add(qi_lanes lanes, i64 value, i64 *total)
 {
     (void)lanes;
@@ -16,6 +18,7 @@ static i64 max_all(qi_lanes lanes, i64 value)
     (void)lanes;
     return value;
 }
+#endif
 
 /* ---- tiles: a line of them, request by request, head by head ------------------------------- */
 
