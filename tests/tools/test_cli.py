@@ -87,6 +87,19 @@ class Tool(unittest.TestCase):
         (second,) = self.bench(first["op"], first["problem"])
         self.assertEqual(first["problem"], second["problem"])
 
+    def test_a_verbose_line_pastes_back(self):
+        for op, problem in (("decode", "batch=3,kv_len=50,dist=uniform,q=f32"),
+                            ("prefill", "batch=2,qo_len=9,kv_len=50,mask=none,layout=HND,q=f16"),
+                            ("mixed", "batch=3,prefills=1,qo_len=9,kv_len=50,window=20,cap=5")):
+            problem += ",heads=4/2,head_dim=64/32,page=4,data=cache"
+            done = qkv("bench", op, problem, "--seconds", "0", QKV_VERBOSE="run")
+            line = next(x for x in done[2].splitlines() if x.startswith("qkv,run,"))
+            _, _, name, row, text = line.split(",", 4)
+            self.assertEqual((name, row), (op, "attention.any"))
+            text = text[:text.index(",us=")]
+            (again,) = self.bench(name, text)
+            self.assertLessEqual(set(text.split(",")), set(again["problem"].split(",")))
+
     def test_table_has_a_head_and_a_line_a_problem(self):
         lines = self.succeeds("bench", *TINY, "--seconds", "0").splitlines()
         self.assertEqual(len(lines), 3)

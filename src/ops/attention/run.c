@@ -1,6 +1,7 @@
 /* run.c - qkv_attention_run: check the tensors of a layer, fill the parameters, launch.
  * SPDX-License-Identifier: Apache-2.0 */
 #include <math.h>
+#include <stdio.h>
 #include <string.h>
 
 #include "ops/attention/attention.h"
@@ -164,6 +165,38 @@ static qkv_status read_tensors(const qkv_attention *a, const qkv_attention_io *i
     return QKV_OK;
 }
 
+/* "qkv,run,OP,ROW,PROBLEM,us=..": OP and PROBLEM, which has the means of the batch's lengths, are
+ * what `qkv bench` takes. */
+static void log_run(const qkv_attention *a, const attention_params *p, i64 ns)
+{
+    const qkv_attention_spec *s = &a->spec;
+    i64 requests = 0, prefills = 0, new_rows = 0, keys = 0;
+    for (i32 r = 0; r < a->plan.header->num_requests; r++) {
+        const i64 qo_len = (i64)a->plan.qo_indptr[r + 1] - a->plan.qo_indptr[r];
+        if (qo_len == 0) continue;
+        requests++;
+        keys += a->plan.kv_len[r];
+        if (qo_len == 1) continue;
+        prefills++;
+        new_rows += qo_len;
+    }
+    const char *op = prefills == 0 ? "decode" : prefills == requests ? "prefill" : "mixed";
+    char rows[64] = "";
+    if (prefills == requests)
+        snprintf(rows, sizeof rows, "qo_len=%lld,", (long long)(new_rows / prefills));
+    else if (prefills)
+        snprintf(rows, sizeof rows, "prefills=%lld,qo_len=%lld,", (long long)prefills,
+                 (long long)(new_rows / prefills));
+    qi_log(&a->ctx->logger,
+           "run,%s,%s,batch=%lld,%skv_len=%lld,heads=%d/%d,head_dim=%d/%d,page=%d,layout=%s,q=%s,"
+           "kv=%s,o=%s,mask=%s,window=%d,cap=%g,us=%.1f",
+           op, a->row->name, (long long)requests, rows, (long long)(keys / requests),
+           (int)s->num_qo_heads, (int)s->num_kv_heads, (int)s->head_dim_qk, (int)s->head_dim_vo,
+           (int)s->page_size, s->kv_layout == QKV_HND ? "HND" : "NHD", qi_dtype_name(s->dtype_q),
+           qi_dtype_name(s->dtype_kv), qi_dtype_name(s->dtype_o), p->causal ? "causal" : "none",
+           (int)p->window_left, (double)p->logits_soft_cap, (double)ns * 1e-3);
+}
+
 qkv_status qkv_attention_run(qkv_attention *attention, const qkv_attention_io *io, void *stream)
 {
     (void)stream;
@@ -196,8 +229,6 @@ qkv_status qkv_attention_run(qkv_attention *attention, const qkv_attention_io *i
     const int verbose = qi_verbose(&a->ctx->logger, QI_VERBOSE_RUN);
     const i64 start = verbose ? qi_now_ns() : 0;
     qi_launch(a->ctx, a->row, a->plan.header->num_strips, &p);
-    if (verbose)
-        qi_log(&a->ctx->logger, "run,%s,tokens=%lld,us=%.1f", a->row->name,
-               (long long)a->num_tokens, (double)(qi_now_ns() - start) * 1e-3);
+    if (verbose) log_run(a, &p, qi_now_ns() - start);
     return QKV_OK;
 }
