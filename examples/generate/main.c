@@ -30,6 +30,15 @@ static void show_loading(void *terminal, double share)
     console_progress(terminal, "loading the model: %.0f %%", share * 100);
 }
 
+/* Puts the model's path before an error in its file, where it does not stand there yet. */
+static bool fails_in_model(const program *p, char error[GGUF_ERROR])
+{
+    char why[GGUF_ERROR];
+    if (strncmp(error, p->o.model, strlen(p->o.model)) == 0) return false;
+    memcpy(why, error, sizeof why);
+    return fail(error, "%.160s: %s", p->o.model, why);
+}
+
 static bool load(program *p, char error[GGUF_ERROR])
 {
     if (strcmp(p->o.device, "cpu") != 0)
@@ -40,7 +49,7 @@ static bool load(program *p, char error[GGUF_ERROR])
     p->m = model_load(p->file, p->o.dtype, qkv_context_num_threads(p->ctx), show_loading,
                       &p->terminal, error);
     console_clear(&p->terminal);
-    if (!p->m) return false;
+    if (!p->m) return fails_in_model(p, error);
     if (tokenizer_vocab_size(p->text) > p->m->config.vocab_size)
         return fail(error, "the tokenizer has %d tokens, the model only %d",
                     tokenizer_vocab_size(p->text), p->m->config.vocab_size);
@@ -102,9 +111,9 @@ static bool generate(program *p, char error[GGUF_ERROR])
 static bool run(program *p, char error[GGUF_ERROR])
 {
     p->file = gguf_open(p->o.model, error);
-    if (!p->file) return false;
+    if (!p->file) return fails_in_model(p, error);
     p->text = tokenizer_create(p->file, error);
-    if (!p->text) return false;
+    if (!p->text) return fails_in_model(p, error);
     p->prompts = prompts_create(&p->o, p->file, p->text, error);
     if (!p->prompts) return false;
     if (p->o.tokenize) return print_tokens(p, error);
