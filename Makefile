@@ -1,5 +1,6 @@
 # What a newcomer types: each word is a few lines over CMake, CTest and the scripts in tools/.
 # SPDX-License-Identifier: Apache-2.0
+MAKEFLAGS += --no-print-directory
 JOBS ?= $(shell nproc)
 BUILD ?= build
 PREFIX ?= /usr/local

@@ -53,7 +53,7 @@ typedef struct qkv_context_options {
  *
  * A context may be shared by threads; on the CPU one call computes at a time and others wait for
  * it. Objects made from it must be destroyed first. Starts num_threads - 1 threads unless
- * parallel.run is given; they sleep between calls.
+ * parallel.run is given; they sleep between calls and do not survive fork().
  *
  * Errors: INVALID (options), UNSUPPORTED (device, or an ISA level that this machine lacks), MEMORY,
  * DEVICE (threads could not be started).
