@@ -64,7 +64,7 @@ check-aarch64: setup-check ## compiles for AArch64 with NEON, and runs what an e
 	@tools/check_aarch64.sh $(BUILD)-aarch64 $(JOBS)
 
 .PHONY: check-model
-check-model: build ## the demo's model against an independent forward pass in NumPy; half an hour
+check-model: build ## the demo's model against an independent forward pass in NumPy; some minutes
 	@tools/setup.sh check-model
 	@tools/check_model.sh $(BUILD)/qkv-generate "$(MODEL)"
 

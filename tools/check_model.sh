@@ -13,7 +13,7 @@ for python in python3 /usr/bin/python3; do # Debian's NumPy is for Debian's Pyth
   "$python" -c 'import numpy' 2>/dev/null && break
 done
 packages=${XDG_CACHE_HOME:-$HOME/.cache}/qkv/python
-export PYTHONPATH=$packages
+export PYTHONPATH=$packages PIP_ROOT_USER_ACTION=ignore
 "$python" -c 'import tokenizers' 2>/dev/null ||
   "$python" -m pip install --quiet --disable-pip-version-check --target "$packages" tokenizers==0.23.3
 "$python" "$here/../tests/python/check_tokenizer.py" "$generate" "$model"
