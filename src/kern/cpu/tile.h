@@ -1,6 +1,6 @@
 /* tile.h - the register tile that dense CPU kernels are built from.
  *
- *   C[i][j] = init(i) * C[i][j] + sum_k A[i][k] * B[k][j],  i < QI_TILE_M, j < QI_TILE_N
+ *   C[i][j] = scale(i) * C[i][j] + sum_k A[i][k] * B[k][j],  i < QI_TILE_M, j < QI_TILE_N
  *
  * A is row-major and broadcast element by element; B is a packed panel, so each step loads two
  * vectors of B and one splat of A per row for 2 * QI_TILE_M multiply-adds. The element is a 32-bit
@@ -30,33 +30,30 @@ QI_INLINE vf qi_mac(vf acc, vf a, vf b, const int dot)
 }
 
 /*
- * a [QI_TILE_M rows of lda words], b [k][QI_TILE_N] words, c [QI_TILE_M rows of ldc floats].
- * init NULL: C starts from zero; else row i is scaled by init[i] first.
+ * a [rows of lda words], b [k][QI_TILE_N] words, c [rows of ldc floats]; rows <= QI_TILE_M, a
+ * constant. scale NULL: C is not read; else row i of C is multiplied by scale[i] and added.
  */
 QI_INLINE void qi_tile_mac(const float *a, i64 lda, const float *b, i64 k, float *c, i64 ldc,
-                           const float *init, const int dot)
+                           const float *scale, const int rows, const int dot)
 {
     vf acc[QI_TILE_M][2];
     QI_UNROLL(12)
-    for (int i = 0; i < QI_TILE_M; i++) {
-        if (init) {
-            acc[i][0] = vf_load(c + i * ldc) * init[i];
-            acc[i][1] = vf_load(c + i * ldc + QI_VW) * init[i];
-        } else {
-            acc[i][0] = acc[i][1] = vf_set1(0.f);
-        }
-    }
+    for (int i = 0; i < rows; i++) acc[i][0] = acc[i][1] = vf_set1(0.f);
     for (i64 s = 0; s < k; s++) {
         const vf b0 = vf_load(b + s * QI_TILE_N), b1 = vf_load(b + s * QI_TILE_N + QI_VW);
         QI_UNROLL(12)
-        for (int i = 0; i < QI_TILE_M; i++) {
+        for (int i = 0; i < rows; i++) {
             const vf x = vf_splat(a + i * lda + s);
             acc[i][0] = qi_mac(acc[i][0], x, b0, dot);
             acc[i][1] = qi_mac(acc[i][1], x, b1, dot);
         }
     }
     QI_UNROLL(12)
-    for (int i = 0; i < QI_TILE_M; i++) {
+    for (int i = 0; i < rows; i++) {
+        if (scale) {
+            acc[i][0] = acc[i][0] + vf_load(c + i * ldc) * scale[i];
+            acc[i][1] = acc[i][1] + vf_load(c + i * ldc + QI_VW) * scale[i];
+        }
         vf_store(c + i * ldc, acc[i][0]);
         vf_store(c + i * ldc + QI_VW, acc[i][1]);
     }

@@ -169,7 +169,7 @@ QI_INLINE void prefill_panel(const prefill *f, i32 panel, i32 from, i32 n, const
     const float *q = f->q + (i64)row * f->words_qk;
     for (i32 j = lo; j < hi; j += QI_TILE_N)
         qi_tile_mac(q, f->words_qk, f->k + (i64)j * f->words_qk, f->words_qk, f->scores + (j - lo),
-                    f->score_stride, NULL, dot);
+                    f->score_stride, NULL, QI_TILE_M, dot);
     float scale[QI_TILE_M];
     for (i32 i = 0; i < QI_TILE_M; i++)
         scale[i] = softmax_row(p, f->scores + i * f->score_stride, hi - lo, begin[i] - lo,
@@ -178,7 +178,7 @@ QI_INLINE void prefill_panel(const prefill *f, i32 panel, i32 from, i32 n, const
         qi_tile_mac(f->scores, f->score_stride,
                     f->v + (i64)d * (f->keys / step) + (i64)(lo / step) * QI_TILE_N,
                     (hi - lo) / step, f->o + (i64)row * f->dim_vo_padded + d, f->dim_vo_padded,
-                    scale, dot);
+                    scale, QI_TILE_M, dot);
 }
 
 /* One work item. kv: the cache's dtype as a constant; dot: words are bf16 pairs. */

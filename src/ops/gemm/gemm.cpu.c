@@ -13,14 +13,13 @@
  * Few rows: squares of w are transposed in registers and multiplied there, along whole rows of w.
  * Bound: memory, n * k * size of w. NOTES.md has the reasons and figures.
  * SPDX-License-Identifier: Apache-2.0 */
-#include "kern/cpu/simd.h"
+#include "kern/cpu/tile.h"
 #include "ops/gemm/gemm_params.h"
 
 enum {
     /* many rows */
-    ROWS = QI_NUM_VREGS == 32 ? 12 : 6, /* a register tile: ROWS x VECTORS accumulators */
-    VECTORS = 2,
-    COLUMNS = VECTORS * QI_VW,
+    ROWS = QI_TILE_M,
+    COLUMNS = QI_TILE_N,
     PIECE = 256, /* k of a packed panel: with a tile's rows of x, what L1 holds */
     MAX_M = 192, /* rows of a block: they share the packing of a panel */
     /* few rows */
@@ -123,7 +122,7 @@ QI_INLINE void pack_panel(const gemm_params *p, const block *b, float *out, i64 
 {
     const i64 step = square_k(wt);
     const int wraps = k0 + k == b->k;
-    for (int v = 0; v < VECTORS; v++, out += QI_VW) {
+    for (int v = 0; v < COLUMNS / QI_VW; v++, out += QI_VW) {
         const char *rows[QI_VW], *next[QI_VW];
         for (int j = 0; j < QI_VW; j++) {
             const i64 c = column + v * QI_VW + j;
@@ -140,40 +139,12 @@ QI_INLINE void pack_panel(const gemm_params *p, const block *b, float *out, i64 
     }
 }
 
-/* sums += acc, and acc = 0 for the next chain. */
-QI_INLINE void end_chain(float *sums, vf *acc)
-{
-    vf_store(sums, vf_load(sums) + *acc);
-    *acc = vf_set1(0.f);
-}
-
 /* sums [rows, COLUMNS] += x [rows, k] times w [k][COLUMNS], k at most PIECE: one chain each. */
 QI_INLINE void multiply_tile(const block *b, float *sums, const float *x, const float *w, i64 k,
                              const int rows)
 {
-    vf acc[ROWS][VECTORS];
-    QI_UNROLL(12)
-    for (int r = 0; r < rows; r++) {
-        QI_UNROLL(2)
-        for (int v = 0; v < VECTORS; v++) acc[r][v] = vf_set1(0.f);
-    }
-    for (i64 i = 0; i < k; i++) {
-        vf columns[VECTORS];
-        QI_UNROLL(2)
-        for (int v = 0; v < VECTORS; v++) columns[v] = vf_load(w + i * COLUMNS + v * QI_VW);
-        QI_UNROLL(12)
-        for (int r = 0; r < rows; r++) {
-            const vf a = vf_splat(x + r * b->x_stride + i);
-            QI_UNROLL(2)
-            for (int v = 0; v < VECTORS; v++) acc[r][v] = acc[r][v] + a * columns[v];
-        }
-    }
-    QI_UNROLL(12)
-    for (int r = 0; r < rows; r++) {
-        QI_UNROLL(2)
-        for (int v = 0; v < VECTORS; v++)
-            end_chain(sums + r * b->sum_stride + v * QI_VW, &acc[r][v]);
-    }
+    static const float ones[] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+    qi_tile_mac(x, b->x_stride, w, k, sums, b->sum_stride, ones, rows, 0);
 }
 
 /* All rows of the block with a packed panel. */
@@ -248,8 +219,11 @@ QI_INLINE void stream_rows(const block *b, float *sums, const float *x, const ch
         QI_UNROLL(2)
         for (int v = 0; v < vectors; v++) {
             QI_UNROLL(8)
-            for (int r = 0; r < rows; r++)
-                end_chain(sums + r * b->sum_stride + v * QI_VW, &acc[v][r]);
+            for (int r = 0; r < rows; r++) {
+                float *sum = sums + r * b->sum_stride + v * QI_VW;
+                vf_store(sum, vf_load(sum) + acc[v][r]);
+                acc[v][r] = vf_set1(0.f); /* for the next chain */
+            }
         }
     }
 }
