@@ -120,6 +120,14 @@ static void attention_run_refuses_overlap(void **state)
         o.t.data = (char *)inputs[i]->x.owned - a.o.bytes + 4;
         expect_run_refusal(&a, op.op, &io, "the first element", "o:");
     }
+    const case_view *touched[] = {&a.o, &a.q, &a.k, &a.v};
+    for (int i = 0; i < 4; i++) {
+        test_tensor lse;
+        test_tensor_init(&lse, touched[i]->x.owned, QKV_F32, 2, a.o.x.shape);
+        qkv_attention_io io = a.io;
+        io.lse = &lse.t;
+        expect_run_refusal(&a, op.op, &io, "over another tensor", "lse:");
+    }
     expect_still_works(&a, op.op);
     case_op_free(&op);
     case_free(&a);

@@ -320,7 +320,7 @@ static void gemm_names_the_bad_argument(void **state)
          TENSOR(data[2], QKV_F32, 3, 16, 1)},
         {"out: expected shape [2, 3], got [3, 2]", ctx, TENSOR(data[0], QKV_F32, 3, 2), x, w},
         {"x: expected a contiguous last axis, got stride 2", ctx, out, &gaps, w},
-        {"x: expected sizes and strides within 63 bits and not negative", ctx, out, &back, w},
+        {"x: expected sizes and strides within 59 bits and not negative", ctx, out, &back, w},
         {"x: expected data, got NULL", ctx, out, TENSOR(NULL, QKV_F32, 2, 16), w},
         {"w: expected a tensor on the CPU", ctx, out, x, &elsewhere},
         {"w: expected data aligned to its elements", ctx, out, x, &odd},

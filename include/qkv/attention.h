@@ -177,6 +177,30 @@ QKV_API qkv_status qkv_attention_plan(qkv_attention *attention, const qkv_attent
 QKV_API qkv_status qkv_attention_run(qkv_attention *attention, const qkv_attention_io *io,
                                      void *stream);
 
+/*
+ * qkv_attention_merge - combine attention over parts of the keys into attention over all of them.
+ *
+ *   lse[t, h] = log sum_s exp(lse_s[t, h])
+ *   o[t, h]   = sum_s exp(lse_s[t, h] - lse[t, h]) o_s[t, h]
+ *
+ *   o           [tokens, heads, dim]  f32|f16|bf16, any outer strides; may be one of the o_states
+ *   lse         [tokens, heads]       f32, any strides; may be one of the lse_states; NULL = not wanted
+ *   o_states    num_states tensors [tokens, heads, dim] of one f32|f16|bf16
+ *   lse_states  num_states tensors f32 [tokens, heads], natural log, or base 2 (and lse with them)
+ *               under flag QKV_ATTENTION_LSE_BASE_2
+ *   num_states  1 .. 64
+ *   flags       0 or QKV_ATTENTION_LSE_BASE_2
+ *
+ * The parts' keys must be disjoint. A state with lse = -inf counts for nothing, whatever its o
+ * holds; where all are -inf, o = 0 and lse = -inf. Sums in f32, in the order of the states.
+ * Allocates nothing. Errors: INVALID (names the tensor and the state). Source: Ye et al. 2025,
+ * arXiv:2501.01005, section 2.2 (attention states).
+ */
+QKV_API qkv_status qkv_attention_merge(qkv_context *ctx, DLTensor *o, DLTensor *lse,
+                                       const DLTensor *const *o_states,
+                                       const DLTensor *const *lse_states, int32_t num_states,
+                                       uint32_t flags, void *stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -18,7 +18,9 @@ static void shape_text(char *text, size_t bytes, int ndim, const int64_t *shape)
     snprintf(text + at, bytes - at, "]");
 }
 
-static qkv_status expect_layout(const DLTensor *t, const char *name, int ndim, const int64_t *shape)
+/* contiguous: so must the last axis be. */
+static qkv_status expect_layout(const DLTensor *t, const char *name, int ndim, const int64_t *shape,
+                                int contiguous)
 {
     QI_REQUIRE(t->device.device_type == kDLCPU,
                "%s: expected a tensor on the CPU, got device type %d", name,
@@ -39,14 +41,16 @@ static qkv_status expect_layout(const DLTensor *t, const char *name, int ndim, c
         int64_t reach;
         QI_REQUIRE(!__builtin_mul_overflow(numel, n, &numel) && stride >= 0 &&
                        (n == 0 || !__builtin_mul_overflow(n - 1, stride, &reach)) &&
-                       (n == 0 || !__builtin_add_overflow(span, reach, &span)),
-                   "%s: expected sizes and strides within 63 bits and not negative, got size %lld, "
+                       (n == 0 || !__builtin_add_overflow(span, reach, &span)) &&
+                       span <= INT64_MAX / 16, /* so that its bytes fit too */
+                   "%s: expected sizes and strides within 59 bits and not negative, got size %lld, "
                    "stride %lld on axis %d",
                    name, (long long)n, (long long)stride, i);
     }
     if (numel == 0) return QKV_OK;
     QI_REQUIRE(t->data, "%s: expected data, got NULL", name);
-    QI_REQUIRE(ndim == 0 || !t->strides || t->shape[ndim - 1] == 1 || t->strides[ndim - 1] == 1,
+    QI_REQUIRE(!contiguous || ndim == 0 || !t->strides || t->shape[ndim - 1] == 1 ||
+                   t->strides[ndim - 1] == 1,
                "%s: expected a contiguous last axis, got stride %lld", name,
                (long long)t->strides[ndim - 1]);
     const size_t bytes = t->dtype.bits / 8u;
@@ -56,14 +60,27 @@ static qkv_status expect_layout(const DLTensor *t, const char *name, int ndim, c
     return QKV_OK;
 }
 
-qkv_status qi_expect(const DLTensor *t, const char *name, DLDataType dtype, int ndim,
-                     const int64_t *shape)
+static qkv_status expect_dtype(const DLTensor *t, const char *name, DLDataType dtype)
 {
     QI_REQUIRE(t, "%s: expected a tensor, got NULL", name);
     QI_REQUIRE(
         t->dtype.code == dtype.code && t->dtype.bits == dtype.bits && t->dtype.lanes == dtype.lanes,
         "%s: expected dtype %s, got %s", name, qi_dtype_name(dtype), qi_dtype_name(t->dtype));
-    return expect_layout(t, name, ndim, shape);
+    return QKV_OK;
+}
+
+qkv_status qi_expect(const DLTensor *t, const char *name, DLDataType dtype, int ndim,
+                     const int64_t *shape)
+{
+    QI_TRY(expect_dtype(t, name, dtype));
+    return expect_layout(t, name, ndim, shape, 1);
+}
+
+qkv_status qi_expect_strided(const DLTensor *t, const char *name, DLDataType dtype, int ndim,
+                             const int64_t *shape)
+{
+    QI_TRY(expect_dtype(t, name, dtype));
+    return expect_layout(t, name, ndim, shape, 0);
 }
 
 qkv_status qi_expect_float(const DLTensor *t, const char *name, int ndim, const int64_t *shape)
@@ -71,7 +88,7 @@ qkv_status qi_expect_float(const DLTensor *t, const char *name, int ndim, const 
     QI_REQUIRE(t, "%s: expected a tensor, got NULL", name);
     QI_REQUIRE(qi_is_float(t->dtype), "%s: expected dtype f32, f16 or bf16, got %s", name,
                qi_dtype_name(t->dtype));
-    return expect_layout(t, name, ndim, shape);
+    return expect_layout(t, name, ndim, shape, 1);
 }
 
 int64_t qi_stride(const DLTensor *t, int axis)
@@ -89,9 +106,10 @@ int64_t qi_numel(const DLTensor *t)
     return n;
 }
 
+/* 0 where an axis has one index: its stride may be any number. */
 static int64_t stride_bytes(const DLTensor *t, int axis)
 {
-    return qi_stride(t, axis) * (t->dtype.bits / 8);
+    return t->shape[axis] > 1 ? qi_stride(t, axis) * (t->dtype.bits / 8) : 0;
 }
 
 /* Bytes from the first element to past the last one, leaving out axes that step by whole pitches

@@ -21,7 +21,11 @@
 qkv_status qi_expect(const DLTensor *t, const char *name, DLDataType dtype, int ndim,
                      const int64_t *shape);
 
-/* The same for a tensor of f32, f16 or bf16. */
+/* The same for a tensor whose last axis may have any stride too. */
+qkv_status qi_expect_strided(const DLTensor *t, const char *name, DLDataType dtype, int ndim,
+                             const int64_t *shape);
+
+/* The same as qi_expect for a tensor of f32, f16 or bf16. */
 qkv_status qi_expect_float(const DLTensor *t, const char *name, int ndim, const int64_t *shape);
 
 /* The address of element 0. */

@@ -67,24 +67,6 @@ static qkv_status check_rows(const qkv_attention *a, const char *name, i64 rows)
     return QKV_OK;
 }
 
-/* lse may have any strides, its last axis too: seen as [tokens, heads, 1]. */
-static qkv_status read_lse(const qkv_attention *a, const DLTensor *lse, attention_params *p)
-{
-    QI_REQUIRE(lse->ndim == 2 && lse->shape, "lse: expected [tokens, num_qo_heads], got %d axes",
-               (int)lse->ndim);
-    int64_t shape[3] = {lse->shape[0], lse->shape[1], 1};
-    int64_t strides[3] = {qi_stride(lse, 0), qi_stride(lse, 1), 1};
-    DLTensor view = *lse;
-    view.ndim = 3;
-    view.shape = shape;
-    view.strides = strides;
-    QI_TRY(qi_expect(&view, "lse", QKV_F32, QI_SHAPE(QI_ANY, a->spec.num_qo_heads, 1)));
-    QI_TRY(check_rows(a, "lse", shape[0]));
-    p->lse = qi_data(lse);
-    memcpy(p->lse_stride, strides, sizeof p->lse_stride);
-    return QKV_OK;
-}
-
 /* A layer's window must lie within the one that the plan was made for. */
 static qkv_status check_window(const char *name, int32_t want, int32_t planned)
 {
@@ -150,7 +132,17 @@ static qkv_status read_tensors(const qkv_attention *a, const qkv_attention_io *i
     QI_REQUIRE(!qi_overlap(io->o, io->q), "o: expected memory apart from q");
     QI_REQUIRE(!qi_overlap(io->o, io->k), "o: expected memory apart from k");
     QI_REQUIRE(combined || !qi_overlap(io->o, io->v), "o: expected memory apart from v");
-    if (io->lse) QI_TRY(read_lse(a, io->lse, p));
+    if (io->lse) {
+        QI_TRY(qi_expect_strided(io->lse, "lse", QKV_F32, QI_SHAPE(QI_ANY, s->num_qo_heads)));
+        QI_TRY(check_rows(a, "lse", io->lse->shape[0]));
+        QI_REQUIRE(!qi_overlap(io->lse, io->o), "lse: expected memory apart from o");
+        QI_REQUIRE(!qi_overlap(io->lse, io->q), "lse: expected memory apart from q");
+        QI_REQUIRE(!qi_overlap(io->lse, io->k), "lse: expected memory apart from k");
+        QI_REQUIRE(combined || !qi_overlap(io->lse, io->v), "lse: expected memory apart from v");
+        p->lse = qi_data(io->lse);
+        p->lse_stride[0] = qi_stride(io->lse, 0);
+        p->lse_stride[1] = qi_stride(io->lse, 1);
+    }
 
     p->q = qi_data(io->q);
     p->o = qi_data(io->o);
