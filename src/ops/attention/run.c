@@ -172,13 +172,15 @@ static void log_run(const qkv_attention *a, const attention_params *p, i64 ns)
         prefills++;
         new_rows += qo_len;
     }
+    if (requests == 0) return;
+    const i64 mean_new = prefills ? new_rows / prefills : 0;
     const char *op = prefills == 0 ? "decode" : prefills == requests ? "prefill" : "mixed";
     char rows[64] = "";
     if (prefills == requests)
-        snprintf(rows, sizeof rows, "qo_len=%lld,", (long long)(new_rows / prefills));
+        snprintf(rows, sizeof rows, "qo_len=%lld,", (long long)mean_new);
     else if (prefills)
         snprintf(rows, sizeof rows, "prefills=%lld,qo_len=%lld,", (long long)prefills,
-                 (long long)(new_rows / prefills));
+                 (long long)mean_new);
     qi_log(&a->ctx->logger,
            "run,%s,%s,batch=%lld,%skv_len=%lld,heads=%d/%d,head_dim=%d/%d,page=%d,layout=%s,q=%s,"
            "kv=%s,o=%s,mask=%s,window=%d,cap=%g,us=%.1f",
