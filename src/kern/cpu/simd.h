@@ -228,29 +228,6 @@ QI_INLINE void qi_narrow(void *out, const qi_dtype t, const float *in, i64 n)
 #define QI_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
 #endif
 
-/* {a0 b0 a1 b1 ...} of the lower halves, and of the upper ones. */
-QI_INLINE vf vf_zip_lo(vf a, vf b)
-{
-#if QI_VW == 16
-    return QI_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-#elif QI_VW == 8
-    return QI_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-#else
-    return QI_SHUFFLE(a, b, 0, 4, 1, 5);
-#endif
-}
-
-QI_INLINE vf vf_zip_hi(vf a, vf b)
-{
-#if QI_VW == 16
-    return QI_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-#elif QI_VW == 8
-    return QI_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
-#else
-    return QI_SHUFFLE(a, b, 2, 6, 3, 7);
-#endif
-}
-
 /* {v1 v0 v3 v2 ...} */
 QI_INLINE vf vf_swap_pairs(vf v)
 {
@@ -260,6 +237,68 @@ QI_INLINE vf vf_swap_pairs(vf v)
     return QI_SHUFFLE(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
 #else
     return QI_SHUFFLE(v, v, 1, 0, 3, 2);
+#endif
+}
+
+#if QI_VW == 8 /* AVX2 shuffles within 128-bit lanes cheaply, across them not */
+
+/* Of each lane: {a0 b0 a1 b1}, {a2 b2 a3 b3}; as pairs {a01 b01}, {a23 b23}; the lanes themselves. */
+#define QI_LANE_LO(a, b) QI_SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13)
+#define QI_LANE_HI(a, b) QI_SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15)
+#define QI_PAIR_LO(a, b) QI_SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13)
+#define QI_PAIR_HI(a, b) QI_SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15)
+#define QI_LOWER(a, b)   QI_SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11)
+#define QI_UPPER(a, b)   QI_SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15)
+
+/* Transposes a tile in registers: 4 x 4 blocks within lanes, then the lanes. 24 shuffles. */
+QI_INLINE void vf_transpose(vf r[QI_VW])
+{
+    QI_UNROLL(2)
+    for (int i = 0; i < 8; i += 4) {
+        const vf a = QI_LANE_LO(r[i], r[i + 1]), b = QI_LANE_HI(r[i], r[i + 1]);
+        const vf c = QI_LANE_LO(r[i + 2], r[i + 3]), d = QI_LANE_HI(r[i + 2], r[i + 3]);
+        r[i] = QI_PAIR_LO(a, c);
+        r[i + 1] = QI_PAIR_HI(a, c);
+        r[i + 2] = QI_PAIR_LO(b, d);
+        r[i + 3] = QI_PAIR_HI(b, d);
+    }
+    QI_UNROLL(4)
+    for (int i = 0; i < 4; i++) {
+        const vf lower = QI_LOWER(r[i], r[i + 4]);
+        r[i + 4] = QI_UPPER(r[i], r[i + 4]);
+        r[i] = lower;
+    }
+}
+
+/* Lane i of the result is the sum of the lanes of r[i]. Destroys r. The additions form a tree whose
+ * shape is the same for every i. */
+QI_INLINE vf vf_sum_each(vf r[QI_VW])
+{
+    QI_UNROLL(4)
+    for (int i = 0; i < 8; i += 2) r[i] = QI_LANE_LO(r[i], r[i + 1]) + QI_LANE_HI(r[i], r[i + 1]);
+    const vf a = QI_PAIR_LO(r[0], r[2]) + QI_PAIR_HI(r[0], r[2]);
+    const vf b = QI_PAIR_LO(r[4], r[6]) + QI_PAIR_HI(r[4], r[6]);
+    return QI_LOWER(a, b) + QI_UPPER(a, b);
+}
+
+#else
+
+/* {a0 b0 a1 b1 ...} of the lower halves, and of the upper ones. */
+QI_INLINE vf vf_zip_lo(vf a, vf b)
+{
+#if QI_VW == 16
+    return QI_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#else
+    return QI_SHUFFLE(a, b, 0, 4, 1, 5);
+#endif
+}
+
+QI_INLINE vf vf_zip_hi(vf a, vf b)
+{
+#if QI_VW == 16
+    return QI_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#else
+    return QI_SHUFFLE(a, b, 2, 6, 3, 7);
 #endif
 }
 
@@ -291,6 +330,8 @@ QI_INLINE vf vf_sum_each(vf r[QI_VW])
     }
     return r[0];
 }
+
+#endif
 
 QI_INLINE float vf_sum(vf v)
 {
