@@ -50,11 +50,17 @@ static void release_pages(engine *e, request *r)
 }
 
 /* Takes the youngest running request out of the batch. It is never one that the step already
- * computes: those are older than the one that asked for a page. */
-static bool preempt_youngest(engine *e, char error[GGUF_ERROR])
+ * computes: those are older than the one that asks for a page. The asking one itself may share pages
+ * that this step has yet to fill: only its first `computed` tokens are saved. */
+static bool preempt_youngest(engine *e, const request *asking, int32_t computed,
+                             char error[GGUF_ERROR])
 {
     request *r = e->running[--e->num_running];
-    const int32_t num_pages = r->num_pages;
+    if (r == asking) {
+        e->counts.shared_tokens -= r->num_cached - computed;
+        r->num_cached = computed;
+    }
+    const int32_t num_pages = min_int(r->num_pages, engine_pages_for(e, r->num_cached));
     r->saved = allocate((size_t)num_pages * forward_page_bytes(e->m, e->options.page_size));
     if (!r->saved) return fail(error, "out of memory while swapping out a request");
     forward_save_pages(e->compute, r->pages, num_pages, r->saved);
@@ -67,15 +73,17 @@ static bool preempt_youngest(engine *e, char error[GGUF_ERROR])
 }
 
 /* Pages for the request's first num_tokens tokens, at the cost of younger requests if need be. The
- * request itself is preempted when it is the youngest: see its state. */
-static bool grow(engine *e, request *r, int32_t num_tokens, char error[GGUF_ERROR])
+ * request itself is preempted when it is the youngest: see its state. computed: its tokens from
+ * former steps. */
+static bool grow(engine *e, request *r, int32_t num_tokens, int32_t computed,
+                 char error[GGUF_ERROR])
 {
     const int32_t num_pages = engine_pages_for(e, num_tokens);
     while (r->state == RUNNING && r->num_pages < num_pages) {
         const int32_t page = page_pool_take(e->pool);
         if (page != PAGE_NONE)
             r->pages[r->num_pages++] = page;
-        else if (!preempt_youngest(e, error))
+        else if (!preempt_youngest(e, r, computed, error))
             return false;
     }
     return true;
@@ -146,13 +154,14 @@ static void add_rows(engine *e, request *r, int32_t n)
 static bool schedule_request(engine *e, request *r, int32_t *budget, char error[GGUF_ERROR])
 {
     const bool prompt = r->num_cached < r->prompt_len;
+    const int32_t computed = r->num_cached;
     int32_t n = 1;
     if (prompt) {
         share_pages(e, r);
         n = piece_of(e, r->prompt_len - r->num_cached, *budget);
         if (n == 0) return true;
     }
-    if (!grow(e, r, r->num_cached + n, error)) return false;
+    if (!grow(e, r, r->num_cached + n, computed, error)) return false;
     if (r->state != RUNNING) return true;
     add_rows(e, r, n);
     if (prompt) {

@@ -34,6 +34,7 @@ QI_INLINE float argmax_value(const void *row, i64 n, const qi_dtype t)
 /* The first index that holds value; 0 if none does (a row of NaN alone). */
 QI_INLINE i64 argmax_find(const void *row, i64 n, const qi_dtype t, float value)
 {
+    if (value == -INFINITY) return 0; /* nothing but NaN and -inf, which count the same */
     i64 i = 0;
     for (; i + 2 * QI_VW <= n; i += 2 * QI_VW) {
         const vi found = (qi_load(qi_at(row, t, i), t) == value) |
