@@ -13,15 +13,20 @@ static void abi_sizes_are_pinned(void **state)
     } cases[] = {
         {"qkv_allocator", sizeof(qkv_allocator), 24},
         {"qkv_parallel", sizeof(qkv_parallel), 24},
-        {"qkv_context_options", sizeof(qkv_context_options), 88},
+        {"qkv_context_options", sizeof(qkv_context_options), 128},
         {"qkv_kernel_info", sizeof(qkv_kernel_info), 24},
-        {"qkv_attention_spec", sizeof(qkv_attention_spec), 68},
-        {"qkv_attention_limits", sizeof(qkv_attention_limits), 56},
+        {"qkv_attention_spec", sizeof(qkv_attention_spec), 88},
+        {"qkv_attention_limits", sizeof(qkv_attention_limits), 64},
         {"qkv_workspace_size", sizeof(qkv_workspace_size), 24},
         {"qkv_workspace", sizeof(qkv_workspace), 56},
-        {"qkv_kv_index", sizeof(qkv_kv_index), 56},
-        {"qkv_attention_batch", sizeof(qkv_attention_batch), 24},
-        {"qkv_attention_io", sizeof(qkv_attention_io), 72},
+        {"qkv_kv_index", sizeof(qkv_kv_index), 88},
+        {"qkv_attention_batch", sizeof(qkv_attention_batch), 48},
+        {"qkv_attention_io", sizeof(qkv_attention_io), 160},
+        {"qkv_scale", sizeof(qkv_scale), 16},
+        {"qkv_variant", sizeof(qkv_variant), 32},
+        {"qkv_param", sizeof(qkv_param), 24},
+        {"qkv_arg", sizeof(qkv_arg), 16},
+        {"qkv_kv_append_options", sizeof(qkv_kv_append_options), 88},
         {"qkv_rope_spec", sizeof(qkv_rope_spec), 32},
         {"qkv_sampling_params", sizeof(qkv_sampling_params), 56},
     };
@@ -30,9 +35,10 @@ static void abi_sizes_are_pinned(void **state)
             fail_msg("%s: expected %zu bytes, got %zu", cases[i].name, cases[i].pinned,
                      cases[i].size);
     assert_int_equal(offsetof(qkv_context_options, log_user), sizeof(qkv_context_options) - 8);
-    assert_int_equal(offsetof(qkv_attention_spec, window_right), sizeof(qkv_attention_spec) - 4);
-    assert_int_equal(offsetof(qkv_attention_limits, pool_pages), sizeof(qkv_attention_limits) - 8);
-    assert_int_equal(offsetof(qkv_attention_io, reserved2), sizeof(qkv_attention_io) - 4);
+    assert_int_equal(offsetof(qkv_attention_spec, variant), sizeof(qkv_attention_spec) - 8);
+    assert_int_equal(offsetof(qkv_attention_limits, max_row_blocks),
+                     sizeof(qkv_attention_limits) - 4);
+    assert_int_equal(offsetof(qkv_attention_io, args), sizeof(qkv_attention_io) - 8);
     assert_int_equal(offsetof(qkv_sampling_params, offset), sizeof(qkv_sampling_params) - 8);
 }
 
@@ -48,7 +54,18 @@ static void abi_numbers_are_pinned(void **state)
     assert_int_equal(QKV_MASK_NONE, 0);
     assert_int_equal(QKV_MASK_CAUSAL, 1);
     assert_int_equal(QKV_FEATURE_SOFT_CAP, 1);
+    assert_int_equal(QKV_MASK_CUSTOM, 2);
+    assert_int_equal(QKV_FEATURE_ALIBI, 2);
     assert_int_equal(QKV_FEATURE_WINDOW, 4);
+    assert_int_equal(QKV_FEATURE_ROPE, 8);
+    assert_int_equal(QKV_ATTENTION_BATCH_INVARIANT, 1);
+    assert_int_equal(QKV_ATTENTION_HAS_SINK, 4);
+    assert_int_equal(QKV_JIT_ALLOW, 0);
+    assert_int_equal(QKV_JIT_CACHED, 1);
+    assert_int_equal(QKV_JIT_NEVER, 2);
+    assert_int_equal(QKV_PARAM_F32, 0);
+    assert_int_equal(QKV_PARAM_I32, 1);
+    assert_int_equal(QKV_PARAM_TENSOR, 2);
     assert_int_equal(QKV_ATTENTION_LSE_BASE_2, 2);
     assert_int_equal(QKV_SILU, 0);
     assert_int_equal(QKV_GELU, 1);

@@ -26,7 +26,7 @@ static void attention_names_the_wrong_field_of_a_spec(void **state)
 #define F(field) #field, offsetof(qkv_attention_spec, field)
     static const wrong_field rows[] = {
         {"no struct_size", F(struct_size), 'u', 0, 0},
-        {"an unknown flag", F(flags), 'u', 1, 0},
+        {"an unknown flag", F(flags), 'u', 8, 0},
         {"another", F(flags), 'u', 1 << 20, 0},
         {"no query heads", F(num_qo_heads), 'i', 0, 0},
         {"negative", F(num_qo_heads), 'i', -4, 0},
@@ -45,9 +45,9 @@ static void attention_names_the_wrong_field_of_a_spec(void **state)
         {"negative", F(page_size), 'i', -1, 0},
         {"unknown layout", F(kv_layout), 'i', 2, 0},
         {"unknown layout", F(kv_layout), 'i', -1, 0},
-        {"unknown mask", F(mask), 'i', 2, 0},
+        {"unknown mask", F(mask), 'i', 3, 0},
         {"unknown mask", F(mask), 'i', -1, 0},
-        {"unknown feature", F(features), 'i', 2, 0},
+        {"unknown feature", F(features), 'i', 16, 0},
         {"unknown feature", F(features), 'i', 1 << 30, 0},
         {"negative", F(sm_scale), 'f', -0.5, 0},
         {"not a number", F(sm_scale), 'f', NAN, 0},
@@ -61,6 +61,8 @@ static void attention_names_the_wrong_field_of_a_spec(void **state)
         {"infinite", F(logits_soft_cap), 'f', INFINITY, CAP},
         {"below -1", F(window_left), 'i', -2, WINDOW},
         {"below -1", F(window_right), 'i', -100, WINDOW},
+        {"rope feature without rope", "rope", offsetof(qkv_attention_spec, window_right), 'i', 0,
+         QKV_FEATURE_ROPE},
     };
 #undef F
     for (size_t i = 0; i < COUNT(rows); i++) {
@@ -76,8 +78,8 @@ static void attention_names_the_wrong_field_of_a_spec(void **state)
 static void attention_names_the_wrong_dtype_of_a_spec(void **state)
 {
     (void)state;
-    const DLDataType wrong[] = {QKV_I32,           QKV_E4M3,           {kDLFloat, 64, 1},
-                                {kDLFloat, 32, 2}, {kDLBfloat, 16, 0}, {0, 0, 0}};
+    const DLDataType wrong[] = {
+        QKV_I32, QKV_U8, {kDLFloat, 64, 1}, {kDLFloat, 32, 2}, {kDLBfloat, 16, 0}, {0, 0, 0}};
     for (size_t i = 0; i < COUNT(wrong); i++) {
         qkv_attention_spec s[3];
         for (int j = 0; j < 3; j++) s[j] = case_spec(4, 2, 64, 16);
@@ -86,6 +88,30 @@ static void attention_names_the_wrong_dtype_of_a_spec(void **state)
         expect_no_operator("dtype", QKV_ERR_UNSUPPORTED, "dtype_kv", &s[1], &plain_limits);
         expect_no_operator("dtype", QKV_ERR_UNSUPPORTED, "dtype_o", &s[2], &plain_limits);
     }
+}
+
+/* Fields that do not go together. */
+static void attention_names_what_does_not_fit(void **state)
+{
+    (void)state;
+    const qkv_rope_spec rope = {QKV_ROPE_SPEC_INIT}, odd = {QKV_ROPE_SPEC_INIT, .rotary_dim = 7};
+    qkv_attention_spec s = case_spec(4, 2, 64, 16);
+    s.rope = &rope;
+    expect_no_operator("a rope without the feature", QKV_ERR_INVALID, "rope", &s, &plain_limits);
+    s.features = QKV_FEATURE_ROPE;
+    s.rope = &odd;
+    expect_no_operator("an odd rotary_dim", QKV_ERR_INVALID, "rotary_dim", &s, &plain_limits);
+    s = case_spec(4, 2, 64, 16);
+    s.dtype_q = QKV_I8;
+    expect_no_operator("i8 queries", QKV_ERR_UNSUPPORTED, "dtype_q", &s, &plain_limits);
+    s = case_spec(4, 2, 64, 16);
+    s.dtype_o = QKV_I8;
+    expect_no_operator("i8 outputs", QKV_ERR_UNSUPPORTED, "dtype_o", &s, &plain_limits);
+    s = case_spec(4, 2, 64, 16);
+    s.flags = QKV_ATTENTION_BATCH_INVARIANT;
+    qkv_attention_limits l = plain_limits;
+    l.max_levels = 2;
+    expect_no_operator("batch-invariant levels", QKV_ERR_INVALID, "max_levels", &s, &l);
 }
 
 static void attention_names_the_wrong_field_of_limits(void **state)
@@ -98,17 +124,20 @@ static void attention_names_the_wrong_field_of_limits(void **state)
         {"negative", F(max_requests), 'i', -1, 0},
         {"no token", F(max_tokens), 'l', 0, 0},
         {"negative", F(max_tokens), 'l', -1, 0},
-        {"past 32-bit offsets", F(max_tokens), 'l', 3e9, 0},
+        {"past 2^30", F(max_tokens), 'l', 1073741825, 0},
         {"negative", F(max_qo_len), 'i', -1, 0},
         {"negative", F(max_workers), 'i', -1, 0},
         {"no key", F(max_kv_len), 'l', 0, 0},
         {"negative", F(max_kv_len), 'l', -1, 0},
-        {"past 32-bit lengths", F(max_kv_len), 'l', 3e9, 0},
+        {"past 2^30", F(max_kv_len), 'l', 1073741825, 0},
         {"no page", F(max_pages), 'l', 0, 0},
         {"negative", F(max_pages), 'l', -1, 0},
         {"past 32-bit offsets", F(max_pages), 'l', 3e9, 0},
         {"negative", F(max_split_rows), 'l', -1, 0},
         {"negative", F(pool_pages), 'l', -1, 0},
+        {"negative", F(max_levels), 'i', -1, 0},
+        {"too deep", F(max_levels), 'i', 17, 0},
+        {"negative", F(max_row_blocks), 'i', -1, 0},
     };
 #undef F
     const qkv_attention_spec s = case_spec(4, 2, 64, 16);
@@ -195,6 +224,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(attention_names_the_wrong_field_of_a_spec),
         cmocka_unit_test(attention_names_the_wrong_dtype_of_a_spec),
+        cmocka_unit_test(attention_names_what_does_not_fit),
         cmocka_unit_test(attention_names_the_wrong_field_of_limits),
         cmocka_unit_test(attention_sizes_do_not_wrap),
         cmocka_unit_test(attention_refuses_null_and_newer_structs),

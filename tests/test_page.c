@@ -201,7 +201,8 @@ static void append_random(qkv_context *ctx, void *user)
                                     .kv_lens = TENSOR(b.kv_lens, QKV_I32, n)};
         EXPECT_OK(qkv_kv_append(ctx, &c.cache[0].t, v_cache(&c), c.layout, &c.rows[0].t,
                                 &c.rows[1].t, table ? &dense : &csr,
-                                use_positions ? TENSOR(b.positions, QKV_I32, c.nnz) : NULL, NULL));
+                                use_positions ? TENSOR(b.positions, QKV_I32, c.nnz) : NULL, NULL,
+                                NULL));
         for (int64_t r = 0; r < n; r++)
             for (int64_t row = b.qo_indptr[r]; row < b.qo_indptr[r + 1]; row++) {
                 const int64_t position =
@@ -249,7 +250,7 @@ static void append_slots_random(qkv_context *ctx, void *user)
         }
         EXPECT_OK(qkv_kv_append_slots(
             ctx, &c.cache[0].t, v_cache(&c), c.layout, &c.rows[0].t, &c.rows[1].t,
-            test_below(2) ? TENSOR(slots32, QKV_I32, c.nnz) : TENSOR(slots64, QKV_I64, c.nnz),
+            test_below(2) ? TENSOR(slots32, QKV_I32, c.nnz) : TENSOR(slots64, QKV_I64, c.nnz), NULL,
             NULL));
         check_and_free(&c, qkv_context_device_name(ctx), "append_slots");
     }
@@ -375,7 +376,7 @@ static void page_append_names_the_bad_argument(void **state)
         {"k_cache: expected shape", both, vc, k, v, good, p, 0},
         {"k_cache: expected dtype", TENSOR(k_data, QKV_I32, 5, 4, 2, 8), vc, k, v, good, p, 0},
         {"v_cache: expected shape", kc, other_heads, k, v, good, p, 0},
-        {"v_cache: expected dtype", kc, TENSOR(v_data, QKV_E4M3, 5, 4, 2, 8), k, v, good, p, 0},
+        {"v_cache: expected dtype", kc, TENSOR(v_data, QKV_I32, 5, 4, 2, 8), k, v, good, p, 0},
         {"v_cache: expected shape", kc, TENSOR(v_data, QKV_F32, 4, 4, 2, 8), k, v, good, p, 0},
         {"k: expected a tensor, got NULL", kc, vc, NULL, v, good, p, 0},
         {"k: expected shape", kc, vc, wide_rows, v, good, p, 0},
@@ -413,11 +414,11 @@ static void page_append_names_the_bad_argument(void **state)
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         EXPECT_FAIL(QKV_ERR_INVALID, cases[i].why,
                     qkv_kv_append(ctx, cases[i].k_cache, cases[i].v_cache, cases[i].layout,
-                                  cases[i].k, cases[i].v, cases[i].index, cases[i].positions,
+                                  cases[i].k, cases[i].v, cases[i].index, cases[i].positions, NULL,
                                   NULL));
     }
     EXPECT_FAIL(QKV_ERR_INVALID, "ctx: expected",
-                qkv_kv_append(NULL, kc, vc, 0, k, v, good, p, NULL));
+                qkv_kv_append(NULL, kc, vc, 0, k, v, good, p, NULL, NULL));
 
     int32_t slots[] = {19, -1, 20};
     int64_t slots64[] = {(int64_t)1 << 40, 0, 1};
@@ -435,9 +436,9 @@ static void page_append_names_the_bad_argument(void **state)
     };
     for (size_t i = 0; i < sizeof slot_cases / sizeof *slot_cases; i++)
         EXPECT_FAIL(QKV_ERR_INVALID, slot_cases[i].why,
-                    qkv_kv_append_slots(ctx, kc, vc, 0, k, v, slot_cases[i].slots, NULL));
+                    qkv_kv_append_slots(ctx, kc, vc, 0, k, v, slot_cases[i].slots, NULL, NULL));
     EXPECT_FAIL(QKV_ERR_INVALID, "k, v: expected memory apart",
-                qkv_kv_append_slots(ctx, kc, vc, 0, inside, v, TENSOR(at, QKV_I32, 3), NULL));
+                qkv_kv_append_slots(ctx, kc, vc, 0, inside, v, TENSOR(at, QKV_I32, 3), NULL, NULL));
     for (size_t i = 0; i < sizeof k_data; i++) /* untouched */
         assert_int_equal(((unsigned char *)k_data)[i], VIEW_POISON);
     for (size_t i = 0; i < sizeof v_data; i++)

@@ -13,6 +13,7 @@ typedef struct trial {
     qi_limits limits;
     qi_lengths in;
     i32 *qo_indptr, *kv_len, *qo_pos;
+    qi_group *groups; /* one a request */
     i64 max_qo_len, max_work;
     bool enough; /* partial rows for every cut */
     qi_plan out;
@@ -121,7 +122,7 @@ static i32 check_tile(const trial *t, const tile *x, i32 i, account *a)
             t,
             p->group == x->request && p->row_begin == x->row_begin && p->num_rows == x->num_rows &&
                 p->kv_head == x->kv_head && p->num_kv_heads == x->num_kv_heads &&
-                p->flags == x->flags && p->level == 0 && p->kv_offset == 0,
+                p->flags == x->flags,
             "item %d: rows %d + %d of request %d, head %d, where rows %d + %d of %d, %d come next",
             i + n, p->row_begin, p->num_rows, p->group, p->kv_head, x->row_begin, x->num_rows,
             x->request, x->kv_head);
@@ -233,7 +234,8 @@ static void trial_begin(trial *t, const char *why, i32 num_requests)
     t->kv_len = allocate(num_requests, sizeof(i32));
     t->qo_pos = allocate(num_requests, sizeof(i32));
     t->qo_indptr[0] = 0;
-    t->in = (qi_lengths){.qo_indptr = t->qo_indptr, .kv_len = t->kv_len, .qo_pos = t->qo_pos};
+    t->groups = allocate(num_requests, sizeof(qi_group));
+    t->in = (qi_lengths){.groups = t->groups, .num_levels = 1};
 }
 
 static void trial_add(trial *t, i32 qo_len, i32 kv_len)
@@ -245,8 +247,24 @@ static void trial_add(trial *t, i32 qo_len, i32 kv_len)
     if (qo_len > t->max_qo_len) t->max_qo_len = qo_len;
 }
 
+/* Keys at any offset: positions count from the request's first key. */
 static void schedule(trial *t)
 {
+    t->in.num_groups = t->in.num_requests;
+    t->in.num_tokens = t->qo_indptr[t->in.num_requests];
+    for (i32 r = 0; r < t->in.num_requests; r++) {
+        const i32 offset = r % 2 ? r * 31 + 7 : 0;
+        const i32 rows = t->qo_indptr[r + 1] - t->qo_indptr[r];
+        t->groups[r] = (qi_group){.row_begin = t->qo_indptr[r],
+                                  .num_rows = rows,
+                                  .kv_len = t->kv_len[r],
+                                  .kv_offset = offset,
+                                  .kv_head = -1,
+                                  .flags = QI_GROUP_ALONE,
+                                  .request = r,
+                                  .pos_first = (i64)t->qo_pos[r] + offset,
+                                  .pos_last = (i64)t->qo_pos[r] + offset + rows - 1};
+    }
     qi_schedule((qi_lanes){.id = 0, .count = 1}, &t->in, &t->limits, &t->out);
 }
 
@@ -294,7 +312,7 @@ static void trial_end(trial *t, i64 split_rows)
 static void trial_free(trial *t)
 {
     free_plan(&t->out);
-    free(t->qo_indptr), free(t->kv_len), free(t->qo_pos);
+    free(t->qo_indptr), free(t->kv_len), free(t->qo_pos), free(t->groups);
 }
 
 /* What a CPU of so many workers would ask for, or anything else. */

@@ -89,7 +89,7 @@ static void run(bench *b, int64_t set)
     const qkv_kv_index index = {QKV_KV_INDEX_INIT, .qo_indptr = &qo_indptr.t,
                                 .block_table = &block_table.t, .kv_lens = &kv_lens.t};
     tool_check(qkv_kv_append(b->ctx, &pool[0].t, &pool[1].t, s->layout, &rows[0].t, &rows[1].t,
-                             &index, NULL, NULL),
+                             &index, NULL, NULL, NULL),
                "qkv_kv_append");
 }
 

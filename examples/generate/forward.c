@@ -292,7 +292,7 @@ static qkv_status attend(forward *f, int32_t index, const qkv_kv_index *kv)
     TRY(qkv_rope(f->ctx, &c->rope, &q.tensor, &q.tensor, &k.tensor, &k.tensor, &positions.tensor,
                  NULL, NULL, NULL));
     TRY(qkv_kv_append(f->ctx, &k_pages.tensor, &v_pages.tensor, QKV_NHD, &k.tensor, &v.tensor, kv,
-                      NULL, NULL));
+                      NULL, NULL, NULL));
     const qkv_attention_io io = {QKV_ATTENTION_IO_INIT, .q = &q.tensor, .k = &k_pages.tensor,
                                  .v = &v_pages.tensor, .o = &o.tensor};
     TRY(qkv_attention_run(f->attention, &io, NULL));

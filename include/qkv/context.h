@@ -22,15 +22,28 @@ typedef struct qkv_allocator {
 
 /* The engine's own threads, for the CPU backend. run must call task(arg, i) once for each i in
  * [0, num_tasks), on any threads and in any order, one after another if it likes, and return when
- * all have returned. Tasks never wait for each other. num_threads > 0: how many run at a time. */
+ * all have returned. Tasks never wait for each other. run must not call anything of the library on
+ * the same context: it would wait for itself. */
 typedef struct qkv_parallel {
     void *user;
     void (*run)(void *user, int32_t num_tasks, void (*task)(void *arg, int32_t index), void *arg);
-    int32_t num_threads, reserved;
+    int32_t num_threads; /* 1 .. 4096: how many tasks run at a time; without run not looked at */
+    int32_t reserved;    /* 0 */
 } qkv_parallel;
 
-/* One line of text without its newline; called from any thread that calls the library. */
+/* One line of text without its newline; called from any thread that calls the library. Lines of
+ * QKV_VERBOSE=error do not come here but go to standard error: a call may fail without a context. */
 typedef void (*qkv_log_fn)(void *user, const char *line);
+
+/* May an operator with a variant be compiled? (Built-in kernels never need it.) */
+enum {
+    QKV_JIT_ALLOW = 0,  /* from the disk cache, or by the compiler */
+    QKV_JIT_CACHED = 1, /* from the disk cache only */
+    QKV_JIT_NEVER = 2   /* neither: QKV_ERR_COMPILE */
+};
+
+/* A compilation of a kernel begins (seconds < 0), or has ended after so many seconds. */
+typedef void (*qkv_jit_progress_fn)(void *user, const char *kernel, double seconds);
 
 typedef struct qkv_context_options {
     uint32_t struct_size;
@@ -40,7 +53,14 @@ typedef struct qkv_context_options {
                             "neon". QKV_DEVICE=cpu:LEVEL in the environment wins over it */
     qkv_allocator allocator;
     qkv_parallel parallel;
-    qkv_log_fn log; /* verbose lines (QKV_VERBOSE=error,dispatch,plan,run or all); NULL = stderr */
+    int32_t jit_policy;    /* QKV_JIT_... */
+    int32_t reserved;      /* 0 */
+    const char *cache_dir; /* compiled variants; NULL = $QKV_CACHE_DIR, else qkv in the user's
+                                 cache folder; "" = no cache. Read by create */
+    const char *compiler;  /* NULL = $QKV_CC, else cc: the C compiler that variants go through */
+    qkv_jit_progress_fn jit_progress; /* NULL, or told of each compilation; may be any thread */
+    void *jit_user;
+    qkv_log_fn log; /* verbose lines (QKV_VERBOSE=dispatch,plan,run or all); NULL = stderr */
     void *log_user;
 } qkv_context_options;
 #define QKV_CONTEXT_OPTIONS_INIT .struct_size = sizeof(qkv_context_options)
@@ -53,10 +73,11 @@ typedef struct qkv_context_options {
  *
  * A context may be shared by threads; on the CPU one call computes at a time and others wait for
  * it. Objects made from it must be destroyed first. Starts num_threads - 1 threads unless
- * parallel.run is given; they sleep between calls and do not survive fork().
+ * parallel.run is given; they sleep between calls, block all signals but those of their own faults,
+ * and do not survive fork().
  *
- * Errors: INVALID (options), UNSUPPORTED (device, or an ISA level that this machine lacks), MEMORY,
- * DEVICE (threads could not be started).
+ * Errors: INVALID (names the option: num_threads is not parallel.num_threads), UNSUPPORTED (device,
+ * or an ISA level that this machine lacks), MEMORY, DEVICE (threads could not be started).
  */
 QKV_API qkv_status qkv_context_create(const qkv_context_options *options, qkv_context **out);
 

@@ -9,10 +9,31 @@
 typedef struct qi_plan_header {
     i32 status, status_request; /* device planner: 0, or what exceeded the limits, and where */
     i32 num_tokens, num_requests, num_work, num_merges;
-    i32 num_strips, reserved; /* workers that have work */
-    i64 num_split_rows;       /* partial rows in use */
-    i64 cost_per_worker;      /* ceil(total cost / workers), in cost units */
+    i32 num_strips; /* workers that have work */
+    i32 num_levels; /* 1: split tiles are merged by their last piece; more: by a launch of its own */
+    i64 num_split_rows;  /* partial rows in use */
+    i64 cost_per_worker; /* ceil(total cost / workers), in cost units */
 } qi_plan_header;
+
+/* flags of a group */
+enum {
+    QI_GROUP_ALONE = 1,  /* its rows have keys in no other group (per KV head) */
+    QI_GROUP_MIXED = 2,  /* rows of several requests: positions do not count up */
+    QI_GROUP_SPARSE = 4, /* keys are listed column blocks */
+};
+
+/* Rows that share one list of keys: a request, what several requests share, or a row block. */
+typedef struct qi_group {
+    i32 row_begin, num_rows; /* in the plan's order of rows */
+    i32 kv_begin;            /* paged: offset into pages; ragged: token. Sparse: of the request */
+    i32 kv_len;              /* keys of the list */
+    i32 kv_offset;           /* position of key 0 (sparse: of key 0 of block 0) */
+    i32 block_begin;         /* sparse: of its column blocks in bsr_indices */
+    i16 kv_head;             /* the only one, or -1: all */
+    u8 level, flags;
+    i32 request;             /* of its first row */
+    i64 pos_first, pos_last; /* smallest and largest position of its rows */
+} qi_group;
 
 /* flags of a work item */
 enum {
@@ -20,21 +41,20 @@ enum {
     QI_TILE_PREFILL = 1, /* many rows, one KV head */
 };
 
-/* One piece of work: some rows of one request against part of the keys that they see. 32 bytes. */
+/* One piece of work: some rows of a group against part of the keys that they see. 32 bytes. */
 typedef struct qi_work {
-    i32 group;     /* request (later: row of the level's index arrays) */
-    i32 row_begin; /* token: row of q */
-    u16 num_rows;  /* tokens */
-    u8 level, flags;
+    i32 group;
+    i32 row_begin;
+    u16 num_rows, flags;
     u16 kv_head, num_kv_heads;
-    i32 kv_begin, kv_end; /* keys [begin, end) of this level */
-    i32 kv_offset;        /* position of this level's key 0 in the request */
+    i32 kv_begin, kv_end; /* keys [begin, end) of the group's list */
     i32 slot;             /* first partial row; -1: final, write o and lse */
+    i32 merge;            /* of its tile, -1: none */
 } qi_work;
 _Static_assert(sizeof(qi_work) == 32, "host and device must agree");
 
-/* A tile whose keys were cut into pieces. Piece i holds its rows at slot + i * rows_per_piece, in
- * the order [kv head][token][query head of the group]; pieces stand in ascending key order. */
+/* A tile with partial rows. Piece i holds its rows at slot + i * rows_per_piece, in the order [kv
+ * head][row][query head of the group]; pieces stand in ascending key order. */
 typedef struct qi_merge {
     i32 row_begin;
     u16 num_rows, kv_head, num_kv_heads, reserved;
@@ -45,17 +65,23 @@ typedef struct qi_merge {
 /* Pointers into the plan block, fixed at create, passed to kernels by value. */
 typedef struct qi_plan {
     qi_plan_header *header;
-    i32 *work_indptr;   /* [workers + 1]: worker w does work[work_indptr[w]] .. in order */
-    qi_work *work;      /* [max_work] */
-    qi_merge *merge;    /* [max_merges] ascending slot */
-    i32 *ticket;        /* [max_merges] pieces done; the last arriver merges and writes back 0 */
+    i32 *work_indptr; /* [workers + 1]: worker w does work[work_indptr[w]] .. in order */
+    qi_work *work;    /* [max_work] */
+    qi_merge *merge;  /* [max_merges] ascending slot */
+    i32 *ticket;      /* [max_merges] pieces done; the last arriver merges and writes back 0 */
+    qi_group *groups; /* [max_groups] */
+    i32 *rows;        /* [max_tokens] token of each row; one level: NULL, row = token */
+    i32 *row_merge;   /* [max_levels][max_tokens][num_kv_heads] merge of a row's tile in a level, or
+                           -1; one level: NULL */
+    i32 *token_request; /* [max_tokens] */
     i32 *qo_indptr;     /* [max_requests + 1] */
-    i32 *kv_len;        /* [max_requests] */
+    i32 *kv_len;        /* [max_requests] all levels together */
     i32 *qo_pos;        /* [max_requests] position of row 0 */
-    i32 *kv_begin;      /* [max_requests + 1] paged: offset into pages; ragged: first token */
+    i32 *mask_first;    /* [max_requests] position of the first key that mask_bits speak of */
     i32 *pages;         /* [max_pages] */
     float *o_partial;   /* scratch: [max_split_rows, head_dim_vo], normalised */
     float *lse_partial; /* scratch: [max_split_rows], base 2 */
+    i64 max_tokens;     /* the middle axis of row_merge */
 } qi_plan;
 
 #endif

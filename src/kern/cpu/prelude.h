@@ -32,6 +32,5 @@
 #endif
 
 #define QI_LOG2E 1.44269504088896340736f
-#define QI_LN2   0.69314718055994530942f
 
 #endif

@@ -30,6 +30,7 @@ typedef float vf __attribute__((vector_size(QI_VW * 4), may_alias));
 typedef i32 vi __attribute__((vector_size(QI_VW * 4), may_alias));
 typedef u32 vu __attribute__((vector_size(QI_VW * 4), may_alias));
 typedef u16 vu16 __attribute__((vector_size(QI_VW * 2), may_alias)); /* half a register */
+typedef u8 vu8 __attribute__((vector_size(QI_VW), may_alias));       /* a quarter */
 
 /* ---- plain loads, stores, splats ---------------------------------------------------------- */
 
@@ -53,6 +54,18 @@ QI_INLINE vf vf_set1(float x)
 QI_INLINE vi vi_set1(i32 x)
 {
     return x - (vi){0};
+}
+
+QI_INLINE vi vi_load(const i32 *p)
+{
+    vi v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+QI_INLINE vf vf_from_i32(vi v)
+{
+    return __builtin_convertvector(v, vf);
 }
 
 /* The 32-bit word at p in every lane, whatever it means. */
@@ -109,17 +122,6 @@ QI_INLINE vf vf_abs(vf x)
     return (vf)((vi)x & vi_set1(0x7fffffff));
 }
 
-QI_INLINE vf vf_sqrt(vf x)
-{
-#if QI_VW == 16
-    return (vf)_mm512_sqrt_ps((__m512)x);
-#elif QI_VW == 8
-    return (vf)_mm256_sqrt_ps((__m256)x);
-#else
-    return (vf)vsqrtq_f32((float32x4_t)x);
-#endif
-}
-
 /* ---- element types: widen on load, round on store ------------------------------------------ */
 
 QI_INLINE size_t qi_size_of(const qi_dtype t)
@@ -133,22 +135,60 @@ QI_INLINE const char *qi_at(const void *p, const qi_dtype t, i64 i)
     return (const char *)p + i * (i64)qi_size_of(t);
 }
 
-/* QI_VW elements of f32, f16 or bf16 at p, as f32. Make t a constant where it matters. */
+QI_INLINE vf vf_from_f16(vu16 h)
+{
+#if QI_VW == 16
+    return (vf)_mm512_cvtph_ps((__m256i)h);
+#elif QI_VW == 8
+    return (vf)_mm256_cvtph_ps((__m128i)h);
+#else
+    return (vf)vcvt_f32_f16(vreinterpret_f16_u16((uint16x4_t)h));
+#endif
+}
+
+QI_INLINE vf vf_from_bf16(vu16 h)
+{
+#if QI_VW == 16
+    return (vf)((vu)_mm512_cvtepu16_epi32((__m256i)h) << 16);
+#elif QI_VW == 8
+    return (vf)((vu)_mm256_cvtepu16_epi32((__m128i)h) << 16);
+#else
+    return (vf)((vu)vmovl_u16((uint16x4_t)h) << 16);
+#endif
+}
+
+/* QI_VW bytes at p as f32. e5m2 is the upper half of an f16; e4m3 has the exponent of an f16 2^8
+ * times larger, and NaN as its only special value. */
+QI_INLINE vf vf_from_8bit(const void *p, const qi_dtype t)
+{
+#if QI_VW == 16
+    const __m128i bytes = _mm_loadu_si128(p);
+    if (t == QI_I8) return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+    const vu16 h = (vu16)_mm256_cvtepu8_epi16(bytes);
+#elif QI_VW == 8
+    const __m128i bytes = _mm_loadl_epi64(p);
+    if (t == QI_I8) return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+    const vu16 h = (vu16)_mm_cvtepu8_epi16(bytes);
+#else
+    vu8 bytes;
+    memcpy(&bytes, p, sizeof bytes);
+    const vu16 h = __builtin_convertvector(bytes, vu16);
+    if (t == QI_I8)
+        return (vf)vcvtq_f32_s32(vmovl_s16(vreinterpret_s16_u16((uint16x4_t)((h ^ 0x80) - 0x80))));
+#endif
+    if (t == QI_E5M2) return vf_from_f16(h << 8);
+    const vu16 nan = (vu16)((h & 0x7f) == 0x7f) & 0x7e00;
+    return vf_from_f16((h & 0x80) << 8 | (h & 0x7f) << 7 | nan) * 256.f;
+}
+
+/* QI_VW elements of any float type or i8 at p, as f32. Make t a constant where it matters. */
 QI_INLINE vf qi_load(const void *p, const qi_dtype t)
 {
     if (t == QI_F32) return vf_load(p);
+    if (qi_size_of(t) == 1) return vf_from_8bit(p, t);
     vu16 h;
     memcpy(&h, p, sizeof h);
-#if QI_VW == 16
-    return t == QI_BF16 ? (vf)((vu)_mm512_cvtepu16_epi32((__m256i)h) << 16)
-                        : (vf)_mm512_cvtph_ps((__m256i)h);
-#elif QI_VW == 8
-    return t == QI_BF16 ? (vf)((vu)_mm256_cvtepu16_epi32((__m128i)h) << 16)
-                        : (vf)_mm256_cvtph_ps((__m128i)h);
-#else
-    return t == QI_BF16 ? (vf)((vu)vmovl_u16((uint16x4_t)h) << 16)
-                        : (vf)vcvt_f32_f16(vreinterpret_f16_u16((uint16x4_t)h));
-#endif
+    return t == QI_BF16 ? vf_from_bf16(h) : vf_from_f16(h);
 }
 
 /* f32 to the upper 16 bits of a bf16 in the lower half of each lane; nearest even, NaN stays NaN. */
@@ -161,11 +201,39 @@ QI_INLINE vu qi_round_bf16(vf v)
     return (is_nan & nan) | (~is_nan & rounded);
 }
 
-/* Stores QI_VW values as t (f32, f16 or bf16), rounded to nearest even. */
+/* f32 to the code of an 8-bit type in the low byte of each lane: nearest even, saturating at the
+ * largest finite value; NaN stays NaN, or 0 in i8. Subnormals, and integers, are rounded by adding a
+ * number whose last bit has their weight. */
+QI_INLINE vu qi_round_8bit(vf v, const qi_dtype t)
+{
+    const float largest = t == QI_I8 ? 127.f : t == QI_E4M3 ? 448.f : 57344.f;
+    const vf magic = vf_set1(t == QI_I8 ? 12582912.f : t == QI_E4M3 ? 16384.f : 128.f);
+    const vf abs = vf_abs(v), a = vf_select(abs > largest, vf_set1(largest), abs);
+    const vu bits = (vu)a, sign = (vu)v >> 31, small = (vu)(a + magic) - (vu)magic;
+    const vu is_nan = (vu)(v != v);
+    if (t == QI_I8) return ~is_nan & ((small ^ (0 - sign)) + sign);
+    const int drop = t == QI_E4M3 ? 20 : 21; /* bits of the mantissa that go */
+    const u32 bias = t == QI_E4M3 ? 120u << 3 : 112u << 2;
+    const vu normal = ((bits + ((1u << (drop - 1)) - 1) + ((bits >> drop) & 1)) >> drop) - bias;
+    const vu is_small = (vu)(a < (t == QI_E4M3 ? 0x1p-6f : 0x1p-14f));
+    const vu code = (is_small & small) | (~is_small & normal);
+    return (is_nan & 0x7f) | (~is_nan & code) | sign << 7;
+}
+
+/* Stores QI_VW values as t (a float type or i8), rounded to nearest even; 8-bit types saturate. */
 QI_INLINE void qi_store(void *p, const qi_dtype t, vf v)
 {
     if (t == QI_F32) {
         vf_store(p, v);
+        return;
+    }
+    if (qi_size_of(t) == 1) {
+#if QI_VW == 16
+        _mm_storeu_si128(p, _mm512_cvtepi32_epi8((__m512i)qi_round_8bit(v, t)));
+#else
+        const vu8 bytes = __builtin_convertvector(qi_round_8bit(v, t), vu8);
+        memcpy(p, &bytes, sizeof bytes);
+#endif
         return;
     }
 #if QI_VW == 16
@@ -218,6 +286,31 @@ QI_INLINE void qi_narrow(void *out, const qi_dtype t, const float *in, i64 n)
     if (i < n)
         qi_store_n((char *)out + i * (i64)qi_size_of(t), t, qi_load_n(in + i, QI_F32, n - i),
                    n - i);
+}
+
+/* The same for a type known at run time only. */
+static inline void qi_widen_any(float *out, const void *in, qi_dtype t, i64 n)
+{
+    switch (t) {
+    case QI_F32: qi_widen(out, in, QI_F32, n); break;
+    case QI_F16: qi_widen(out, in, QI_F16, n); break;
+    case QI_BF16: qi_widen(out, in, QI_BF16, n); break;
+    case QI_E4M3: qi_widen(out, in, QI_E4M3, n); break;
+    case QI_E5M2: qi_widen(out, in, QI_E5M2, n); break;
+    default: qi_widen(out, in, QI_I8, n); break;
+    }
+}
+
+static inline void qi_narrow_any(void *out, qi_dtype t, const float *in, i64 n)
+{
+    switch (t) {
+    case QI_F32: qi_narrow(out, QI_F32, in, n); break;
+    case QI_F16: qi_narrow(out, QI_F16, in, n); break;
+    case QI_BF16: qi_narrow(out, QI_BF16, in, n); break;
+    case QI_E4M3: qi_narrow(out, QI_E4M3, in, n); break;
+    case QI_E5M2: qi_narrow(out, QI_E5M2, in, n); break;
+    default: qi_narrow(out, QI_I8, in, n); break;
+    }
 }
 
 /* ---- shuffles ----------------------------------------------------------------------------- */
@@ -354,10 +447,12 @@ QI_INLINE float vf_max_lane(vf v)
 /* ---- functions ---------------------------------------------------------------------------- */
 
 /* 2^x for x <= 127; 0 below -126 (no subnormals), NaN for NaN. Within 2 ulp: 2^f on [-1/2, 1/2] by
- * a degree-6 minimax polynomial, then the exponent is added as an integer. */
+ * a degree-6 minimax polynomial, times a power of 2 made as bits. (Adding to the exponent as an
+ * integer would turn some NaNs into numbers.) */
 QI_INLINE vf vf_exp2(vf x)
 {
-    const vf magic = vf_set1(12582912.f); /* 1.5 * 2^23: adding it rounds to an integer */
+    /* Adding 1.5 * 2^23 rounds to an integer; 127 more make its low bits an exponent. */
+    const vf magic = vf_set1(12582912.f + 127.f);
     const vi low = x < -126.f;
     const vf shifted = x + magic, f = x - (shifted - magic);
     vf p = vf_set1(1.535336206e-4f);
@@ -367,14 +462,7 @@ QI_INLINE vf vf_exp2(vf x)
     p = p * f + 2.402264791e-1f;
     p = p * f + 6.931472029e-1f;
     p = p * f + 1.f;
-    return (vf)(~(vu)low & ((vu)p + ((vu)shifted << 23)));
-}
-
-/* e^x, at most 2^127. */
-QI_INLINE vf vf_exp(vf x)
-{
-    const vf y = x * QI_LOG2E;
-    return vf_exp2(vf_select(y > 127.f, vf_set1(127.f), y));
+    return (vf)(~low & (vi)(p * (vf)((vu)shifted << 23)));
 }
 
 /* tanh, within a few ulp: an odd polynomial near 0, (1 - e) / (1 + e) with e = exp(-2|x|) beyond. */

@@ -8,21 +8,30 @@
 #include <string.h>
 
 #include "base/arena.h"
+#include "base/rope_spec.h"
+#include "kern/rope_turns.h"
 
 QI_CPU_DECLARE(attention_d64);
 QI_CPU_DECLARE(attention_d128);
 QI_CPU_DECLARE(attention_any);
+QI_CPU_DECLARE(attention_levels);
+
+/* The rows for one head dim read keys where they are. */
+static const char *reject_fixed(const qkv_attention_spec *s, int32_t dim, const char *reason)
+{
+    if (s->head_dim_qk != dim || s->head_dim_vo != dim) return reason;
+    if (s->features & QKV_FEATURE_ROPE) return "keys are rotated in the kernel";
+    return NULL;
+}
 
 static const char *reject_d64(const void *desc)
 {
-    const qkv_attention_spec *s = desc;
-    return s->head_dim_qk == 64 && s->head_dim_vo == 64 ? NULL : "head_dim is not 64";
+    return reject_fixed(desc, 64, "head_dim is not 64");
 }
 
 static const char *reject_d128(const void *desc)
 {
-    const qkv_attention_spec *s = desc;
-    return s->head_dim_qk == 128 && s->head_dim_vo == 128 ? NULL : "head_dim is not 128";
+    return reject_fixed(desc, 128, "head_dim is not 128");
 }
 
 /* Fastest first; the first row whose reject() returns NULL wins; the reference is last. */
@@ -30,6 +39,12 @@ const qi_kernel qi_attention_kernels[] = {
     {"attention.d64", kDLCPU, reject_d64, QI_CPU_ENTRIES(attention_d64)},
     {"attention.d128", kDLCPU, reject_d128, QI_CPU_ENTRIES(attention_d128)},
     {"attention.any", kDLCPU, NULL, QI_CPU_ENTRIES(attention_any)},
+    {0},
+};
+
+/* Merges the partial rows of several levels. */
+const qi_kernel qi_attention_levels_kernels[] = {
+    {"attention.levels", kDLCPU, NULL, QI_CPU_ENTRIES(attention_levels)},
     {0},
 };
 
@@ -42,26 +57,24 @@ static qkv_status check_head_dim(const char *name, int32_t dim)
     return QKV_OK;
 }
 
-static qkv_status check_dtype(const char *name, DLDataType dtype)
+/* Every float type, and i8 where allowed. */
+static qkv_status check_dtype(const char *name, DLDataType dtype, int allow_i8)
 {
-    if (!qi_is_float(dtype))
-        QI_FAIL(QKV_ERR_UNSUPPORTED, "%s: expected f32, f16 or bf16, got %s (code %d, %d bits)",
-                name, qi_dtype_name(dtype), dtype.code, dtype.bits);
-    return QKV_OK;
+    const int32_t t = qi_dtype_of(dtype);
+    if (qi_is_float(dtype) || t == QI_E4M3 || t == QI_E5M2 || (allow_i8 && t == QI_I8))
+        return QKV_OK;
+    QI_FAIL(QKV_ERR_UNSUPPORTED,
+            "%s: expected f32, f16, bf16, e4m3, e5m2%s, got %s (code %d, %d bits)", name,
+            allow_i8 ? " or i8" : "", qi_dtype_name(dtype), dtype.code, dtype.bits);
 }
 
-/* Reads and checks a spec; *out has its defaults filled in. */
-static qkv_status read_spec(const qkv_attention_spec *in, qkv_attention_spec *out)
+static qkv_status check_shape(const qkv_attention_spec *s)
 {
-    QI_TRY(qi_read_struct(out, sizeof *out, in, "spec"));
-    qkv_attention_spec *s = out;
-    QI_REQUIRE((s->flags & ~(uint32_t)QKV_ATTENTION_LSE_BASE_2) == 0,
-               "flags: expected QKV_ATTENTION_LSE_BASE_2 or 0, got %#x", (unsigned)s->flags);
     QI_REQUIRE(s->num_kv_heads > 0 && s->num_kv_heads <= 1024,
                "num_kv_heads: expected 1 to 1024, got %d", (int)s->num_kv_heads);
     QI_REQUIRE(s->num_qo_heads > 0 && s->num_qo_heads % s->num_kv_heads == 0 &&
-                   s->num_qo_heads / s->num_kv_heads <= 512,
-               "num_qo_heads: expected 1 to 512 times num_kv_heads (%d), got %d",
+                   s->num_qo_heads / s->num_kv_heads <= MAX_GROUP,
+               "num_qo_heads: expected 1 to %d times num_kv_heads (%d), got %d", MAX_GROUP,
                (int)s->num_kv_heads, (int)s->num_qo_heads);
     QI_TRY(check_head_dim("head_dim_qk", s->head_dim_qk));
     QI_TRY(check_head_dim("head_dim_vo", s->head_dim_vo));
@@ -69,14 +82,41 @@ static qkv_status read_spec(const qkv_attention_spec *in, qkv_attention_spec *ou
                "page_size: expected 0 (ragged) to 2^24, got %d", (int)s->page_size);
     QI_REQUIRE(s->kv_layout == QKV_NHD || s->kv_layout == QKV_HND,
                "kv_layout: expected QKV_NHD or QKV_HND, got %d", (int)s->kv_layout);
-    QI_REQUIRE(s->mask == QKV_MASK_NONE || s->mask == QKV_MASK_CAUSAL,
-               "mask: expected QKV_MASK_NONE or QKV_MASK_CAUSAL, got %d", (int)s->mask);
-    QI_REQUIRE((s->features & ~(QKV_FEATURE_SOFT_CAP | QKV_FEATURE_WINDOW)) == 0,
-               "features: expected QKV_FEATURE_SOFT_CAP, QKV_FEATURE_WINDOW or both, got %#x",
+    QI_TRY(check_dtype("dtype_q", s->dtype_q, 0));
+    QI_TRY(check_dtype("dtype_kv", s->dtype_kv, 1));
+    return check_dtype("dtype_o", s->dtype_o, 0);
+}
+
+static qkv_status check_windows(qkv_attention_spec *s)
+{
+    if (s->features & QKV_FEATURE_WINDOW) {
+        QI_REQUIRE(s->window_left >= -1, "window_left: expected -1 (open) or more, got %d",
+                   (int)s->window_left);
+        QI_REQUIRE(s->window_right >= -1, "window_right: expected -1 (open) or more, got %d",
+                   (int)s->window_right);
+        return QKV_OK;
+    }
+    QI_REQUIRE((s->window_left == 0 || s->window_left == -1) &&
+                   (s->window_right == 0 || s->window_right == -1),
+               "window_left, window_right: expected 0 or -1 without QKV_FEATURE_WINDOW, got %d, %d",
+               (int)s->window_left, (int)s->window_right);
+    s->window_left = s->window_right = -1;
+    return QKV_OK;
+}
+
+static qkv_status check_features(qkv_attention_spec *s, qi_rope *rope)
+{
+    const uint32_t flags =
+        QKV_ATTENTION_BATCH_INVARIANT | QKV_ATTENTION_LSE_BASE_2 | QKV_ATTENTION_HAS_SINK;
+    const int32_t features =
+        QKV_FEATURE_SOFT_CAP | QKV_FEATURE_ALIBI | QKV_FEATURE_WINDOW | QKV_FEATURE_ROPE;
+    QI_REQUIRE((s->flags & ~flags) == 0, "flags: expected QKV_ATTENTION_..., got %#x",
+               (unsigned)s->flags);
+    QI_REQUIRE((s->features & ~features) == 0, "features: expected QKV_FEATURE_..., got %#x",
                (unsigned)s->features);
-    QI_TRY(check_dtype("dtype_q", s->dtype_q));
-    QI_TRY(check_dtype("dtype_kv", s->dtype_kv));
-    QI_TRY(check_dtype("dtype_o", s->dtype_o));
+    QI_REQUIRE(s->mask >= QKV_MASK_NONE && s->mask <= QKV_MASK_CUSTOM,
+               "mask: expected QKV_MASK_NONE, QKV_MASK_CAUSAL or QKV_MASK_CUSTOM, got %d",
+               (int)s->mask);
     QI_REQUIRE(s->sm_scale >= 0.f && isfinite(s->sm_scale),
                "sm_scale: expected > 0, or 0 for 1/sqrt(head_dim_qk), got %g", (double)s->sm_scale);
     if (s->sm_scale == 0.f) s->sm_scale = (float)(1.0 / sqrt((double)s->head_dim_qk));
@@ -87,24 +127,27 @@ static qkv_status read_spec(const qkv_attention_spec *in, qkv_attention_spec *ou
         QI_REQUIRE(s->logits_soft_cap == 0.f,
                    "logits_soft_cap: expected 0 without QKV_FEATURE_SOFT_CAP, got %g",
                    (double)s->logits_soft_cap);
-    if (s->features & QKV_FEATURE_WINDOW) {
-        QI_REQUIRE(s->window_left >= -1, "window_left: expected -1 (open) or more, got %d",
-                   (int)s->window_left);
-        QI_REQUIRE(s->window_right >= -1, "window_right: expected -1 (open) or more, got %d",
-                   (int)s->window_right);
-    } else {
-        QI_REQUIRE(
-            (s->window_left == 0 || s->window_left == -1) &&
-                (s->window_right == 0 || s->window_right == -1),
-            "window_left, window_right: expected 0 or -1 without QKV_FEATURE_WINDOW, got %d, %d",
-            (int)s->window_left, (int)s->window_right);
-        s->window_left = s->window_right = -1;
-    }
-    return QKV_OK;
+    *rope = (qi_rope){.num_pairs = 0};
+    if (s->features & QKV_FEATURE_ROPE)
+        QI_TRY(qi_rope_read(s->rope, "rope", s->head_dim_qk, rope));
+    else
+        QI_REQUIRE(!s->rope, "rope: expected NULL without QKV_FEATURE_ROPE");
+    return check_windows(s);
 }
 
-/* Work items and partial rows are numbered in 31 bits. */
-#define MAX_INDEX 0x7fffffffLL
+/* Reads and checks a spec; *out has its defaults filled in. */
+static qkv_status read_spec(const qkv_attention_spec *in, qkv_attention_spec *out, qi_rope *rope)
+{
+    QI_TRY(qi_read_struct(out, sizeof *out, in, "spec"));
+    QI_TRY(check_shape(out));
+    if (out->variant) QI_FAIL(QKV_ERR_UNSUPPORTED, "variant: expected NULL on this device");
+    return check_features(out, rope);
+}
+
+/* Work items and partial rows are numbered in 31 bits; rows and keys in 30, so that adding a tile to
+ * one never overflows. */
+#define MAX_INDEX  0x7fffffffLL
+#define MAX_LENGTH (1LL << 30)
 
 static qkv_status read_limits(const qkv_context *ctx, const qkv_attention_spec *spec,
                               const qkv_attention_limits *in, qkv_attention_limits *out)
@@ -112,15 +155,15 @@ static qkv_status read_limits(const qkv_context *ctx, const qkv_attention_spec *
     QI_TRY(qi_read_struct(out, sizeof *out, in, "limits"));
     qkv_attention_limits *l = out;
     QI_REQUIRE(l->max_requests > 0, "max_requests: expected > 0, got %d", (int)l->max_requests);
-    QI_REQUIRE(l->max_tokens > 0 && l->max_tokens <= MAX_INDEX,
-               "max_tokens: expected 1 to 2^31 - 1, got %lld", (long long)l->max_tokens);
+    QI_REQUIRE(l->max_tokens > 0 && l->max_tokens <= MAX_LENGTH,
+               "max_tokens: expected 1 to 2^30, got %lld", (long long)l->max_tokens);
     QI_REQUIRE(l->max_qo_len >= 0, "max_qo_len: expected >= 0, got %d", (int)l->max_qo_len);
     if (l->max_qo_len == 0 || l->max_qo_len > l->max_tokens) l->max_qo_len = (int32_t)l->max_tokens;
     QI_REQUIRE(l->max_workers >= 0 && l->max_workers <= 4096,
                "max_workers: expected 0 to 4096, got %d", (int)l->max_workers);
     if (l->max_workers == 0) l->max_workers = qi_threads_count(ctx->threads);
-    QI_REQUIRE(l->max_kv_len > 0 && l->max_kv_len <= MAX_INDEX,
-               "max_kv_len: expected 1 to 2^31 - 1, got %lld", (long long)l->max_kv_len);
+    QI_REQUIRE(l->max_kv_len > 0 && l->max_kv_len <= MAX_LENGTH,
+               "max_kv_len: expected 1 to 2^30, got %lld", (long long)l->max_kv_len);
     if (spec->page_size == 0) l->max_pages = 0;
     QI_REQUIRE(spec->page_size == 0 || (l->max_pages > 0 && l->max_pages <= MAX_INDEX),
                "max_pages: expected 1 to 2^31 - 1, got %lld", (long long)l->max_pages);
@@ -128,8 +171,71 @@ static qkv_status read_limits(const qkv_context *ctx, const qkv_attention_spec *
                "max_split_rows: expected 0 to 2^31 - 1, got %lld", (long long)l->max_split_rows);
     QI_REQUIRE(l->pool_pages >= 0 && l->pool_pages <= MAX_INDEX,
                "pool_pages: expected 0 to 2^31 - 1, got %lld", (long long)l->pool_pages);
+    QI_REQUIRE(l->max_levels >= 0 && l->max_levels <= MAX_LEVELS,
+               "max_levels: expected 0 to %d, got %d", MAX_LEVELS, (int)l->max_levels);
+    if (l->max_levels == 0) l->max_levels = 1;
+    QI_REQUIRE(l->max_levels == 1 || !(spec->flags & QKV_ATTENTION_BATCH_INVARIANT),
+               "max_levels: expected 1 with QKV_ATTENTION_BATCH_INVARIANT, got %d",
+               (int)l->max_levels);
+    QI_REQUIRE(l->max_row_blocks >= 0, "max_row_blocks: expected >= 0, got %d",
+               (int)l->max_row_blocks);
     return QKV_OK;
 }
+
+/* Pieces of all tiles that fixed cuts divide: a tile of n has more than n - 2 times cut_align keys. */
+static int64_t max_fixed_pieces(const qi_limits *s, const qkv_attention_spec *spec,
+                                const qkv_attention_limits *l)
+{
+    const int64_t per_tile = l->max_kv_len / s->cut_align + 1;
+    const int64_t tiles = l->max_row_blocks > l->max_requests ? l->max_row_blocks : l->max_requests;
+    if (l->max_kv_len <= s->cut_align) return 0;
+    const int64_t most = tiles * per_tile;
+    if (spec->page_size == 0 || l->max_row_blocks > 0) return most;
+    const int64_t by_pages = l->max_pages * spec->page_size / s->cut_align + 2 * tiles;
+    return by_pages < most ? by_pages : most;
+}
+
+/* Rows of the largest group. */
+static int64_t max_group_rows(const qkv_attention_limits *l)
+{
+    return l->max_levels > 1 ? l->max_tokens : l->max_qo_len;
+}
+
+static int64_t max_groups(const qkv_attention_limits *l)
+{
+    return (int64_t)l->max_requests * l->max_levels + l->max_row_blocks;
+}
+
+/* Work items of any batch within the limits. */
+static int64_t max_work(const qi_limits *s, const qkv_attention_spec *spec,
+                        const qkv_attention_limits *l)
+{
+    const int64_t blocks = l->max_row_blocks, rows = max_group_rows(l);
+    const int64_t plain = qi_schedule_max_work(s, l->max_tokens * l->max_levels,
+                                               (int64_t)l->max_requests * l->max_levels, rows);
+    const int64_t sparse =
+        blocks ? qi_schedule_max_work(s, l->max_tokens * s->num_kv_heads, blocks, rows) : 0;
+    const int64_t work = plain > sparse ? plain : sparse;
+    return s->fixed_cuts ? work + max_fixed_pieces(s, spec, l) : work;
+}
+
+/* Partial rows that no batch needs more than. */
+static int64_t enough_split_rows(const qi_limits *s, const qkv_attention_spec *spec,
+                                 const qkv_attention_limits *l)
+{
+    const int64_t heads = (int64_t)s->num_kv_heads * s->group_size;
+    int64_t rows = qi_schedule_split_rows(s, max_group_rows(l));
+    if (l->max_levels > 1) rows += l->max_levels * l->max_tokens * heads;
+    if (s->fixed_cuts) {
+        const int64_t decode = s->decode_rows < l->max_qo_len ? s->decode_rows : l->max_qo_len;
+        rows += max_fixed_pieces(s, spec, l) * decode * heads;
+    }
+    return rows < MAX_INDEX ? rows : MAX_INDEX;
+}
+
+/* Keys of a piece under BATCH_INVARIANT: few enough for a long request to keep many threads busy, and
+ * so many that the partial rows cost under 2 % of reading them. */
+enum { FIXED_CUT = 1024 };
 
 /* What the scheduler needs, from a spec and limits with their defaults filled in. Costs are in
  * units of one multiply-add over a whole head: reading a key costs about 3 of them a byte of its
@@ -137,6 +243,7 @@ static qkv_status read_limits(const qkv_context *ctx, const qkv_attention_spec *
 static qi_limits schedule_limits(const qkv_attention_spec *spec, qkv_attention_limits *limits)
 {
     const int32_t group = spec->num_qo_heads / spec->num_kv_heads;
+    const int fixed = (spec->flags & QKV_ATTENTION_BATCH_INVARIANT) != 0;
     qi_limits s = {
         .num_workers = limits->max_workers,
         .num_kv_heads = spec->num_kv_heads,
@@ -146,13 +253,16 @@ static qi_limits schedule_limits(const qkv_attention_spec *spec, qkv_attention_l
         .causal = spec->mask == QKV_MASK_CAUSAL,
         .window_left = spec->window_left,
         .window_right = spec->window_right,
-        .cut_align = spec->page_size > 64 ? spec->page_size : 64,
+        .cut_align = fixed                  ? FIXED_CUT
+                     : spec->page_size > 64 ? spec->page_size
+                                            : 64,
+        .fixed_cuts = fixed,
         .cost_visit = 200,
         .cost_key = 3 * (int32_t)qi_dtype_bytes((qi_dtype)qi_dtype_of(spec->dtype_kv)),
         .cost_pair = 1,
         .cost_strip = 4000, /* some 5 us: what waking a thread costs */
     };
-    const int64_t enough = qi_schedule_split_rows(&s, limits->max_qo_len);
+    const int64_t enough = enough_split_rows(&s, spec, limits);
     if (limits->max_split_rows == 0 || limits->max_split_rows > enough)
         limits->max_split_rows = enough;
     s.max_split_rows = limits->max_split_rows;
@@ -168,33 +278,56 @@ static int64_t num_tasks(const qkv_attention *a)
     return a->limits.max_workers < threads ? a->limits.max_workers : threads;
 }
 
+/* Does the kernel widen keys and values into scratch? */
+static int widens_rows(const qkv_attention *a)
+{
+    return a->spec.features & QKV_FEATURE_ROPE || a->spec.variant ||
+           qi_dtype_of(a->spec.dtype_kv) != QI_F32;
+}
+
 /* Lays out (arenas over memory) or measures (empty arenas) the workspace. */
 static void bind_workspace(qkv_attention *a, qi_arena *plan, qi_arena *scratch)
 {
+    const qkv_attention_spec *s = &a->spec;
     const qkv_attention_limits *l = &a->limits;
     const uint64_t requests = (uint64_t)l->max_requests, workers = (uint64_t)l->max_workers;
-    const uint64_t max_work =
-        (uint64_t)qi_schedule_max_work(&a->schedule, l->max_tokens, l->max_requests, l->max_qo_len);
+    const uint64_t work = (uint64_t)max_work(&a->schedule, s, l), tokens = (uint64_t)l->max_tokens;
+    const uint64_t groups = (uint64_t)max_groups(l), kv_heads = (uint64_t)s->num_kv_heads;
+    const int levels = l->max_levels > 1;
+    const uint64_t merges = levels || a->schedule.fixed_cuts ? work : workers;
     a->plan = (qi_plan){
         .header = qi_arena_take(plan, 1, sizeof(qi_plan_header)),
         .work_indptr = qi_arena_take(plan, workers + 1, sizeof(i32)),
-        .work = qi_arena_take(plan, max_work, sizeof(qi_work)),
-        .merge = qi_arena_take(plan, workers, sizeof(qi_merge)),
-        .ticket = qi_arena_take(plan, workers, sizeof(i32)),
+        .work = qi_arena_take(plan, work, sizeof(qi_work)),
+        .merge = qi_arena_take(plan, merges, sizeof(qi_merge)),
+        .ticket = qi_arena_take(plan, merges, sizeof(i32)),
+        .groups = qi_arena_take(plan, groups, sizeof(qi_group)),
+        .rows = qi_arena_take(plan, levels ? tokens : 0, sizeof(i32)),
+        .row_merge = qi_arena_take(plan, levels ? (uint64_t)l->max_levels * tokens * kv_heads : 0,
+                                   sizeof(i32)),
+        .token_request = qi_arena_take(plan, tokens, sizeof(i32)),
         .qo_indptr = qi_arena_take(plan, requests + 1, sizeof(i32)),
         .kv_len = qi_arena_take(plan, requests, sizeof(i32)),
         .qo_pos = qi_arena_take(plan, requests, sizeof(i32)),
-        .kv_begin = qi_arena_take(plan, requests + 1, sizeof(i32)),
+        .mask_first = qi_arena_take(plan, requests, sizeof(i32)),
         .pages = qi_arena_take(plan, (uint64_t)l->max_pages, sizeof(i32)),
         .o_partial = qi_arena_take(scratch, (uint64_t)l->max_split_rows,
-                                   (uint64_t)a->spec.head_dim_vo * sizeof(float)),
+                                   (uint64_t)s->head_dim_vo * sizeof(float)),
         .lse_partial = qi_arena_take(scratch, (uint64_t)l->max_split_rows, sizeof(float)),
+        .max_tokens = l->max_tokens,
     };
-    const i32 group = a->schedule.group_size, dim_qk = a->spec.head_dim_qk,
-              dim_vo = a->spec.head_dim_vo;
-    i64 floats = decode_scratch_floats(group, a->spec.num_kv_heads, dim_qk, dim_vo);
-    if (l->max_qo_len > a->schedule.decode_rows) {
-        const i64 prefill = prefill_scratch_floats(group, dim_qk, dim_vo);
+    a->spare_groups = qi_arena_take(plan, groups, sizeof(qi_group));
+    a->spare_rows = qi_arena_take(plan, levels ? tokens : 0, sizeof(i32));
+    a->leaf = qi_arena_take(plan, requests, sizeof(qi_group *));
+    a->order = qi_arena_take(plan, levels ? requests : 0, sizeof(i32));
+    a->mask_indptr = qi_arena_take(plan, s->mask == QKV_MASK_CUSTOM ? requests : 0, sizeof(i64));
+    a->rope_turns = qi_arena_take(plan, (uint64_t)a->rope.num_pairs, sizeof(double));
+    a->head_scales = qi_arena_take(plan, 3 * (uint64_t)s->num_qo_heads, sizeof(float));
+    const i32 group = a->schedule.group_size;
+    i64 floats = decode_scratch_floats(group, s->num_kv_heads, s->head_dim_qk, s->head_dim_vo,
+                                       widens_rows(a));
+    if (max_group_rows(l) > a->schedule.decode_rows) {
+        const i64 prefill = prefill_scratch_floats(group, s->head_dim_qk, s->head_dim_vo);
         floats = floats > prefill ? floats : prefill;
     }
     a->scratch_stride = round_up(floats * (i64)sizeof(float), QI_ARENA_ALIGN);
@@ -208,14 +341,14 @@ static qkv_status prepare(qkv_context *ctx, const qkv_attention_spec *spec,
 {
     QI_REQUIRE_CONTEXT(ctx);
     *a = (qkv_attention){.ctx = ctx, .max_page = -1};
-    QI_TRY(read_spec(spec, &a->spec));
+    QI_TRY(read_spec(spec, &a->spec, &a->rope));
     QI_TRY(read_limits(ctx, &a->spec, limits, &a->limits));
     a->schedule = schedule_limits(&a->spec, &a->limits);
     QI_TRY(qi_select(ctx, qi_attention_kernels, &a->spec, &a->row));
-    const i64 max_work = qi_schedule_max_work(&a->schedule, a->limits.max_tokens,
-                                              a->limits.max_requests, a->limits.max_qo_len);
-    QI_REQUIRE(max_work <= MAX_INDEX, "max_tokens: expected at most 2^31 - 1 work items, got %lld",
-               (long long)max_work);
+    QI_TRY(qi_select(ctx, qi_attention_levels_kernels, &a->spec, &a->levels_row));
+    const i64 work = max_work(&a->schedule, &a->spec, &a->limits);
+    QI_REQUIRE(work <= MAX_INDEX, "max_tokens: expected at most 2^31 - 1 work items, got %lld",
+               (long long)work);
     qi_arena plan = {NULL, 0}, scratch = {NULL, 0};
     bind_workspace(a, &plan, &scratch);
     *size = (qkv_workspace_size){.plan_bytes = plan.used, .scratch_bytes = scratch.used};
@@ -306,6 +439,7 @@ qkv_status qkv_attention_create(qkv_context *ctx, const qkv_attention_spec *spec
     }
     bind_workspace(a, &(qi_arena){.base = w.plan}, &(qi_arena){.base = w.scratch});
     memset(a->plan.header, 0, sizeof *a->plan.header);
+    if (a->rope.num_pairs > 0) qi_rope_turns(&a->rope, a->rope_turns);
     *out = a;
     return QKV_OK;
 }

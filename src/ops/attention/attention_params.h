@@ -4,6 +4,7 @@
 #define QI_ATTENTION_PARAMS_H
 
 #include "kern/plan.h"
+#include "kern/rope.h"
 
 typedef struct attention_params {
     qi_plan plan;
@@ -18,21 +19,38 @@ typedef struct attention_params {
     i32 num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo;
     i32 page_size; /* 0 = ragged */
     qi_dtype dtype_q, dtype_kv, dtype_o;
-    float sm_scale;        /* multiplies q.k */
-    float logits_soft_cap; /* 0 = none */
-    float lse_scale;       /* base 2 to the base that lse is wanted in */
+    const float *logit_scale;  /* [num_qo_heads] multiplies q.k: sm_scale and the scales of q, k */
+    const float *value_scale;  /* [num_qo_heads] multiplies a sum of v */
+    const float *output_scale; /* [num_qo_heads] 1 / the scale of o */
+    const float *sink;         /* [num_qo_heads] natural units, NULL = none */
+    const float *alibi_slopes; /* [num_qo_heads], NULL = none */
+    float logits_soft_cap;     /* 0 = none */
+    float lse_scale;           /* base 2 to the base that lse is wanted in */
     i32 causal, window_left, window_right;
+    i32 general;              /* do scores need more than scale, soft cap, causal and window? */
+    qi_rope rope;             /* num_pairs 0: none */
+    const double *rope_turns; /* [num_pairs] */
+    const u8 *mask_bits;      /* NULL = no custom mask */
+    const i64 *mask_indptr;   /* [requests] byte at which a request's bits begin */
+    const i32 *bsr_indices;   /* column blocks of sparse groups */
+    const u8 *bsr_mask;       /* bits of each entry of bsr_indices, NULL = all set */
+    i64 bsr_mask_stride;
+    i32 bsr_rows, bsr_cols;
     i32 num_workers;
-    char *scratch; /* [tasks][scratch_stride] private memory of a task */
+    const void *variant; /* variant_params of a JIT build */
+    char *scratch;       /* [tasks][scratch_stride] private memory of a task */
     i64 scratch_stride;
 } attention_params;
 
 /* Shape of the tiles; the planner and the kernels must agree. M counts rows of one KV head: tokens
  * times query heads of the group. */
 enum {
-    DECODE_M = 16,   /* up to this M (or one token) a request is a decode tile */
-    PREFILL_M = 192, /* M of a prefill tile, or one token */
-    BLOCK_N = 256,   /* most keys that a prefill tile packs at a time */
+    MAX_GROUP = 512,   /* query heads of a KV head */
+    DECODE_M = 16,     /* up to this M (or one token) a request is a decode tile */
+    PREFILL_M = 192,   /* M of a prefill tile, or one token */
+    BLOCK_N = 256,     /* most keys that a prefill tile packs at a time */
+    DECODE_BLOCK = 16, /* keys that a decode tile takes at a time */
+    MAX_LEVELS = 16,
     MAX_VW = 16,
     MAX_TILE_M = 12, /* largest vector and micro-tile of any level */
 };
@@ -61,19 +79,22 @@ static inline i32 block_keys(i32 head_dim_qk, i32 head_dim_vo)
 }
 
 /* Floats of scratch that one task needs, for any level: an upper bound of what decode_tile.h and
- * prefill_tile.h lay out. */
-static inline i64 decode_scratch_floats(i32 group_size, i32 num_kv_heads, i32 dim_qk, i32 dim_vo)
+ * prefill_tile.h lay out. own_rows: keys and values are widened into scratch. */
+static inline i64 decode_scratch_floats(i32 group_size, i32 num_kv_heads, i32 dim_qk, i32 dim_vo,
+                                        int own_rows)
 {
     const i64 m = round_up((i64)decode_rows(group_size) * group_size, 4);
-    return num_kv_heads *
-           (m * (round_up(dim_qk, MAX_VW) + round_up(dim_vo, MAX_VW)) + m / 4 * 2 * MAX_VW);
+    const i64 row = round_up(dim_qk, MAX_VW) + round_up(dim_vo, MAX_VW);
+    return num_kv_heads * (m * row + m / 4 * 3 * MAX_VW + (own_rows ? DECODE_BLOCK * row : 0)) +
+           2 * (i64)dim_qk + round_up(dim_qk, MAX_VW);
 }
 
 static inline i64 prefill_scratch_floats(i32 group_size, i32 dim_qk, i32 dim_vo)
 {
     const i64 m = round_up((i64)prefill_rows(group_size) * group_size, MAX_TILE_M);
     const i64 keys = block_keys(dim_qk, dim_vo), vo = round_up(dim_vo, 2 * MAX_VW);
-    return m * (dim_qk + vo + 2) + keys * (dim_qk + vo) + MAX_TILE_M * (keys + MAX_VW) + 8 * MAX_VW;
+    return m * (dim_qk + vo + 2) + keys * (dim_qk + vo) + MAX_TILE_M * (keys + MAX_VW) +
+           8 * MAX_VW + (MAX_VW + 3) * (i64)round_up(dim_qk, MAX_VW);
 }
 
 #endif

@@ -6,7 +6,9 @@
  * group) are taken in fours. Scores live as vectors [token][4 rows], so that the softmax of all
  * rows is elementwise; K needs no transposition: QI_VW dot products at a time are summed by
  * vf_sum_each. K and V are widened to f32 and multiplied by FMA, so the result has f32 accuracy for
- * every cache dtype.
+ * every cache dtype. In the general row, a block of keys and values that are not f32, or that the
+ * operator rotates or a variant changes, is widened into scratch first. Scores that need more than a soft cap and a window are turned into rows of
+ * keys and back for general_scores().
  *
  * Bound: memory, 2 * head_dim * size bytes a key and head. The state of a head (O, max, sum) lives
  * in L1/L2. Source: FlashAttention-2's online softmax (arXiv:2307.08691), FlashDecoding's splits.
@@ -17,7 +19,7 @@
 #include "ops/attention/attention_tile.h"
 
 enum {
-    BLOCK = 16,                /* keys a block */
+    BLOCK = DECODE_BLOCK,
     ROWS = 4,                  /* query rows computed together */
     TOKENS = QI_VW / ROWS,     /* keys in one score vector */
     SCORES = BLOCK / TOKENS,   /* score vectors of a block */
@@ -28,7 +30,8 @@ enum {
 /* Everything a block of keys needs, and the same for the block to prefetch. */
 typedef struct decode_block {
     i64 k_offset[BLOCK], v_offset[BLOCK];
-    i32 begin, n; /* keys [begin, begin + n) */
+    i32 kv_pos[BLOCK];
+    i32 begin, n; /* keys [begin, begin + n) of the group's list */
 } decode_block;
 
 /* State of four rows of one KV head. */
@@ -37,6 +40,11 @@ typedef struct decode_state {
     float *o;                         /* [ROWS][o_stride], unnormalised */
     float *max;                       /* [QI_VW] lanes [token][row]: the same for every token */
     float *sum;                       /* [QI_VW] partial sums over the lanes' tokens */
+    const float *scale;               /* [QI_VW] logit_scale of the rows */
+    const tile_row *row;              /* [ROWS] */
+    const i32 *qo_head;               /* [ROWS] less .head */
+    i32 head;                         /* added to each */
+    i32 num_rows;                     /* that exist */
     const i32 *sees_begin, *sees_end; /* [ROWS] keys that each row sees */
     int edge;                         /* does some row not see every key of the block? */
 } decode_state;
@@ -92,15 +100,15 @@ QI_INLINE vf decode_products(const char *const k[TOKENS], const float *q, i64 q_
 
 /* o[r] += sum_t weight[t][r] * v[t] for dims [d, d + count vectors). */
 QI_INLINE void decode_accumulate(const decode_state *s, i64 o_stride, const float *weight,
-                                 const char *v, const decode_block *b, i64 head, i32 d,
-                                 const int count, const i32 dim, const qi_dtype kv)
+                                 const char *const v[BLOCK], i32 n, i32 d, const int count,
+                                 const i32 dim, const qi_dtype kv)
 {
     vf acc[ROWS][4];
     QI_UNROLL(4)
     for (int r = 0; r < ROWS; r++) QI_UNROLL(4)
     for (int c = 0; c < count; c++) acc[r][c] = vf_load(s->o + r * o_stride + d + c * QI_VW);
-    for (i32 t = 0; t < b->n; t++) {
-        const char *row = qi_at(v, kv, b->v_offset[t] + head + d);
+    for (i32 t = 0; t < n; t++) {
+        const char *row = qi_at(v[t], kv, d);
         QI_UNROLL(4)
         for (int c = 0; c < count; c++) {
             const i32 left = dim - d - c * QI_VW;
@@ -115,41 +123,15 @@ QI_INLINE void decode_accumulate(const decode_state *s, i64 o_stride, const floa
     for (int c = 0; c < count; c++) vf_store(s->o + r * o_stride + d + c * QI_VW, acc[r][c]);
 }
 
-/* Four rows of one KV head against one block; next: the block and head to prefetch. */
-QI_INLINE void decode_unit(const attention_params *p, const decode_state *s, const decode_block *b,
-                           i32 kv_head, const decode_block *next, i32 next_head, const i32 dim_qk,
-                           const i32 dim_vo, const qi_dtype kv)
+/* Scores of a block to weights; O, max and sum follow the new maximum. */
+QI_INLINE void decode_softmax(const decode_state *s, i64 o_stride, const vf scores[SCORES],
+                              float *weight)
 {
-    const i64 q_stride = round_up(dim_qk, QI_VW), o_stride = round_up(dim_vo, QI_VW);
-    const i64 size = (i64)qi_size_of(kv), head = kv_head * p->k_stride[2];
-    const char *k = p->k, *v = p->v;
-
-    vf scores[SCORES], max = vf_load(s->max);
-    QI_UNROLL(4)
-    for (int j = 0; j < SCORES; j++) {
-        const char *rows[TOKENS];
-        QI_UNROLL(4)
-        for (int t = 0; t < TOKENS; t++) {
-            const i32 at = j * TOKENS + t;
-            rows[t] = qi_at(k, kv, b->k_offset[at] + head);
-            prefetch_row(qi_at(k, kv, next->k_offset[at] + next_head * p->k_stride[2]),
-                         dim_qk * size);
-        }
-        scores[j] = score(p, decode_products(rows, s->q, q_stride, dim_qk, kv));
-        if (s->edge) {
-            const vi key = b->begin + j * TOKENS + (vi_iota() / ROWS);
-            vi begin, end;
-            for (int i = 0; i < QI_VW; i++) {
-                begin[i] = s->sees_begin[i % ROWS];
-                end[i] = s->sees_end[i % ROWS];
-            }
-            scores[j] = vf_select((key >= begin) & (key < end), scores[j], vf_set1(-INFINITY));
-        }
-        max = vf_max(max, scores[j]);
-    }
-
-    max = max_over_tokens(max);
     const vf before = vf_load(s->max);
+    vf max = before;
+    QI_UNROLL(4)
+    for (int j = 0; j < SCORES; j++) max = vf_max(max, scores[j]);
+    max = max_over_tokens(max);
     const vf safe = vf_select(max == -INFINITY, vf_set1(0.f), max); /* -inf - -inf is NaN */
     vf sum = vf_load(s->sum);
     const vf scale = vf_exp2(before - safe);
@@ -162,7 +144,6 @@ QI_INLINE void decode_unit(const attention_params *p, const decode_state *s, con
             for (i64 d = 0; d < o_stride; d += QI_VW)
                 vf_store(s->o + r * o_stride + d, vf_load(s->o + r * o_stride + d) * rescale[r]);
     }
-    float weight[BLOCK * ROWS];
     QI_UNROLL(4)
     for (int j = 0; j < SCORES; j++) {
         const vf w = vf_exp2(scores[j] - safe);
@@ -170,78 +151,199 @@ QI_INLINE void decode_unit(const attention_params *p, const decode_state *s, con
         vf_store(weight + j * QI_VW, w);
     }
     vf_store(s->sum, sum);
+}
 
+/* Raw products of a block, [token][4 rows], to scores by general_scores(), which takes rows of keys.
+ * Rows beyond the last see nothing. */
+static __attribute__((noinline)) void decode_general(const attention_params *p, const qi_group *g,
+                                                     const decode_state *s, const decode_block *b,
+                                                     float *x)
+{
+    float rows[ROWS][BLOCK];
     for (int t = 0; t < BLOCK; t++)
+        for (int r = 0; r < ROWS; r++) rows[r][t] = x[t * ROWS + r];
+    for (int r = 0; r < s->num_rows; r++)
+        general_scores(p, g, &s->row[r], s->qo_head[r] + s->head, b->kv_pos, b->begin, b->n,
+                       rows[r]);
+    for (int t = 0; t < BLOCK; t++)
+        for (int r = 0; r < ROWS; r++)
+            x[t * ROWS + r] = r < s->num_rows ? rows[r][t] : SOFTMAX ? -INFINITY : 0.f;
+}
+
+/* Four rows of one KV head against one block; next: the block and head to prefetch. keys, values:
+ * the block's as f32 [BLOCK][q_stride | o_stride], or NULL: where they are. */
+QI_INLINE void decode_unit(const attention_params *p, const qi_group *g, const decode_state *s,
+                           const decode_block *b, i32 kv_head, const float *keys,
+                           const float *values, const decode_block *next, i32 next_head,
+                           const i32 dim_qk, const i32 dim_vo, const qi_dtype kv)
+{
+    const i64 q_stride = round_up(dim_qk, QI_VW), o_stride = round_up(dim_vo, QI_VW);
+    const i64 size = (i64)qi_size_of(kv), head = kv_head * p->k_stride[2];
+    const char *k = p->k, *v = p->v;
+    const int general = GENERAL_SCORES(p);
+
+    vf scores[SCORES];
+    const vf scale = vf_load(s->scale);
+    QI_UNROLL(4)
+    for (int j = 0; j < SCORES; j++) {
+        const char *rows[TOKENS];
+        QI_UNROLL(4)
+        for (int t = 0; t < TOKENS; t++) {
+            const i32 at = j * TOKENS + t;
+            rows[t] =
+                keys ? (const char *)(keys + at * q_stride) : qi_at(k, kv, b->k_offset[at] + head);
+            prefetch_row(qi_at(k, kv, next->k_offset[at] + next_head * p->k_stride[2]),
+                         dim_qk * size);
+        }
+        const vf product = decode_products(rows, s->q, q_stride, dim_qk, kv);
+        scores[j] = general ? product : score(p, product, scale);
+        if (s->edge && !general) {
+            const vi key = b->begin + j * TOKENS + (vi_iota() / ROWS);
+            vi begin, end;
+            for (int i = 0; i < QI_VW; i++) {
+                begin[i] = s->sees_begin[i % ROWS];
+                end[i] = s->sees_end[i % ROWS];
+            }
+            scores[j] = vf_select((key >= begin) & (key < end), scores[j], vf_set1(-INFINITY));
+        }
+    }
+    float weight[BLOCK * ROWS];
+    if (general) {
+        for (int j = 0; j < SCORES; j++) vf_store(weight + j * QI_VW, scores[j]);
+        decode_general(p, g, s, b, weight);
+        for (int j = 0; j < SCORES; j++) scores[j] = vf_load(weight + j * QI_VW);
+    }
+    if (SOFTMAX) decode_softmax(s, o_stride, scores, weight);
+
+    const char *rows[BLOCK];
+    for (int t = 0; t < BLOCK; t++) {
+        rows[t] = values ? (const char *)(values + t * o_stride)
+                         : qi_at(v, kv, b->v_offset[t] + kv_head * p->v_stride[2]);
         prefetch_row(qi_at(v, kv, next->v_offset[t] + next_head * p->v_stride[2]), dim_vo * size);
-    const i64 v_head = kv_head * p->v_stride[2];
+    }
     i32 d = 0;
     for (; d + WIDE * QI_VW <= dim_vo; d += WIDE * QI_VW)
-        decode_accumulate(s, o_stride, weight, v, b, v_head, d, WIDE, dim_vo, kv);
+        decode_accumulate(s, o_stride, weight, rows, b->n, d, WIDE, dim_vo, kv);
     for (; d < dim_vo; d += QI_VW)
-        decode_accumulate(s, o_stride, weight, v, b, v_head, d, 1, dim_vo, kv);
+        decode_accumulate(s, o_stride, weight, rows, b->n, d, 1, dim_vo, kv);
 }
 
 /* Fills a block with keys from `begin` on, below `end`. Offsets past the last key repeat it: they
  * are loaded, but their scores are dropped. An empty block prefetches what `b` holds already. */
-QI_INLINE void fill_block(const attention_params *p, i32 request, i32 begin, i32 end,
+QI_INLINE void fill_block(const attention_params *p, const qi_group *g, i32 begin, i32 end,
                           decode_block *b)
 {
     b->begin = begin;
     b->n = end - begin < BLOCK ? end - begin : BLOCK;
     if (b->n <= 0) return;
-    locate_keys(p, request, begin, b->n, b->k_offset, b->v_offset);
+    locate_keys(p, g, begin, b->n, b->k_offset, b->v_offset, b->kv_pos);
     for (i32 j = b->n; j < BLOCK; j++) {
         b->k_offset[j] = b->k_offset[b->n - 1];
         b->v_offset[j] = b->v_offset[b->n - 1];
+        b->kv_pos[j] = b->kv_pos[b->n - 1];
     }
 }
 
-/* One work item. Scratch: for each KV head q [m][q_stride], o [m][o_stride], max and sum a group of
- * four rows. dim_qk, dim_vo, kv: constants in the specialised rows, p's fields in the general one. */
-QI_INLINE void decode_tile(const attention_params *p, const qi_work *w, float *scratch,
-                           const i32 dim_qk, const i32 dim_vo, const qi_dtype kv)
+/* A block's keys and values, all heads of the work item, as f32: keys [head][BLOCK][q_stride], values
+ * [head][BLOCK][o_stride]. buffer: a row. */
+static void load_block(const attention_params *p, const qi_work *w, const decode_block *b,
+                       i64 q_stride, i64 o_stride, float *keys, float *values, float *angles,
+                       float *buffer)
 {
-    const i32 group = p->num_qo_heads / p->num_kv_heads, request = w->group;
+    for (i32 j = 0; j < BLOCK; j++) {
+        load_angles(p, b->kv_pos[j], angles);
+        for (i32 h = 0; h < w->num_kv_heads; h++) {
+            const i64 head = w->kv_head + h, row = (i64)h * BLOCK + j;
+            load_key(p, qi_at(p->k, p->dtype_kv, b->k_offset[j] + head * p->k_stride[2]),
+                     b->kv_pos[j], (i32)head, keys + row * q_stride, angles, buffer);
+            for (i64 d = p->head_dim_qk; d < q_stride; d++) keys[row * q_stride + d] = 0.f;
+            if (j < b->n)
+                qi_widen_any(values + row * o_stride,
+                             qi_at(p->v, p->dtype_kv, b->v_offset[j] + head * p->v_stride[2]),
+                             p->dtype_kv, p->head_dim_vo);
+        }
+    }
+}
+
+/* A work item's rows: what each is and sees. Row i is token i / group, query head i % group. */
+typedef struct decode_rows_of {
+    tile_row row[DECODE_M + MAX_GROUP];
+    i32 qo_head[DECODE_M + MAX_GROUP]; /* of the item's first KV head */
+    i32 begin[DECODE_M + MAX_GROUP], end[DECODE_M + MAX_GROUP];
+    i32 from, to;         /* the keys that some row sees */
+    i32 all_from, all_to; /* the keys that every row sees */
+} decode_rows_of;
+
+QI_INLINE void find_rows(const attention_params *p, const qi_work *w, const qi_group *g, i32 padded,
+                         decode_rows_of *out)
+{
+    const i32 group = p->num_qo_heads / p->num_kv_heads, rows = w->num_rows * group;
+    out->from = w->kv_end, out->to = w->kv_begin;
+    out->all_from = w->kv_begin, out->all_to = w->kv_end;
+    for (i32 i = 0; i < padded; i++) { /* rows of padding repeat the last */
+        const i32 row = i < rows ? i : rows - 1;
+        out->row[i] =
+            i > 0 && row % group ? out->row[i - 1] : row_at(p, w->row_begin + row / group);
+        out->qo_head[i] = w->kv_head * group + row % group;
+        if (g->flags & QI_GROUP_SPARSE)
+            out->begin[i] = w->kv_begin, out->end[i] = w->kv_end;
+        else
+            row_sees(p, out->row[i].position - g->kv_offset, w->kv_begin, w->kv_end, &out->begin[i],
+                     &out->end[i]);
+        if (out->begin[i] < out->end[i]) {
+            out->from = out->begin[i] < out->from ? out->begin[i] : out->from;
+            out->to = out->end[i] > out->to ? out->end[i] : out->to;
+        }
+        out->all_from = out->begin[i] > out->all_from ? out->begin[i] : out->all_from;
+        out->all_to = out->end[i] < out->all_to ? out->end[i] : out->all_to;
+    }
+}
+
+/* One work item. Scratch: for each KV head and four of its rows q [ROWS][q_stride], o
+ * [ROWS][o_stride], max, sum and scale; then a row, angles, and keys. dim_qk, dim_vo, kv: constants
+ * in the specialised rows, p's fields in the general one. own_rows: the general row, whose kv is f32. */
+QI_INLINE void decode_tile(const attention_params *p, const qi_work *w, float *scratch,
+                           const i32 dim_qk, const i32 dim_vo, const qi_dtype kv,
+                           const int own_rows)
+{
+    const qi_group *g = &p->plan.groups[w->group];
+    const i32 group = p->num_qo_heads / p->num_kv_heads;
     const i32 rows = w->num_rows * group, fours = (rows + ROWS - 1) / ROWS, heads = w->num_kv_heads;
     const i64 q_stride = round_up(dim_qk, QI_VW), o_stride = round_up(dim_vo, QI_VW);
-    const i64 unit = ROWS * (q_stride + o_stride) + 2 * QI_VW; /* floats of a decode_state */
+    const i64 unit = ROWS * (q_stride + o_stride) + 3 * QI_VW; /* floats of a decode_state */
+    float *row_buffer = scratch + (i64)heads * fours * unit;
+    float *angles = row_buffer + q_stride, *keys = angles + 2 * (i64)dim_qk;
+    float *values = keys + (i64)heads * BLOCK * q_stride;
 
-    /* What each row sees, and what all of them may see. Row i is token i / group, head i % group. */
-    const i64 position = (i64)p->plan.qo_pos[request] + (w->row_begin - p->plan.qo_indptr[request]);
-    i32 begin[DECODE_M + 512], end[DECODE_M + 512], from = w->kv_end, to = w->kv_begin;
-    i32 all_from = w->kv_begin, all_to = w->kv_end; /* the keys that every row sees */
+    decode_rows_of r;
+    find_rows(p, w, g, fours * ROWS, &r);
     for (i32 i = 0; i < fours * ROWS; i++) {
-        row_sees(p, position + (i < rows ? i : rows - 1) / group, w->kv_begin, w->kv_end, &begin[i],
-                 &end[i]);
-        if (begin[i] < end[i]) {
-            from = begin[i] < from ? begin[i] : from;
-            to = end[i] > to ? end[i] : to;
-        }
-        all_from = begin[i] > all_from ? begin[i] : all_from;
-        all_to = end[i] < all_to ? end[i] : all_to;
-    }
-
-    for (i32 h = 0; h < heads; h++)
-        for (i32 i = 0; i < fours * ROWS; i++) {
+        if (i % group == 0 && i < rows) load_angles(p, r.row[i].position, angles);
+        for (i32 h = 0; h < heads; h++) {
             float *state = scratch + ((i64)h * fours + i / ROWS) * unit;
-            float *q = state + i % ROWS * q_stride;
+            float *q = state + i % ROWS * q_stride, *lanes = state + unit - 3 * QI_VW;
+            const i32 qo_head = r.qo_head[i] + h * group;
             if (i < rows)
-                load_query(p, w->row_begin + i / group, (w->kv_head + h) * group + i % group, q,
-                           q_stride);
+                load_query(p, &r.row[i], qo_head, q, q_stride, angles, row_buffer);
             else
                 memset(q, 0, (size_t)q_stride * sizeof *q);
             memset(state + ROWS * q_stride + i % ROWS * o_stride, 0, (size_t)o_stride * sizeof *q);
-            vf_store(state + unit - 2 * QI_VW, vf_set1(-INFINITY));
-            vf_store(state + unit - QI_VW, vf_set1(0.f));
+            vf_store(lanes, vf_set1(-INFINITY));
+            vf_store(lanes + QI_VW, vf_set1(0.f));
+            for (i32 lane = i % ROWS; lane < QI_VW; lane += ROWS)
+                lanes[2 * QI_VW + lane] = p->logit_scale[qo_head];
         }
+    }
 
+    const int load = own_rows && (CHANGES_KEYS(p) || p->dtype_kv != QI_F32);
     decode_block blocks[2];
-    fill_block(p, request, from, to, &blocks[0]);
-    for (i32 at = from, turn = 0; at < to; at += BLOCK, turn ^= 1) {
+    fill_block(p, g, r.from, r.to, &blocks[0]);
+    for (i32 at = r.from, turn = 0; at < r.to; at += BLOCK, turn ^= 1) {
         const decode_block *b = &blocks[turn], *next = &blocks[turn ^ 1];
-        fill_block(p, request, at + BLOCK, to, &blocks[turn ^ 1]);
+        fill_block(p, g, at + BLOCK, r.to, &blocks[turn ^ 1]);
         if (next->n <= 0) next = b;
-        const int edge = at < all_from || at + BLOCK > all_to;
+        if (load) load_block(p, w, b, q_stride, o_stride, keys, values, angles, row_buffer);
+        const int edge = at < r.all_from || at + BLOCK > r.all_to;
         for (i32 h = 0; h < heads; h++) {
             const i32 ahead = h + AHEAD;
             const decode_block *fetch = ahead < heads ? b : next;
@@ -250,13 +352,20 @@ QI_INLINE void decode_tile(const attention_params *p, const qi_work *w, float *s
                 float *state = scratch + ((i64)h * fours + f) * unit;
                 const decode_state s = {.q = state,
                                         .o = state + ROWS * q_stride,
-                                        .max = state + unit - 2 * QI_VW,
-                                        .sum = state + unit - QI_VW,
-                                        .sees_begin = begin + f * ROWS,
-                                        .sees_end = end + f * ROWS,
+                                        .max = state + unit - 3 * QI_VW,
+                                        .sum = state + unit - 2 * QI_VW,
+                                        .scale = state + unit - QI_VW,
+                                        .row = r.row + f * ROWS,
+                                        .qo_head = r.qo_head + f * ROWS,
+                                        .head = h * group,
+                                        .num_rows = rows - f * ROWS < ROWS ? rows - f * ROWS : ROWS,
+                                        .sees_begin = r.begin + f * ROWS,
+                                        .sees_end = r.end + f * ROWS,
                                         .edge = edge};
-                decode_unit(p, &s, b, w->kv_head + h, fetch, w->kv_head + fetch_head, dim_qk,
-                            dim_vo, kv);
+                decode_unit(p, g, &s, b, w->kv_head + h,
+                            load ? keys + (i64)h * BLOCK * q_stride : NULL,
+                            load ? values + (i64)h * BLOCK * o_stride : NULL, fetch,
+                            w->kv_head + fetch_head, dim_qk, dim_vo, kv);
             }
         }
     }
@@ -264,12 +373,14 @@ QI_INLINE void decode_tile(const attention_params *p, const qi_work *w, float *s
     for (i32 h = 0; h < heads; h++)
         for (i32 i = 0; i < rows; i++) {
             float *state = scratch + ((i64)h * fours + i / ROWS) * unit;
+            float *o = state + ROWS * q_stride + i % ROWS * o_stride;
+            const float *lanes = state + unit - 3 * QI_VW, max = lanes[i % ROWS];
             float sum = 0.f;
-            for (int t = 0; t < TOKENS; t++) sum += state[unit - QI_VW + t * ROWS + i % ROWS];
-            finish_row(p, w->slot < 0 ? -1 : w->slot + h * rows + i, w->row_begin + i / group,
-                       (w->kv_head + h) * group + i % group,
-                       state + ROWS * q_stride + i % ROWS * o_stride,
-                       state[unit - 2 * QI_VW + i % ROWS], sum);
+            for (int t = 0; t < TOKENS; t++) sum += lanes[QI_VW + t * ROWS + i % ROWS];
+            if (w->slot < 0)
+                finish_row(p, &r.row[i], r.qo_head[i] + h * group, o, max, sum);
+            else
+                store_partial(p, (i64)w->slot + h * rows + i, o, max, sum);
         }
 }
 

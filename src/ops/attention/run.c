@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "base/scale_spec.h"
 #include "ops/attention/attention.h"
 
 #define LN2 0.69314718055994530942f
@@ -76,14 +77,48 @@ static qkv_status check_window(const char *name, int32_t want, int32_t planned)
     return QKV_OK;
 }
 
-/* sm_scale, soft cap and window of this layer. */
+/* Folds sm_scale and all scales into one factor a head for logits, sums of v and outputs. */
+static qkv_status read_scales(qkv_attention *a, const qkv_attention_io *io, attention_params *p)
+{
+    const qkv_attention_spec *s = &a->spec;
+    qi_scale q, k, v, o;
+    QI_TRY(qi_scale_read(&io->q_scale, "q_scale", s->num_qo_heads, &q));
+    QI_TRY(qi_scale_read(&io->k_scale, "k_scale", s->num_kv_heads, &k));
+    QI_TRY(qi_scale_read(&io->v_scale, "v_scale", s->num_kv_heads, &v));
+    QI_TRY(qi_scale_read(&io->o_scale, "o_scale", s->num_qo_heads, &o));
+    QI_REQUIRE(io->sm_scale >= 0.f && isfinite(io->sm_scale),
+               "sm_scale: expected > 0, or 0 for the spec's, got %g", (double)io->sm_scale);
+    const float sm_scale = io->sm_scale > 0.f ? io->sm_scale : s->sm_scale;
+    float *logit = a->head_scales, *value = logit + s->num_qo_heads,
+          *output = value + s->num_qo_heads;
+    for (int32_t h = 0; h < s->num_qo_heads; h++) {
+        const int32_t kv_head = h / (s->num_qo_heads / s->num_kv_heads);
+        logit[h] = sm_scale * qi_scale_at(&q, h) * qi_scale_at(&k, kv_head);
+        value[h] = qi_scale_at(&v, kv_head);
+        output[h] = 1.f / qi_scale_at(&o, h);
+    }
+    p->logit_scale = logit;
+    p->value_scale = value;
+    p->output_scale = output;
+    return QKV_OK;
+}
+
+/* A tensor of one f32 a query head that must be there, or must not. */
+static qkv_status read_per_head(const qkv_attention *a, const DLTensor *t, const char *name,
+                                int wanted, const char *switch_name, const float **out)
+{
+    QI_REQUIRE(wanted || !t, "%s: expected NULL without %s", name, switch_name);
+    if (!wanted) return QKV_OK;
+    QI_TRY(qi_expect(t, name, QKV_F32, QI_SHAPE(a->spec.num_qo_heads)));
+    *out = qi_data(t);
+    return QKV_OK;
+}
+
+/* Soft cap and window of this layer. */
 static qkv_status read_overrides(const qkv_attention *a, const qkv_attention_io *io,
                                  attention_params *p)
 {
     const qkv_attention_spec *s = &a->spec;
-    QI_REQUIRE(io->sm_scale >= 0.f && isfinite(io->sm_scale),
-               "sm_scale: expected > 0, or 0 for the spec's, got %g", (double)io->sm_scale);
-    p->sm_scale = io->sm_scale > 0.f ? io->sm_scale : s->sm_scale;
     QI_REQUIRE(io->logits_soft_cap == 0.f || (s->features & QKV_FEATURE_SOFT_CAP),
                "logits_soft_cap: expected 0, since the spec has no QKV_FEATURE_SOFT_CAP, got %g",
                (double)io->logits_soft_cap);
@@ -157,6 +192,25 @@ static qkv_status read_tensors(const qkv_attention *a, const qkv_attention_io *i
     return QKV_OK;
 }
 
+/* What the plan's batch and the spec add. */
+static void set_plan_params(const qkv_attention *a, attention_params *p)
+{
+    p->rope = a->rope;
+    p->rope_turns = a->rope_turns;
+    if (a->mask_bits) {
+        p->mask_bits = a->mask_bits;
+        p->mask_indptr = a->mask_indptr;
+    }
+    if (a->bsr.indptr) {
+        p->bsr_indices = a->bsr.indices;
+        p->bsr_mask = a->bsr.mask;
+        p->bsr_mask_stride = a->bsr.mask_stride;
+        p->bsr_rows = a->bsr.rows;
+        p->bsr_cols = a->bsr.cols;
+    }
+    p->general = p->alibi_slopes || a->mask_bits || a->bsr.indptr;
+}
+
 /* "qkv,run,OP,ROW,PROBLEM,us=..": OP and PROBLEM, which has the means of the batch's lengths, are
  * what `qkv bench` takes. */
 static void log_run(const qkv_attention *a, const attention_params *p, i64 ns)
@@ -216,13 +270,23 @@ qkv_status qkv_attention_run(qkv_attention *attention, const qkv_attention_io *i
         .scratch = a->scratch,
         .scratch_stride = a->scratch_stride,
     };
+    QI_REQUIRE(layer.reserved == 0, "reserved: expected 0, got %u", (unsigned)layer.reserved);
     QI_TRY(read_tensors(a, &layer, &p));
+    QI_TRY(read_per_head(a, layer.sink, "sink", (s->flags & QKV_ATTENTION_HAS_SINK) != 0,
+                         "QKV_ATTENTION_HAS_SINK", &p.sink));
+    QI_TRY(read_per_head(a, layer.alibi_slopes, "alibi_slopes",
+                         (s->features & QKV_FEATURE_ALIBI) != 0, "QKV_FEATURE_ALIBI",
+                         &p.alibi_slopes));
     QI_TRY(read_overrides(a, &layer, &p));
+    QI_TRY(read_scales(a, &layer, &p));
+    set_plan_params(a, &p);
     if (a->num_tokens == 0) return QKV_OK;
 
     const int verbose = qi_verbose(&a->ctx->logger, QI_VERBOSE_RUN);
     const i64 start = verbose ? qi_now_ns() : 0;
     qi_launch(a->ctx, a->row, a->plan.header->num_strips, &p);
+    if (a->plan.header->num_levels > 1)
+        qi_launch(a->ctx, a->levels_row, a->plan.header->num_strips, &p);
     if (verbose) log_run(a, &p, qi_now_ns() - start);
     return QKV_OK;
 }

@@ -13,10 +13,9 @@ typedef struct qi_lanes {
 } qi_lanes;
 
 typedef struct qi_lengths {
-    const i32 *qo_indptr; /* [num_requests + 1], first 0 */
-    const i32 *kv_len;    /* [num_requests] */
-    const i32 *qo_pos;    /* [num_requests] position of row 0 */
-    i32 num_requests;
+    const qi_group *groups; /* [num_groups] level by level */
+    i32 num_groups, num_requests, num_tokens;
+    i32 num_levels; /* more than 1: every tile of a group that is not ALONE gets partial rows */
 } qi_lengths;
 
 /* What the operator's spec and limits fix. */
@@ -27,14 +26,17 @@ typedef struct qi_limits {
     i32 tile_rows;   /* rows of a prefill tile, <= 65535 */
     i32 causal, window_left, window_right; /* as in the spec; windows -1 = open */
     i32 cut_align;                         /* keys are cut at multiples of this */
-    i32 cost_visit;                        /* cost units of starting a tile */
-    i32 cost_key;                          /* of one key of one KV head */
-    i32 cost_pair;                         /* of one (query row, key) pair of one query head */
+    i32 fixed_cuts; /* 1: decode tiles at each of them and prefill tiles never, whatever the strips;
+                       the strips then end between pieces */
+    i32 cost_visit; /* cost units of starting a tile */
+    i32 cost_key;   /* of one key of one KV head */
+    i32 cost_pair;  /* of one (query row, key) pair of one query head */
     i64 cost_strip; /* a strip costs at least this, or it is not worth a worker; 0 = no minimum */
     i64 max_split_rows; /* capacity of partial rows */
 } qi_limits;
 
-/* The keys [*begin, *end) that rows [first, last] at these positions see, empty as begin == end. */
+/* The keys [*begin, *end), of kv_len, that rows at positions first to last, relative to key 0, see;
+ * empty as begin == end. */
 static inline void qi_visible(const qi_limits *limits, i32 kv_len, i64 first, i64 last, i32 *begin,
                               i32 *end)
 {
@@ -48,16 +50,21 @@ static inline void qi_visible(const qi_limits *limits, i32 kv_len, i64 first, i6
     *end = (i32)(hi > lo ? hi : lo);
 }
 
-/* An upper bound of header.num_work for a batch of at most this many tokens and requests. */
-i64 qi_schedule_max_work(const qi_limits *limits, i64 max_tokens, i64 max_requests, i64 max_qo_len);
+/* An upper bound of header.num_work for batches of at most this many groups; tokens: the rows of all
+ * groups together; max_rows: of one group. */
+i64 qi_schedule_max_work(const qi_limits *limits, i64 max_tokens, i64 max_groups, i64 max_rows);
 
-/* Partial rows that let every strip end anywhere. */
-i64 qi_schedule_split_rows(const qi_limits *limits, i64 max_qo_len);
+/* Partial rows that let every strip end anywhere, for groups of at most max_rows rows. */
+i64 qi_schedule_split_rows(const qi_limits *limits, i64 max_rows);
+
+/* Partial rows that a batch cannot do without: those of groups that are not ALONE, and of fixed
+ * cuts. qi_schedule needs max_split_rows to be at least that. */
+i64 qi_schedule_rows_needed(const qi_lengths *in, const qi_limits *limits);
 
 /*
- * qi_schedule - fill header, work_indptr, work, merge and clear the tickets of *out.
+ * qi_schedule - fill header, work_indptr, work, merge, row_merge and clear the tickets of *out.
  *
- * A request of n rows is one decode tile over all KV heads if n <= decode_rows, else num_kv_heads *
+ * A group of n rows is one decode tile over its KV heads if n <= decode_rows, else for each head
  * ceil(n / tile_rows) prefill tiles, head by head. The tiles, in that order, form a line of integer
  * costs
  *
@@ -72,8 +79,8 @@ i64 qi_schedule_split_rows(const qi_limits *limits, i64 max_qo_len);
  *
  * With S = ceil(total / n), u the cost of the largest tile that is left whole and a that of 3 *
  * cut_align keys of the largest cut tile: no strip costs more than S + max(u, a) + cost_visit.
- * Deterministic in its inputs. Capacity: work as qi_schedule_max_work, merge and ticket num_workers
- * - 1.
+ * Deterministic in its inputs. Capacity: work as qi_schedule_max_work; merge and ticket num_workers
+ * - 1, but as many as work with several levels or fixed_cuts.
  */
 void qi_schedule(qi_lanes lanes, const qi_lengths *in, const qi_limits *limits, const qi_plan *out);
 

@@ -2,6 +2,8 @@
  * and slot that will be written is checked first, so the kernel cannot fail half way.
  * SPDX-License-Identifier: Apache-2.0 */
 #include "base/kv_index.h"
+#include "base/rope_spec.h"
+#include "base/scale_spec.h"
 #include "core/launch.h"
 #include "ops/page/append_params.h"
 #include "qkv/page.h"
@@ -18,15 +20,26 @@ typedef struct pool_shape {
     i64 pages, page_size, num_heads;
 } pool_shape;
 
+/* Every float type and i8, which a cache (and q_out, but for i8) may have. */
+static qkv_status expect_stored(const DLTensor *t, const char *name, int ndim, const i64 *shape,
+                                int allow_i8)
+{
+    const i32 dtype = t ? (i32)qi_dtype_of(t->dtype) : -1;
+    if (dtype == QI_E4M3 || dtype == QI_E5M2 || (dtype == QI_I8 && allow_i8))
+        return qi_expect(t, name, t->dtype, ndim, shape);
+    return qi_expect_float(t, name, ndim, shape);
+}
+
 /* A pool [pages, page_size, heads, head_dim] by layout. The first one read says the shape. */
 static qkv_status read_cache(const DLTensor *cache, const char *name, i32 layout, pool_shape *shape,
                              append_tensor *t)
 {
     const int slot = layout == QKV_NHD ? 1 : 2, head = 3 - slot;
-    QI_TRY(qi_expect_float(
-        cache, name,
-        QI_SHAPE(shape->pages, layout == QKV_NHD ? shape->page_size : shape->num_heads,
-                 layout == QKV_NHD ? shape->num_heads : shape->page_size, QI_ANY)));
+    QI_TRY(expect_stored(cache, name,
+                         QI_SHAPE(shape->pages,
+                                  layout == QKV_NHD ? shape->page_size : shape->num_heads,
+                                  layout == QKV_NHD ? shape->num_heads : shape->page_size, QI_ANY),
+                         1));
     *shape = (pool_shape){cache->shape[0], cache->shape[slot], cache->shape[head]};
     *t = (append_tensor){
         .cache = qi_data(cache),
@@ -69,10 +82,6 @@ static qkv_status read_rows(const DLTensor *rows, const char *name, i64 nnz, app
     t->row_stride = qi_stride(rows, 0);
     t->row_head_stride = qi_stride(rows, 1);
     t->dtype = (qi_dtype)qi_dtype_of(rows->dtype);
-    if (t->row_head_stride == t->head_dim && t->head_stride == t->head_dim) {
-        t->head_dim *= t->num_heads;
-        t->num_heads = 1;
-    }
     return QKV_OK;
 }
 
@@ -86,7 +95,7 @@ static qkv_status read_tensors(DLTensor *k_cache, DLTensor *v_cache, i32 kv_layo
     half halves[2];
     const DLTensor *caches[2] = {k_cache, v_cache};
     if (!v_cache) {
-        QI_TRY(qi_expect_float(k_cache, "k_cache", QI_SHAPE(QI_ANY, 2, QI_ANY, QI_ANY, QI_ANY)));
+        QI_TRY(expect_stored(k_cache, "k_cache", QI_SHAPE(QI_ANY, 2, QI_ANY, QI_ANY, QI_ANY), 1));
         for (int i = 0; i < 2; i++) caches[i] = half_of(k_cache, i, &halves[i]);
     }
     *shape = (pool_shape){QI_ANY, QI_ANY, QI_ANY};
@@ -100,6 +109,67 @@ static qkv_status read_tensors(DLTensor *k_cache, DLTensor *v_cache, i32 kv_layo
                    "k, v: expected memory apart from the caches");
     p->page_size = shape->page_size;
     p->nnz = k->shape[0];
+    return QKV_OK;
+}
+
+/* How a tensor's rows change on their way. Heads that do not, and adjoin on both sides, are one. */
+static qkv_status set_changes(append_tensor *t, const char *name, int rotate)
+{
+    t->rotate = rotate;
+    t->plain = !rotate && qi_scale_is_one(&t->scale) && qi_dtype_bytes(t->cache_dtype) > 1;
+    QI_REQUIRE(t->plain || t->head_dim <= APPEND_MAX_DIM,
+               "%s: expected a head_dim of at most %d with 8-bit types, a scale or rope, got %lld",
+               name, APPEND_MAX_DIM, (long long)t->head_dim);
+    if (t->plain && t->row_head_stride == t->head_dim && t->head_stride == t->head_dim) {
+        t->head_dim *= t->num_heads;
+        t->num_heads = 1;
+    }
+    return QKV_OK;
+}
+
+/* q and q_out, as a tensor whose cache has a page a row. */
+static qkv_status read_queries(const qkv_kv_append_options *o, const DLTensor *k, const DLTensor *v,
+                               append_params *p)
+{
+    QI_REQUIRE(!o->q == !o->q_out, "q, q_out: expected both or neither, got one");
+    if (!o->q) return QKV_OK;
+    QI_REQUIRE(o->rope, "q: expected NULL without rope");
+    QI_TRY(qi_expect_float(o->q, "q", QI_SHAPE(p->nnz, QI_ANY, p->k.head_dim)));
+    const i64 heads = o->q->shape[1];
+    QI_TRY(expect_stored(o->q_out, "q_out", QI_SHAPE(p->nnz, heads, p->k.head_dim), 0));
+    QI_REQUIRE(qi_same(o->q_out, o->q) || !qi_overlap(o->q_out, o->q),
+               "q_out: expected q itself or memory apart from it");
+    for (int i = 0; i < 2; i++)
+        QI_REQUIRE(!qi_overlap(o->q_out, i ? v : k), "q_out: expected memory apart from k and v");
+    p->q = (append_tensor){.rows = qi_data(o->q),
+                           .row_stride = qi_stride(o->q, 0),
+                           .row_head_stride = qi_stride(o->q, 1),
+                           .cache = qi_data(o->q_out),
+                           .page_stride = qi_stride(o->q_out, 0),
+                           .head_stride = qi_stride(o->q_out, 1),
+                           .num_heads = heads,
+                           .head_dim = p->k.head_dim,
+                           .dtype = (qi_dtype)qi_dtype_of(o->q->dtype),
+                           .cache_dtype = (qi_dtype)qi_dtype_of(o->q_out->dtype)};
+    return QKV_OK;
+}
+
+/* Options of either call, once the tensors are known. */
+static qkv_status read_options(const qkv_kv_append_options *options, const DLTensor *k,
+                               const DLTensor *v, append_params *p, const DLTensor **positions)
+{
+    qkv_kv_append_options o = {QKV_KV_APPEND_OPTIONS_INIT};
+    if (options) QI_TRY(qi_read_struct(&o, sizeof o, options, "options"));
+    QI_REQUIRE(o.reserved == 0, "options.reserved: expected 0, got %u", (unsigned)o.reserved);
+    QI_TRY(qi_scale_read(&o.k_scale, "k_scale", p->k.num_heads, &p->k.scale));
+    QI_TRY(qi_scale_read(&o.v_scale, "v_scale", p->v.num_heads, &p->v.scale));
+    if (o.rope) QI_TRY(qi_rope_read(o.rope, "rope", p->k.head_dim, &p->rope));
+    QI_TRY(read_queries(&o, k, v, p));
+    QI_TRY(qi_scale_read(&o.q_scale, "q_scale", p->q.num_heads, &p->q.scale));
+    QI_TRY(set_changes(&p->k, "k", o.rope != NULL));
+    QI_TRY(set_changes(&p->v, "v", 0));
+    if (p->q.rows) QI_TRY(set_changes(&p->q, "q", 1));
+    *positions = o.positions;
     return QKV_OK;
 }
 
@@ -153,8 +223,9 @@ static qkv_status launch(const qkv_context *ctx, const append_params *p)
     if (p->nnz == 0) return QKV_OK;
     const qi_kernel *row;
     QI_TRY(qi_select(ctx, qi_append_kernels, NULL, &row));
-    const append_tensor *k = &p->k, *v = &p->v;
-    const i64 elements = k->num_heads * k->head_dim + v->num_heads * v->head_dim;
+    const append_tensor *k = &p->k, *v = &p->v, *q = &p->q;
+    const i64 elements =
+        k->num_heads * k->head_dim + v->num_heads * v->head_dim + q->num_heads * q->head_dim;
     const i64 bytes = (i64)(qi_dtype_bytes(k->dtype) + qi_dtype_bytes(k->cache_dtype));
     const i64 tasks = qi_tasks_for(p->nnz * elements * bytes);
     qi_launch(ctx, row, tasks < p->nnz ? tasks : p->nnz, p);
@@ -163,13 +234,17 @@ static qkv_status launch(const qkv_context *ctx, const append_params *p)
 
 qkv_status qkv_kv_append(qkv_context *ctx, DLTensor *k_cache, DLTensor *v_cache, int32_t kv_layout,
                          const DLTensor *k, const DLTensor *v, const qkv_kv_index *index,
-                         const DLTensor *positions, void *stream)
+                         const DLTensor *positions, const qkv_kv_append_options *options,
+                         void *stream)
 {
     (void)stream;
     QI_REQUIRE_CONTEXT(ctx);
     append_params params = {.slots = NULL};
     pool_shape shape;
     QI_TRY(read_tensors(k_cache, v_cache, kv_layout, k, v, &shape, &params));
+    const DLTensor *of_slots;
+    QI_TRY(read_options(options, k, v, &params, &of_slots));
+    QI_REQUIRE(!of_slots, "options.positions: expected NULL, since positions are an argument");
     QI_TRY(qi_kv_index_read(index, shape.page_size, &params.index));
     if (positions) {
         QI_TRY(qi_expect(positions, "positions", QKV_I32, QI_SHAPE(params.nnz)));
@@ -185,13 +260,22 @@ qkv_status qkv_kv_append(qkv_context *ctx, DLTensor *k_cache, DLTensor *v_cache,
 
 qkv_status qkv_kv_append_slots(qkv_context *ctx, DLTensor *k_cache, DLTensor *v_cache,
                                int32_t kv_layout, const DLTensor *k, const DLTensor *v,
-                               const DLTensor *slot_mapping, void *stream)
+                               const DLTensor *slot_mapping, const qkv_kv_append_options *options,
+                               void *stream)
 {
     (void)stream;
     QI_REQUIRE_CONTEXT(ctx);
     append_params params = {.nnz = 0};
     pool_shape shape;
     QI_TRY(read_tensors(k_cache, v_cache, kv_layout, k, v, &shape, &params));
+    const DLTensor *positions;
+    QI_TRY(read_options(options, k, v, &params, &positions));
+    QI_REQUIRE(!positions == (params.rope.num_pairs == 0),
+               "options.positions: expected a tensor with rope, and only then");
+    if (positions) {
+        QI_TRY(qi_expect(positions, "options.positions", QKV_I32, QI_SHAPE(params.nnz)));
+        params.positions = qi_data(positions);
+    }
     const int is64 = slot_mapping && qi_dtype_of(slot_mapping->dtype) == QI_I64;
     QI_TRY(qi_expect(slot_mapping, "slot_mapping", is64 ? QKV_I64 : QKV_I32, QI_SHAPE(params.nnz)));
     params.slots = qi_data(slot_mapping);

@@ -1,10 +1,9 @@
 /* rope.c - host side of qkv_rope: check, choose, launch.
  * SPDX-License-Identifier: Apache-2.0 */
-#include <math.h>
-
+#include "qkv/rope.h"
+#include "base/rope_spec.h"
 #include "core/launch.h"
 #include "ops/rope/rope_params.h"
-#include "qkv/rope.h"
 
 QI_CPU_DECLARE(rope);
 
@@ -13,39 +12,6 @@ const qi_kernel qi_rope_kernels[] = {
     {0},
 };
 
-static qkv_status read_spec(const qkv_rope_spec *in, int64_t head_dim, rope_params *p)
-{
-    qkv_rope_spec s;
-    QI_TRY(qi_read_struct(&s, sizeof s, in, "spec"));
-    const int64_t rotary = s.rotary_dim ? s.rotary_dim : head_dim;
-    QI_REQUIRE(rotary > 0 && rotary % 2 == 0 && rotary <= head_dim && rotary <= 2 * ROPE_MAX_PAIRS,
-               "rotary_dim: expected an even number up to head_dim = %lld and %d, got %lld",
-               (long long)head_dim, 2 * ROPE_MAX_PAIRS, (long long)rotary);
-    QI_REQUIRE(s.interleaved == 0 || s.interleaved == 1, "interleaved: expected 0 or 1, got %d",
-               (int)s.interleaved);
-    if (s.theta == 0.f) s.theta = 10000.f;
-    if (s.scale == 0.f) s.scale = 1.f;
-    QI_REQUIRE(s.theta >= 1.f && isfinite(s.theta), "theta: expected >= 1, or 0 for 10000, got %g",
-               (double)s.theta);
-    QI_REQUIRE(s.scale >= 1.f && isfinite(s.scale), "scale: expected >= 1, or 0 for none, got %g",
-               (double)s.scale);
-    if (s.low_freq != 0.f || s.high_freq != 0.f) {
-        QI_REQUIRE(s.low_freq > 0.f && s.high_freq > s.low_freq && isfinite(s.high_freq),
-                   "low_freq, high_freq: expected 0 < low_freq < high_freq, got %g, %g",
-                   (double)s.low_freq, (double)s.high_freq);
-        QI_REQUIRE(s.old_context > 0.f && isfinite(s.old_context),
-                   "old_context: expected > 0 with low_freq, got %g", (double)s.old_context);
-    }
-    p->num_pairs = (i32)(rotary / 2);
-    p->interleaved = s.interleaved;
-    p->theta = (double)s.theta;
-    p->scale = (double)s.scale;
-    p->low_freq = (double)s.low_freq;
-    p->high_freq = (double)s.high_freq;
-    p->old_context = (double)s.old_context;
-    return QKV_OK;
-}
-
 /* One of q and k with its output, [nnz, any heads, head_dim]. */
 static qkv_status read_pair(const DLTensor *in, const char *in_name, const DLTensor *out,
                             const char *out_name, const DLTensor *q, rope_tensor *x)
@@ -53,12 +19,24 @@ static qkv_status read_pair(const DLTensor *in, const char *in_name, const DLTen
     QI_TRY(qi_expect(in, in_name, q->dtype, QI_SHAPE(q->shape[0], QI_ANY, q->shape[2])));
     QI_TRY(qi_expect(out, out_name, q->dtype, QI_SHAPE(q->shape[0], in->shape[1], q->shape[2])));
     QI_REQUIRE(qi_same(out, in) || !qi_overlap(out, in),
-               "%s: expected %s itself or memory apart from it", out_name, in_name);
+               "%s: expected %s itself or memory apart from it, got an overlap", out_name, in_name);
+    QI_TRY(qi_expect_distinct(out, out_name));
     *x = (rope_tensor){.in = qi_data(in),
                        .out = qi_data(out),
                        .heads = in->shape[1],
                        .in_stride = {qi_stride(in, 0), qi_stride(in, 1)},
                        .out_stride = {qi_stride(out, 0), qi_stride(out, 1)}};
+    return QKV_OK;
+}
+
+/* What says the positions is read while rows are written. */
+static qkv_status expect_unwritten(const DLTensor *t, const char *name, const DLTensor *q_out,
+                                   const DLTensor *k_out)
+{
+    QI_REQUIRE(!t || !qi_overlap(t, q_out), "%s: expected memory apart from q_out, got an overlap",
+               name);
+    QI_REQUIRE(!t || !k_out || !qi_overlap(t, k_out),
+               "%s: expected memory apart from k_out, got an overlap", name);
     return QKV_OK;
 }
 
@@ -102,15 +80,18 @@ qkv_status qkv_rope(qkv_context *ctx, const qkv_rope_spec *spec, DLTensor *q_out
     QI_REQUIRE_CONTEXT(ctx);
     QI_TRY(qi_expect_float(q, "q", QI_SHAPE(QI_ANY, QI_ANY, QI_ANY)));
     rope_params params = {.head_dim = q->shape[2], .dtype = (qi_dtype)qi_dtype_of(q->dtype)};
-    QI_TRY(read_spec(spec, q->shape[2], &params));
+    QI_TRY(qi_rope_read(spec, "spec", q->shape[2], &params.rope));
     QI_TRY(read_pair(q, "q", q_out, "q_out", q, &params.q));
     QI_REQUIRE(!k == !k_out, "k, k_out: expected both or neither, got one");
     if (k) {
         QI_TRY(read_pair(k, "k", k_out, "k_out", q, &params.k));
         QI_REQUIRE(!qi_overlap(q_out, k) && !qi_overlap(k_out, q) && !qi_overlap(q_out, k_out),
-                   "k_out: expected q and q_out apart from k and k_out");
+                   "k_out: expected q and q_out apart from k and k_out, got an overlap");
     }
     QI_TRY(read_positions(positions, indptr, offsets, q->shape[0], &params));
+    QI_TRY(expect_unwritten(positions, "positions", q_out, k_out));
+    QI_TRY(expect_unwritten(indptr, "indptr", q_out, k_out));
+    QI_TRY(expect_unwritten(offsets, "offsets", q_out, k_out));
     if (params.nnz == 0) return QKV_OK;
 
     const qi_kernel *row;

@@ -3,9 +3,7 @@
 #ifndef QI_ROPE_PARAMS_H
 #define QI_ROPE_PARAMS_H
 
-#include "kern/abi.h"
-
-enum { ROPE_MAX_PAIRS = 2048 };
+#include "kern/rope.h"
 
 typedef struct rope_tensor {
     const void *in;                  /* dtype [nnz, heads, head_dim], NULL: none */
@@ -19,11 +17,8 @@ typedef struct rope_params {
     const i32 *positions;        /* [nnz], or NULL and */
     const i32 *indptr, *offsets; /* [requests + 1], [requests] */
     i64 nnz, num_requests, head_dim;
-    i32 num_pairs; /* rotary_dim = 2 * num_pairs */
-    i32 interleaved;
+    qi_rope rope;
     qi_dtype dtype;
-    double theta, scale, low_freq, high_freq,
-        old_context; /* as in qkv_rope_spec; low_freq 0: plain */
 } rope_params;
 
 #endif

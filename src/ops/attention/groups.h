@@ -1,0 +1,62 @@
+/* groups.h - from a batch's index arrays to groups of rows that share a list of keys.
+ * SPDX-License-Identifier: Apache-2.0 */
+#ifndef QI_ATTENTION_GROUPS_H
+#define QI_ATTENTION_GROUPS_H
+
+#include "base/kv_index.h"
+#include "base/status.h"
+#include "ops/attention/attention_params.h"
+#include "ops/attention/schedule.h"
+
+/* Listed blocks of a sparse batch; indptr NULL: not sparse. */
+typedef struct bsr_view {
+    i32 rows, cols;
+    i32 num_lists;     /* 1, or num_kv_heads: each has its own */
+    i64 num_blocks;    /* row blocks */
+    const i32 *indptr; /* [num_lists, num_blocks + 1] by stride */
+    i64 indptr_stride;
+    const i32 *indices;
+    const u8 *mask; /* NULL: every bit is set */
+    i64 mask_stride;
+} bsr_view;
+
+/* A batch as checked: what it borrows from its arrays. */
+typedef struct batch_view {
+    i32 num_levels;
+    qi_kv_view level[MAX_LEVELS];
+    bsr_view bsr;
+    const i32 *qo_pos; /* NULL: at the end of the keys */
+    const u8 *mask_bits;
+    const i64 *mask_indptr;
+    i32 detect_shared_prefix;
+} batch_view;
+
+/* Groups of the batch, level by level, and the order of rows that makes each group's adjoin. */
+typedef struct group_list {
+    qi_group *groups; /* [num_groups] */
+    i32 *rows;        /* [num_tokens] token of each row; written where num_levels > 1 */
+    qi_group **leaf;  /* [num_requests] of each request; not of a sparse batch */
+    i32 num_groups, num_levels;
+} group_list;
+
+/* The three ways to make them. All lengths are checked before. kv_begin of paged groups counts from
+ * the first page list of the first level on, one list after another. */
+void qi_groups_by_level(const batch_view *batch, group_list *out);
+void qi_groups_by_block(const batch_view *batch, const qi_limits *limits, group_list *out);
+
+/*
+ * Requests whose page lists begin with the same pages, as levels. A part that n requests share becomes
+ * a group if reading it n - 1 times costs more than the partial rows of those requests; with at most
+ * max_levels - 1 of them above each other. Whole pages only. O(pages compared + requests log requests).
+ * order: [num_requests] scratch.
+ */
+void qi_groups_by_prefix(const batch_view *batch, const qi_limits *limits, i32 max_levels,
+                         i32 *order, group_list *out);
+
+/* Position of a request's row 0. */
+static inline i64 qi_first_position(const batch_view *batch, i64 request, i64 kv_len, i64 qo_len)
+{
+    return batch->qo_pos ? batch->qo_pos[request] : kv_len - qo_len;
+}
+
+#endif
