@@ -1,5 +1,8 @@
 /* test_activation.c - gated activations against double, over dtypes, forms, strides, levels,
- * threads. SPDX-License-Identifier: Apache-2.0 */
+ * threads.
+ * SPDX-License-Identifier: Apache-2.0 */
+#include <float.h>
+
 #include "view.h"
 
 static double reference(double x, int32_t kind)
@@ -94,7 +97,7 @@ static void gated_equals_the_formula_on_three_threads(void **state)
     test_every_level(3, check_grid, NULL);
 }
 
-/* The whole range of f32, large and tiny, both signs. */
+/* The whole range of f32, large and tiny, both signs, infinities and NaN. */
 static void check_range(qkv_context *ctx, void *user)
 {
     (void)user;
@@ -104,11 +107,13 @@ static void check_range(qkv_context *ctx, void *user)
     view_new(&up, QKV_F32, 0, TEST_SHAPE(1, n));
     view_new(&out, QKV_F32, 0, TEST_SHAPE(1, n));
     for (int64_t i = 0; i < n; i++) {
-        view_put(&gate, i, ldexp(test_uniform(1), (int)test_below(160) - 80));
+        const double x = test_uniform(1); /* half of them where the exponentials end, and beyond */
+        view_put(&gate, i, i % 2 ? 200 * x : ldexp(x, (int)test_below(254) - 126));
         view_put(&up, i, 1);
     }
-    const double special[] = {0,    -0.0, 1e30, -1e30, 88,    -88,     100,
-                              -100, 13,   -13,  14.5,  -14.5, 0x1p-126};
+    const double special[] = {0,    -0.0,  88,    -88,      100,     -100,    13,
+                              -13,  14.5,  -14.5, 0x1p-126, FLT_MAX, 1e38,    -1e38,
+                              1e20, -1e20, 1e13,  -1e13,    -1e30,   -FLT_MAX};
     for (size_t i = 0; i < sizeof special / sizeof *special; i++)
         view_put(&gate, (int64_t)i, special[i]);
     double *const g = view_values(&gate), *const u = view_values(&up);
@@ -116,19 +121,21 @@ static void check_range(qkv_context *ctx, void *user)
         EXPECT_OK(qkv_gated_activation(ctx, &out.t, &gate.t, &up.t, kind, NULL));
         for (int64_t i = 0; i < n; i++) {
             const double want = reference(g[i], kind), got = view_get(&out, i);
-            /* e^x flushes to 0 below 2^-126 and stops at 2^127, so a far negative tail is not 0 */
-            const double bound = error_of(g[i], kind) * fabs(want) + 1e-36 * (1 + fabs(g[i]));
+            const double bound = error_of(g[i], kind) * fabs(want) + 0x1p-120;
             if (!(fabs(got - want) <= bound))
                 fail_msg("kind %d of %.9g: expected %.9g, got %.9g", (int)kind, g[i], want, got);
         }
     }
     view_put(&gate, 0, NAN);
     view_put(&gate, 1, INFINITY);
+    view_put(&gate, 2, -INFINITY);
+    view_put(&gate, 3, 1000);
     for (int32_t kind = 0; kind < 3; kind++) {
         EXPECT_OK(qkv_gated_activation(ctx, &out.t, &gate.t, &up.t, kind, NULL));
         assert_true(isnan(view_get(&out, 0)));
         assert_true(view_get(&out, 1) == INFINITY);
-        assert_true(view_get(&out, 2) == g[2]); /* neighbours of a NaN are as ever */
+        assert_true(view_get(&out, 2) == 0);
+        assert_true(view_get(&out, 3) == 1000); /* neighbours of a NaN are as ever */
     }
     free(g);
     free(u);
@@ -187,7 +194,10 @@ static void gated_names_the_bad_argument(void **state)
     memset(data, VIEW_POISON, sizeof data);
     DLTensor *out = TENSOR(data[0], QKV_F32, 2, 16), *gate = TENSOR(data[1], QKV_F32, 2, 16);
     DLTensor *up = TENSOR(data[2], QKV_F32, 2, 16);
-    const char *const shared = "out: expected gate or up itself, or memory apart from them";
+    const char *const shared =
+        "out: expected gate or up itself, or memory apart from them, got an overlap";
+    DLTensor one_row = *gate;
+    one_row.strides = (int64_t[]){0, 1};
     const struct {
         const char *why;
         qkv_context *ctx;
@@ -209,6 +219,8 @@ static void gated_names_the_bad_argument(void **state)
          0},
         {"kind: expected QKV_SILU, QKV_GELU or QKV_GELU_TANH, got 3", ctx, out, gate, up, 3},
         {"kind: expected QKV_SILU, QKV_GELU or QKV_GELU_TANH, got -1", ctx, out, gate, up, -1},
+        {"out: expected elements apart from each other, got stride 0", ctx, &one_row, &one_row, up,
+         0},
         {shared, ctx, TENSOR(data[1] + 1, QKV_F32, 2, 16), gate, up, 0},
         {shared, ctx, TENSOR(data[2] + 31, QKV_F32, 2, 16), gate, up, 0},
     };

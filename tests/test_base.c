@@ -1,9 +1,17 @@
 /* test_base.c - status, contexts, levels, threads.
  * SPDX-License-Identifier: Apache-2.0 */
+#include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 
 #include "device/cpu.h"
 #include "support.h"
+
+static void run_backwards(void *user, int32_t num_tasks, void (*task)(void *, int32_t), void *arg)
+{
+    ++*(int *)user;
+    for (int32_t i = num_tasks - 1; i >= 0; i--) task(arg, i);
+}
 
 static void context_opens_a_usable_level(void **state)
 {
@@ -30,6 +38,20 @@ static void context_names_the_bad_option(void **state)
     assert_null(ctx);
     o = (qkv_context_options){QKV_CONTEXT_OPTIONS_INIT, .num_threads = -1};
     EXPECT_FAIL(QKV_ERR_INVALID, "num_threads", qkv_context_create(&o, &ctx));
+    o = (qkv_context_options){QKV_CONTEXT_OPTIONS_INIT, .num_threads = 4097};
+    EXPECT_FAIL(QKV_ERR_INVALID, "num_threads: expected 1 to 4096, got 4097",
+                qkv_context_create(&o, &ctx));
+    assert_true(strncmp(qkv_last_error(), "num_threads", 11) == 0);
+    o = (qkv_context_options){QKV_CONTEXT_OPTIONS_INIT, .parallel.run = run_backwards};
+    EXPECT_FAIL(QKV_ERR_INVALID, "parallel.num_threads: expected 1 to 4096, got 0",
+                qkv_context_create(&o, &ctx));
+    o.parallel.num_threads = 1;
+    o.parallel.reserved = -5;
+    EXPECT_FAIL(QKV_ERR_INVALID, "parallel.reserved: expected 0, got -5",
+                qkv_context_create(&o, &ctx));
+    o = (qkv_context_options){QKV_CONTEXT_OPTIONS_INIT, .parallel.reserved = 1};
+    EXPECT_FAIL(QKV_ERR_INVALID, "parallel.reserved: expected 0, got 1",
+                qkv_context_create(&o, &ctx));
     o = (qkv_context_options){QKV_CONTEXT_OPTIONS_INIT, .device = {kDLCUDA, 0}};
     EXPECT_FAIL(QKV_ERR_UNSUPPORTED, "device", qkv_context_create(&o, &ctx));
     o = (qkv_context_options){.struct_size = 0};
@@ -62,12 +84,6 @@ static void count_task(const void *arg, qi_task task)
     assert_int_equal(task.count, c->num_tasks);
     memset(task.scratch, task.index, QI_TASK_SCRATCH_BYTES);
     atomic_fetch_add(&c->runs[task.index], 1);
-}
-
-static void run_backwards(void *user, int32_t num_tasks, void (*task)(void *, int32_t), void *arg)
-{
-    ++*(int *)user;
-    for (int32_t i = num_tasks - 1; i >= 0; i--) task(arg, i);
 }
 
 static void *counted_alloc(void *user, size_t bytes, size_t alignment)
@@ -122,6 +138,36 @@ static void parallel_wakes_threads_that_sleep(void **state)
     qi_threads_destroy(threads);
 }
 
+/* Which signals the tasks of one launch would let through: signals[task]. */
+static void read_mask(const void *arg, qi_task task)
+{
+    sigset_t *signals = (sigset_t *)(uintptr_t)arg;
+    pthread_sigmask(SIG_BLOCK, NULL, &signals[task.index]);
+}
+
+/* An engine's handlers run on its own threads; a fault of a kernel still reaches a crash reporter. */
+static void parallel_threads_take_no_signals(void **state)
+{
+    (void)state;
+    int blocks = 0;
+    const qkv_allocator allocator = {.user = &blocks, .alloc = counted_alloc, .free = counted_free};
+    sigset_t before, after, signals[3];
+    pthread_sigmask(SIG_BLOCK, NULL, &before);
+    qi_threads *threads;
+    EXPECT_OK(qi_threads_create(3, &(qkv_parallel){.run = NULL}, &allocator, &threads));
+    qi_parallel(threads, 3, read_mask, signals);
+    qi_threads_destroy(threads);
+    pthread_sigmask(SIG_BLOCK, NULL, &after);
+    for (int s = 1; s <= SIGRTMAX; s++) {
+        assert_int_equal(sigismember(&after, s), sigismember(&before, s));
+        assert_int_equal(sigismember(&signals[0], s), sigismember(&before, s));
+        if (s == SIGKILL || s == SIGSTOP || (s >= 32 && s < SIGRTMIN)) continue; /* never blocked */
+        const int fault = s == SIGSEGV || s == SIGBUS || s == SIGFPE || s == SIGILL;
+        for (int task = 1; task < 3; task++)
+            assert_int_equal(sigismember(&signals[task], s), !fault);
+    }
+}
+
 int main(void)
 {
     test_seed();
@@ -131,6 +177,7 @@ int main(void)
         cmocka_unit_test(context_refuses_a_tail_it_does_not_know),
         cmocka_unit_test(parallel_runs_every_task_once),
         cmocka_unit_test(parallel_wakes_threads_that_sleep),
+        cmocka_unit_test(parallel_threads_take_no_signals),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

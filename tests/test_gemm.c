@@ -1,5 +1,6 @@
 /* test_gemm.c - out = x w^T against sums in double, over dtypes, sizes, strides, levels and
- * threads. SPDX-License-Identifier: Apache-2.0 */
+ * threads.
+ * SPDX-License-Identifier: Apache-2.0 */
 #include "view.h"
 
 typedef struct gemm_case {
@@ -293,9 +294,11 @@ static void gemm_names_the_bad_argument(void **state)
     memset(data, VIEW_POISON, sizeof data);
     DLTensor *out = TENSOR(data[0], QKV_F32, 2, 3), *x = TENSOR(data[1], QKV_F32, 2, 16);
     DLTensor *w = TENSOR(data[2], QKV_F32, 3, 16);
-    DLTensor gaps = *x, elsewhere = *w, odd = *w, back = *x;
+    DLTensor gaps = *x, elsewhere = *w, odd = *w, back = *x, one_row = *out, near = *out;
     gaps.strides = (int64_t[]){32, 2};
     back.strides = (int64_t[]){-16, 1};
+    one_row.strides = (int64_t[]){0, 1};
+    near.strides = (int64_t[]){2, 1};
     elsewhere.device.device_type = kDLCUDA;
     odd.byte_offset = 2;
     const struct {
@@ -324,8 +327,13 @@ static void gemm_names_the_bad_argument(void **state)
         {"x: expected data, got NULL", ctx, out, TENSOR(NULL, QKV_F32, 2, 16), w},
         {"w: expected a tensor on the CPU", ctx, out, x, &elsewhere},
         {"w: expected data aligned to its elements", ctx, out, x, &odd},
-        {"out: expected memory apart from x", ctx, TENSOR(data[1] + 31, QKV_F32, 2, 3), x, w},
-        {"out: expected memory apart from w", ctx, TENSOR(data[2] + 47, QKV_F32, 2, 3), x, w},
+        {"out: expected elements apart from each other, got stride 0 on axis 0", ctx, &one_row, x,
+         w},
+        {"out: expected elements apart from each other, got stride 2 on axis 0", ctx, &near, x, w},
+        {"out: expected memory apart from x, got an overlap", ctx,
+         TENSOR(data[1] + 31, QKV_F32, 2, 3), x, w},
+        {"out: expected memory apart from w, got an overlap", ctx,
+         TENSOR(data[2] + 47, QKV_F32, 2, 3), x, w},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         EXPECT_FAIL(QKV_ERR_INVALID, cases[i].why,

@@ -171,6 +171,8 @@ static void rmsnorm_names_the_bad_argument(void **state)
     memset(data, VIEW_POISON, sizeof data);
     DLTensor *out = TENSOR(data[0], QKV_F32, 2, 16), *x = TENSOR(data[1], QKV_F32, 2, 16);
     DLTensor *w = TENSOR(data[2], QKV_F32, 16), *res = TENSOR(data[3], QKV_F32, 2, 16);
+    DLTensor one_row = *out;
+    one_row.strides = (int64_t[]){0, 1};
     const float huge = INFINITY, bad = NAN;
     const struct {
         const char *why;
@@ -194,6 +196,9 @@ static void rmsnorm_names_the_bad_argument(void **state)
         {"weight: expected shape [16], got [15]", ctx, out, x, TENSOR(data[2], QKV_F32, 15), 0, 0},
         {"weight: expected dtype f32, got f16", ctx, out, x, TENSOR(data[2], QKV_F16, 16), 0, 0},
         {"weight: expected memory apart from out", ctx, out, x, TENSOR(data[0], QKV_F32, 16), 0, 0},
+        {"out: expected x itself or memory apart from it, got an overlap", ctx,
+         TENSOR(data[1] + 1, QKV_F32, 2, 16), x, w, 0, 0},
+        {"out: expected elements apart from each other, got stride 0", ctx, &one_row, x, w, 0, 0},
         {"eps: expected >= 0 and finite, got -1", ctx, out, x, w, -1, 0},
         {"eps: expected >= 0 and finite, got nan", ctx, out, x, w, bad, 0},
         {"eps: expected >= 0 and finite, got inf", ctx, out, x, w, huge, 0},
@@ -214,6 +219,9 @@ static void rmsnorm_names_the_bad_argument(void **state)
                 qkv_add_rmsnorm(ctx, out, NULL, x, w, 0, 0, NULL));
     EXPECT_FAIL(QKV_ERR_INVALID, "residual: expected shape [2, 16], got [1, 16]",
                 qkv_add_rmsnorm(ctx, out, TENSOR(data[3], QKV_F32, 1, 16), x, w, 0, 0, NULL));
+    one_row.data = data[3];
+    EXPECT_FAIL(QKV_ERR_INVALID, "residual: expected elements apart from each other, got stride 0",
+                qkv_add_rmsnorm(ctx, out, &one_row, x, w, 0, 0, NULL));
     EXPECT_FAIL(QKV_ERR_INVALID, "residual: expected memory apart from out",
                 qkv_add_rmsnorm(ctx, out, TENSOR(data[0] + 31, QKV_F32, 2, 16), x, w, 0, 0, NULL));
     EXPECT_FAIL(QKV_ERR_INVALID, "residual: expected memory apart from weight",

@@ -275,7 +275,10 @@ static void rope_names_the_bad_argument(void **state)
     };
     DLTensor *q = TENSOR(data[0], QKV_F32, 4, 2, 8), *k = TENSOR(data[1], QKV_F32, 4, 1, 8);
     DLTensor *qo = TENSOR(data[2], QKV_F32, 4, 2, 8), *ko = TENSOR(data[3], QKV_F32, 4, 1, 8);
-    DLTensor *pos = TENSOR(numbers, QKV_I32, 3);
+    DLTensor *pos = TENSOR(numbers, QKV_I32, 3), one_head = *qo;
+    one_head.strides = (int64_t[]){8, 0, 1};
+    int32_t *in_q = (int32_t *)(void *)&data[2][60], *in_k = (int32_t *)(void *)&data[3][28];
+    memset(in_q, 0, 16), memset(in_k, 0, 16); /* good ones, but for where they are */
     DLTensor *ptr = TENSOR(numbers, QKV_I32, 3), *off = TENSOR(numbers, QKV_I32, 2);
     for (size_t i = 0; i < sizeof specs / sizeof *specs; i++) {
         qkv_rope_spec spec = specs[i].spec;
@@ -327,12 +330,27 @@ static void rope_names_the_bad_argument(void **state)
         {"indptr: expected at most 4 rows, got 5", qo, q, ko, k, NULL, TENSOR(beyond, QKV_I32, 3),
          off},
         {"offsets: expected shape [2], got [3]", qo, q, ko, k, NULL, ptr, pos},
+        {"q_out: expected elements apart from each other, got stride 0 on axis 1", &one_head, q, ko,
+         k, NULL, ptr, off},
+        {"positions: expected memory apart from q_out, got an overlap", qo, q, ko, k,
+         TENSOR(in_q, QKV_I32, 4), NULL, NULL},
+        {"positions: expected memory apart from k_out, got an overlap", qo, q, ko, k,
+         TENSOR(in_k, QKV_I32, 4), NULL, NULL},
+        {"indptr: expected memory apart from q_out, got an overlap", qo, q, ko, k, NULL,
+         TENSOR(in_q, QKV_I32, 3), off},
+        {"indptr: expected memory apart from k_out, got an overlap", qo, q, ko, k, NULL,
+         TENSOR(in_k, QKV_I32, 3), off},
+        {"offsets: expected memory apart from q_out, got an overlap", qo, q, ko, k, NULL, ptr,
+         TENSOR(in_q, QKV_I32, 2)},
+        {"offsets: expected memory apart from k_out, got an overlap", qo, q, ko, k, NULL, ptr,
+         TENSOR(in_k, QKV_I32, 2)},
     };
     for (size_t i = 0; i < sizeof args / sizeof *args; i++)
         EXPECT_FAIL(QKV_ERR_INVALID, args[i].why,
                     qkv_rope(ctx, &(qkv_rope_spec){QKV_ROPE_SPEC_INIT}, args[i].q_out, args[i].q,
                              args[i].k_out, args[i].k, args[i].positions, args[i].indptr,
                              args[i].offsets, NULL));
+    memset(in_q, VIEW_POISON, 16), memset(in_k, VIEW_POISON, 16);
     for (size_t i = 0; i < sizeof data; i++)
         assert_int_equal(((unsigned char *)data)[i], VIEW_POISON); /* untouched */
     qkv_context_destroy(ctx);

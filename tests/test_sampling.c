@@ -1,5 +1,7 @@
 /* test_sampling.c - qkv_argmax and qkv_sample against a sort in double, at every level.
  * SPDX-License-Identifier: Apache-2.0 */
+#include <float.h>
+
 #include "support.h"
 
 #include "kern/philox.h"
@@ -346,14 +348,15 @@ static void sampling_names_the_bad_argument(void **state)
     EXPECT_FAIL(invalid, "tokens", qkv_argmax(ctx, TENSOR(tokens, QKV_I32, 1), x, NULL));
     EXPECT_FAIL(invalid, "tokens", qkv_argmax(ctx, TENSOR(tokens, QKV_F32, 2), x, NULL));
     EXPECT_FAIL(invalid, "vocab", qkv_argmax(ctx, t, TENSOR(logits, QKV_F32, 2, 0), NULL));
-    EXPECT_FAIL(invalid, "tokens", qkv_argmax(ctx, TENSOR(logits, QKV_I32, 2), x, NULL));
+    EXPECT_FAIL(invalid, "tokens: expected memory apart from logits, got an overlap",
+                qkv_argmax(ctx, TENSOR(logits, QKV_I32, 2), x, NULL));
     EXPECT_FAIL(
         invalid, "ctx",
         qkv_sample(NULL, t, x, &(qkv_sampling_params){QKV_SAMPLING_PARAMS_INIT, .seed = s}, NULL));
     EXPECT_FAIL(invalid, "params", qkv_sample(ctx, t, x, NULL, NULL));
     EXPECT_FAIL(invalid, "params", qkv_sample(ctx, t, x, &(qkv_sampling_params){.seed = s}, NULL));
     EXPECT_FAIL(invalid, "seed", SAMPLE(.seed = NULL));
-    EXPECT_FAIL(invalid, "reserved", SAMPLE(.seed = s, .reserved = 1));
+    EXPECT_FAIL(invalid, "params.reserved: expected 0, got 1", SAMPLE(.seed = s, .reserved = 1));
     EXPECT_FAIL(invalid, "seed", SAMPLE(.seed = TENSOR(seed, QKV_U64, 1)));
     EXPECT_FAIL(invalid, "offset", SAMPLE(.seed = s, .offset = TENSOR(top_k, QKV_I32, 2)));
     EXPECT_FAIL(invalid, "temperature[1]",
@@ -361,13 +364,26 @@ static void sampling_names_the_bad_argument(void **state)
     EXPECT_FAIL(invalid, "top_k[0]", SAMPLE(.seed = s, .top_k = TENSOR(top_k, QKV_I32, 2)));
     EXPECT_FAIL(invalid, "top_p[1]", SAMPLE(.seed = s, .top_p = TENSOR(top_p, QKV_F32, 2)));
     EXPECT_FAIL(invalid, "min_p[1]", SAMPLE(.seed = s, .min_p = TENSOR(min_p, QKV_F32, 2)));
-    good[0] = NAN;
-    EXPECT_FAIL(invalid, "temperature[0]",
+    EXPECT_FAIL(invalid, "top_k: expected memory apart from tokens, got an overlap",
+                SAMPLE(.seed = s, .top_k = t));
+    good[1] = NAN;
+    EXPECT_FAIL(invalid, "temperature[1]: expected >= 0 and finite, got nan",
                 SAMPLE(.seed = s, .temperature = TENSOR(good, QKV_F32, 2)));
-    EXPECT_FAIL(invalid, "top_p[0]", SAMPLE(.seed = s, .top_p = TENSOR(good, QKV_F32, 2)));
+    EXPECT_FAIL(invalid, "top_p[1]: expected in (0, 1], got nan",
+                SAMPLE(.seed = s, .top_p = TENSOR(good, QKV_F32, 2)));
+    EXPECT_FAIL(invalid, "min_p[1]: expected in [0, 1], got nan",
+                SAMPLE(.seed = s, .min_p = TENSOR(good, QKV_F32, 2)));
+    good[1] = INFINITY;
+    EXPECT_FAIL(invalid, "temperature[1]: expected >= 0 and finite, got inf",
+                SAMPLE(.seed = s, .temperature = TENSOR(good, QKV_F32, 2)));
 #undef SAMPLE
     assert_int_equal(tokens[0], -7);
     assert_int_equal(tokens[1], -7);
+    good[1] = FLT_MAX; /* finite, and good */
+    EXPECT_OK(qkv_sample(ctx, t, x,
+                         &(qkv_sampling_params){QKV_SAMPLING_PARAMS_INIT, .seed = s,
+                                                .temperature = TENSOR(good, QKV_F32, 2)},
+                         NULL));
     qkv_context_destroy(ctx);
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks who includes whom (docs/design.md): include/qkv <- base <- device <- core <- ops; kernels see
+# Checks who includes whom (docs/design.md): include/qkv <- base <- device <- jit <- core <- ops; kernels see
 # kern/ and params; ops never see each other; tools, examples and bench only the public headers.
 # usage: layers.sh [ROOT]      exit 1 and one line per violation; --self-test proves that it can fail
 # SPDX-License-Identifier: Apache-2.0
@@ -27,9 +27,10 @@ check_tree() {
   shopt -s nullglob globstar
   local op
   check include/qkv/*.h -- 'qkv/[a-z_]+\.h'
-  check src/base/* -- 'qkv/[a-z_]+\.h|base/.*|kern/(abi|kv_view)\.h'
+  check src/base/* -- 'qkv/[a-z_]+\.h|base/.*|kern/(abi|kv_view|rope|scale)\.h'
   check src/device/* -- 'qkv/[a-z_]+\.h|(base|device)/.*|kern/abi\.h'
-  check src/core/* -- 'qkv/[a-z_]+\.h|(base|device|core)/.*|kern/abi\.h'
+  check src/jit/* -- 'qkv/[a-z_]+\.h|(base|device|jit)/.*|kern/abi\.h'
+  check src/core/* -- 'qkv/[a-z_]+\.h|(base|device|jit|core)/.*|kern/abi\.h'
   check src/kern/**/*.h -- 'kern/.*'
   check src/ops/*.c -- 'core/launch\.h'
   for op in src/ops/*/; do
@@ -40,8 +41,8 @@ check_tree() {
     for file in "src/$op"/*.[ch]; do
       [[ " ${kernels[*]} " == *" $file "* ]] || hosts+=("$file")
     done
-    check "${kernels[@]}" -- "kern/.*|$op/[a-z_]+(_params|_tile|\\.cpu)\\.h"
-    check "${hosts[@]}" -- "qkv/[a-z_]+\\.h|base/.*|core/launch\\.h|kern/(abi|plan|kv_view)\\.h|$op/.*"
+    check "${kernels[@]}" -- "kern/.*|$op/[a-z_]+(_params|_tile|\\.cpu)\\.h|qi_variant\\.h"
+    check "${hosts[@]}" -- "qkv/[a-z_]+\\.h|base/.*|core/launch\\.h|kern/(abi|plan|kv_view|rope|rope_turns|scale)\\.h|$op/.*"
   done
   check tools/*.[ch] examples/*.c examples/*/*.[ch] -- 'qkv/[a-z_]+\.h|[a-z_]+\.h'
 }

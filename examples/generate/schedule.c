@@ -2,8 +2,8 @@
  *
  * Keys and values are written before they are read in every layer, so a request may share a page in
  * the very step that another fills it: pages of a prompt are made known when they are scheduled,
- * and requests that are looked at later in the same step find them. SPDX-License-Identifier:
- * Apache-2.0 */
+ * and requests that are looked at later in the same step find them.
+ * SPDX-License-Identifier: Apache-2.0 */
 #include "engine.h"
 
 #include <stdlib.h>

@@ -23,7 +23,8 @@ enum {
  *   up    [num_tokens, size]  same dtype
  *   kind  QKV_SILU, QKV_GELU or QKV_GELU_TANH
  *
- * Computed in f32. Errors: INVALID. Source: Shazeer 2020, arXiv:2002.05202.
+ * Computed in f32. Activations below 2^-120 in size may come out as 0; that of -infinity is 0, that
+ * of NaN is NaN. Errors: INVALID. Source: Shazeer 2020, arXiv:2002.05202.
  */
 QKV_API qkv_status qkv_gated_activation(qkv_context *ctx, DLTensor *out, const DLTensor *gate,
                                         const DLTensor *up, int32_t kind, void *stream);

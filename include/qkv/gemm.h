@@ -12,7 +12,7 @@ extern "C" {
 /*
  * qkv_gemm - out[m, n] = sum_k x[m, k] * w[n, k].
  *
- *   out  [m, n]  f32|f16|bf16; must not overlap x or w
+ *   out  [m, n]  f32|f16|bf16; must not overlap x, w or, by its strides, itself
  *   x    [m, k]  f32|f16|bf16
  *   w    [n, k]  f32|f16|bf16
  *

@@ -37,7 +37,8 @@ typedef struct qkv_rope_spec {
  *              offsets[r] + t - indptr[r]; rows from indptr[last] on are left alone. Give positions
  *              or these two, NULL the other
  *
- * Angles in double: exact to f32 rounding for positions up to 10^7 either way. Errors: INVALID.
+ * Outputs overlap nothing else that is given, nor themselves. Angles in double: exact to f32 rounding
+ * for positions up to 10^7 either way. Errors: INVALID.
  * Source: Su et al. 2021, arXiv:2104.09864; Llama 3.1 model card for the scaling.
  */
 QKV_API qkv_status qkv_rope(qkv_context *ctx, const qkv_rope_spec *spec, DLTensor *q_out,

@@ -19,11 +19,6 @@ int qi_dtype_of(DLDataType dtype)
     return -1;
 }
 
-DLDataType qi_dtype_dl(qi_dtype dtype)
-{
-    return dtypes[dtype].dl;
-}
-
 const char *qi_dtype_name(DLDataType dtype)
 {
     const int t = qi_dtype_of(dtype);

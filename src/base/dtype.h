@@ -9,8 +9,6 @@
 /* The enum of a DLPack dtype, or -1 for one that is not in the table (lanes must be 1). */
 int qi_dtype_of(DLDataType dtype);
 
-DLDataType qi_dtype_dl(qi_dtype dtype);
-
 /* "bf16"; "?" for one that is not in the table. */
 const char *qi_dtype_name(DLDataType dtype);
 

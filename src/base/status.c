@@ -8,7 +8,7 @@
 
 #include "base/log.h"
 
-static _Thread_local char message[1024];
+static _Thread_local char message[2048];
 
 const char *qkv_last_error(void)
 {

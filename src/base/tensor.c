@@ -18,6 +18,10 @@ static void shape_text(char *text, size_t bytes, int ndim, const int64_t *shape)
     snprintf(text + at, bytes - at, "]");
 }
 
+/* Elements, and elements that strides span: so few that their bytes can be counted, and work on them
+ * too. */
+#define MAX_SPAN (INT64_MAX / 16)
+
 /* contiguous: so must the last axis be. */
 static qkv_status expect_layout(const DLTensor *t, const char *name, int ndim, const int64_t *shape,
                                 int contiguous)
@@ -35,19 +39,20 @@ static qkv_status expect_layout(const DLTensor *t, const char *name, int ndim, c
         QI_FAIL(QKV_ERR_INVALID, "%s: expected shape %s, got %s", name, want, got);
     }
     int64_t span = 1, numel = 1;
-    for (int i = 0; i < ndim; i++) {
-        const int64_t n = t->shape[i];
-        const int64_t stride = t->strides ? t->strides[i] : 0;
+    int empty = 0;
+    for (int i = ndim - 1; i >= 0; i--) {
+        empty |= t->shape[i] == 0;
+        const int64_t n = t->shape[i] > 0 ? t->shape[i] : 1; /* the others must be in bounds too */
+        const int64_t stride = t->strides ? t->strides[i] : numel;
         int64_t reach;
-        QI_REQUIRE(!__builtin_mul_overflow(numel, n, &numel) && stride >= 0 &&
-                       (n == 0 || !__builtin_mul_overflow(n - 1, stride, &reach)) &&
-                       (n == 0 || !__builtin_add_overflow(span, reach, &span)) &&
-                       span <= INT64_MAX / 16, /* so that its bytes fit too */
+        QI_REQUIRE(stride >= 0 && !__builtin_mul_overflow(n - 1, stride, &reach) &&
+                       !__builtin_add_overflow(span, reach, &span) && span <= MAX_SPAN &&
+                       !__builtin_mul_overflow(numel, n, &numel) && numel <= MAX_SPAN,
                    "%s: expected sizes and strides within 59 bits and not negative, got size %lld, "
                    "stride %lld on axis %d",
-                   name, (long long)n, (long long)stride, i);
+                   name, (long long)t->shape[i], (long long)stride, i);
     }
-    if (numel == 0) return QKV_OK;
+    if (empty) return QKV_OK;
     QI_REQUIRE(t->data, "%s: expected data, got NULL", name);
     QI_REQUIRE(!contiguous || ndim == 0 || !t->strides || t->shape[ndim - 1] == 1 ||
                    t->strides[ndim - 1] == 1,
@@ -97,6 +102,33 @@ int64_t qi_stride(const DLTensor *t, int axis)
     int64_t stride = 1;
     for (int i = t->ndim - 1; i > axis; i--) stride *= t->shape[i];
     return stride;
+}
+
+/* Of the axes with more than one index that are not in done: the one of the smallest stride, or -1. */
+static int finest_axis(const DLTensor *t, unsigned done)
+{
+    int finest = -1;
+    for (int i = 0; i < t->ndim; i++)
+        if (t->shape[i] > 1 && !(done >> i & 1) &&
+            (finest < 0 || qi_stride(t, i) < qi_stride(t, finest)))
+            finest = i;
+    return finest;
+}
+
+qkv_status qi_expect_distinct(const DLTensor *t, const char *name)
+{
+    if (qi_numel(t) == 0) return QKV_OK;
+    int64_t span = 1; /* of the axes that are done */
+    unsigned done = 0;
+    for (int axis; (axis = finest_axis(t, done)) >= 0; done |= 1u << axis) {
+        const int64_t stride = qi_stride(t, axis);
+        QI_REQUIRE(stride >= span,
+                   "%s: expected elements apart from each other, got stride %lld on axis %d where "
+                   "the finer axes span %lld elements",
+                   name, (long long)stride, axis, (long long)span);
+        span += (t->shape[axis] - 1) * stride;
+    }
+    return QKV_OK;
 }
 
 int64_t qi_numel(const DLTensor *t)

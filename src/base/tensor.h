@@ -14,8 +14,8 @@
     }
 
 /*
- * Requires a tensor of this dtype and shape on the CPU, with data unless it is empty, sane strides
- * (non-negative, no overflow) and a contiguous last axis. The message names it.
+ * Requires a tensor of this dtype and shape on the CPU, with data unless it is empty, a sane size and
+ * strides (not negative, within 59 bits) and a contiguous last axis. The message names it.
  *   qi_expect(out, "out", QKV_BF16, QI_SHAPE(num_tokens, QI_ANY))
  */
 qkv_status qi_expect(const DLTensor *t, const char *name, DLDataType dtype, int ndim,
@@ -27,6 +27,10 @@ qkv_status qi_expect_strided(const DLTensor *t, const char *name, DLDataType dty
 
 /* The same as qi_expect for a tensor of f32, f16 or bf16. */
 qkv_status qi_expect_float(const DLTensor *t, const char *name, int ndim, const int64_t *shape);
+
+/* For an output that passed one of the above: requires that no two of its elements share memory.
+ * Refuses strides that interleave axes without a clash, which no framework makes. */
+qkv_status qi_expect_distinct(const DLTensor *t, const char *name);
 
 /* The address of element 0. */
 static inline void *qi_data(const DLTensor *t)

@@ -48,6 +48,8 @@ qkv_status qkv_context_create(const qkv_context_options *options, qkv_context **
     QI_REQUIRE(o.device.device_id == 0, "device: expected device_id 0 on the CPU, got %d",
                (int)o.device.device_id);
     QI_REQUIRE(o.num_threads >= 0, "num_threads: expected >= 0, got %d", (int)o.num_threads);
+    QI_REQUIRE(o.parallel.reserved == 0, "parallel.reserved: expected 0, got %d",
+               (int)o.parallel.reserved);
     QI_REQUIRE(!o.allocator.alloc == !o.allocator.free,
                "allocator: expected alloc and free, or neither; got one");
     if (!o.allocator.alloc)
@@ -56,6 +58,9 @@ qkv_status qkv_context_create(const qkv_context_options *options, qkv_context **
     QI_TRY(env_level(&level));
     int cpu_level;
     QI_TRY(qi_cpu_find_level(level ? level : o.isa, &cpu_level));
+    QI_REQUIRE(o.reserved == 0, "reserved: expected 0, got %d", (int)o.reserved);
+    qi_jit jit;
+    QI_TRY(qi_jit_open(&o, &jit));
 
     qkv_context *ctx = o.allocator.alloc(o.allocator.user, sizeof *ctx, 64);
     if (!ctx) QI_FAIL(QKV_ERR_MEMORY, "context: out of memory");
@@ -64,6 +69,7 @@ qkv_status qkv_context_create(const qkv_context_options *options, qkv_context **
         .cpu_level = cpu_level,
         .allocator = o.allocator,
         .logger = {.log = o.log, .user = o.log_user},
+        .jit = jit,
     };
     snprintf(ctx->device_name, sizeof ctx->device_name, "cpu:%s", qi_cpu_level_name(cpu_level));
     QI_TRY_OR(qi_threads_create(o.num_threads, &o.parallel, &ctx->allocator, &ctx->threads), fail);

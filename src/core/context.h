@@ -5,6 +5,7 @@
 
 #include "base/log.h"
 #include "device/cpu.h"
+#include "jit/jit.h"
 
 struct qkv_context {
     DLDevice device;
@@ -12,6 +13,7 @@ struct qkv_context {
     qi_threads *threads;
     qkv_allocator allocator;
     qi_logger logger;
+    qi_jit jit;
     char device_name[32];
 };
 

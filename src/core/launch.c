@@ -3,6 +3,7 @@
 #include "core/launch.h"
 
 #include <stdio.h>
+#include <string.h>
 
 qkv_status qi_select(const qkv_context *ctx, const qi_kernel *table, const void *desc,
                      const qi_kernel **row)
@@ -32,4 +33,26 @@ void qi_launch(const qkv_context *ctx, const qi_kernel *row, int64_t max_tasks, 
     const int32_t threads = qi_threads_count(ctx->threads);
     const int32_t count = max_tasks < threads ? (int32_t)max_tasks : threads;
     qi_parallel(ctx->threads, count, row->cpu[ctx->cpu_level], params);
+}
+
+qkv_status qi_compile(const qkv_context *ctx, const qi_source *source, const char *const *names,
+                      int num_names, qi_cpu_kernel *out)
+{
+    enum { MAX_NAMES = 4 };
+    char symbols[MAX_NAMES][64];
+    const char *pointers[MAX_NAMES];
+    void *functions[MAX_NAMES];
+    const char *level = qi_cpu_level_name(ctx->cpu_level);
+    for (int i = 0; i < num_names; i++) {
+        snprintf(symbols[i], sizeof symbols[i], "qi_%s_%s", names[i], level);
+        pointers[i] = symbols[i];
+    }
+    const qi_cc_job job = {.what = source->what,
+                           .level = level,
+                           .defines = source->defines,
+                           .header = source->header,
+                           .main = source->main};
+    QI_TRY(qi_jit_get(&ctx->jit, &ctx->logger, &job, pointers, num_names, functions));
+    memcpy(out, functions, (size_t)num_names * sizeof *out); /* C has no cast for this */
+    return QKV_OK;
 }

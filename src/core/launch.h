@@ -50,6 +50,19 @@ qkv_status qi_select(const qkv_context *ctx, const qi_kernel *table, const void 
 /* Runs a row: on the CPU as min(max_tasks, threads) tasks, done on return. max_tasks >= 1. */
 void qi_launch(const qkv_context *ctx, const qi_kernel *row, int64_t max_tasks, const void *params);
 
+/* A kernel file to compile again with a user's text. */
+typedef struct qi_source {
+    const char *what;    /* "variant alibi": for messages */
+    const char *main;    /* the file, below src/ */
+    const char *defines; /* #define lines in front of it */
+    const char *header;  /* text of "qi_variant.h", which the file includes under QI_VARIANT */
+} qi_source;
+
+/* Compiles for the context's device and level, or finds it done: out[i] is the kernel that the file
+ * defines as QI_CPU_KERNEL(names[i]). COMPILE: see jit/jit.h. */
+qkv_status qi_compile(const qkv_context *ctx, const qi_source *source, const char *const *names,
+                      int num_names, qi_cpu_kernel *out);
+
 /* How many tasks are worth waking for work of this many elementary operations (bytes moved, or
  * multiply-adds over 8): one for what a thread does in the time that waking takes. */
 static inline int64_t qi_tasks_for(int64_t work)

@@ -8,6 +8,7 @@
 
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <string.h>
 
@@ -88,6 +89,8 @@ qkv_status qi_cpu_find_level(const char *name, int *level)
 
 /* Nanoseconds that an idle thread polls for the next launch before it sleeps. */
 #define POLL_NS 50000
+
+#define MAX_THREADS 4096
 
 typedef struct launch {
     void (*task)(const void *arg, qi_task task);
@@ -194,13 +197,42 @@ static void publish(qi_threads *threads)
     }
 }
 
+/* CPUs that this thread may run on. The kernel refuses a set that is smaller than its own. */
 static int32_t available_cpus(void)
 {
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    if (sched_getaffinity(0, sizeof set, &set) != 0) return 1;
-    const int n = CPU_COUNT(&set);
-    return n > 0 ? n : 1;
+    int n = 0;
+    for (int size = CPU_SETSIZE; n == 0 && size <= 1 << 20; size *= 2) {
+        cpu_set_t *set = CPU_ALLOC((size_t)size);
+        if (!set) break;
+        const size_t bytes = CPU_ALLOC_SIZE((size_t)size);
+        if (sched_getaffinity(0, bytes, set) == 0) n = CPU_COUNT_S(bytes, set);
+        CPU_FREE(set);
+    }
+    return n < 1 ? 1 : n < MAX_THREADS ? n : MAX_THREADS;
+}
+
+/* Starts the pool's threads. They inherit a mask that blocks all signals, so that none of the
+ * program's handlers runs on them; but not those of faults, which would kill without a report. */
+static qkv_status start_threads(qi_threads *threads)
+{
+    sigset_t blocked, before;
+    sigfillset(&blocked);
+    const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
+    for (size_t i = 0; i < sizeof faults / sizeof faults[0]; i++) sigdelset(&blocked, faults[i]);
+    pthread_sigmask(SIG_SETMASK, &blocked, &before);
+    int error = 0;
+    for (; threads->num_started < threads->count - 1; threads->num_started++) {
+        thread_start start = {.threads = threads, .index = threads->num_started + 1};
+        atomic_store(&threads->running, 1);
+        error = pthread_create(&threads->thread[threads->num_started], NULL, thread_main, &start);
+        if (error) break;
+        wait_for_threads(threads);
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (error)
+        QI_FAIL(QKV_ERR_DEVICE, "num_threads: expected to start %d threads, got %d",
+                (int)threads->count - 1, (int)threads->num_started);
+    return QKV_OK;
 }
 
 qkv_status qi_threads_create(int32_t count, const qkv_parallel *parallel,
@@ -212,7 +244,8 @@ qkv_status qi_threads_create(int32_t count, const qkv_parallel *parallel,
         count = parallel->num_threads;
     else if (count == 0)
         count = available_cpus();
-    QI_REQUIRE(count > 0 && count <= 4096, "num_threads: expected 1 to 4096, got %d", (int)count);
+    QI_REQUIRE(count > 0 && count <= MAX_THREADS, "%snum_threads: expected 1 to %d, got %d",
+               parallel->run ? "parallel." : "", MAX_THREADS, (int)count);
 
     qi_threads *threads = allocator->alloc(allocator->user, sizeof *threads, 64);
     if (!threads) QI_FAIL(QKV_ERR_MEMORY, "context: out of memory for the threads");
@@ -232,18 +265,7 @@ qkv_status qi_threads_create(int32_t count, const qkv_parallel *parallel,
                          "context: out of memory for the scratch of %d threads", (int)count);
         goto fail;
     }
-    for (int32_t i = 1; i < count && !parallel->run; i++) {
-        thread_start start = {.threads = threads, .index = i};
-        atomic_store(&threads->running, 1);
-        if (pthread_create(&threads->thread[i - 1], NULL, thread_main, &start) != 0) {
-            status = qi_fail(QKV_ERR_DEVICE, __FILE__, __LINE__,
-                             "num_threads: expected to start %d threads, got %d", (int)count - 1,
-                             (int)i - 1);
-            goto fail;
-        }
-        wait_for_threads(threads);
-        threads->num_started++;
-    }
+    if (!parallel->run) QI_TRY_OR(start_threads(threads), fail);
     *out = threads;
     return QKV_OK;
 

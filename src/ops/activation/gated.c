@@ -26,9 +26,10 @@ qkv_status qkv_gated_activation(qkv_context *ctx, DLTensor *out, const DLTensor 
     QI_TRY(qi_expect(out, "out", gate->dtype, QI_SHAPE(num_tokens, size)));
     QI_REQUIRE(kind == QKV_SILU || kind == QKV_GELU || kind == QKV_GELU_TANH,
                "kind: expected QKV_SILU, QKV_GELU or QKV_GELU_TANH, got %d", (int)kind);
+    QI_TRY(qi_expect_distinct(out, "out"));
     QI_REQUIRE((qi_same(out, gate) || !qi_overlap(out, gate)) &&
                    (qi_same(out, up) || !qi_overlap(out, up)),
-               "out: expected gate or up itself, or memory apart from them");
+               "out: expected gate or up itself, or memory apart from them, got an overlap");
     if (num_tokens == 0 || size == 0) return QKV_OK;
 
     const qi_kernel *row;

@@ -28,13 +28,20 @@ QI_INLINE vf gelu(vf x)
     return vf_max(x, vf_set1(0.f)) - a * q;
 }
 
+/* x / (1 + 2^y), and 0 where 2^y is beyond f32: there x may be -infinity. */
+QI_INLINE vf over_1_plus_exp2(vf x, vf y)
+{
+    const vi beyond = y > 127.f;
+    return (vf)(~beyond & (vi)(x / (1.f + vf_exp2(y))));
+}
+
 QI_INLINE vf activate(vf x, const i32 kind)
 {
-    if (kind == GATED_SILU) return x / (1.f + vf_exp(-x));
+    if (kind == GATED_SILU) return over_1_plus_exp2(x, x * -QI_LOG2E);
     if (kind == GATED_GELU) return gelu(x);
     /* x/2 (1 + tanh u) = x / (1 + exp(-2u)), without cancellation */
     const vf u = (x + x * x * x * 0.044715f) * 0.79788456080286536f;
-    return x / (1.f + vf_exp(u * -2.f));
+    return over_1_plus_exp2(x, u * (-2.f * QI_LOG2E));
 }
 
 QI_INLINE void gated_block(const gated_params *p, i64 token, i64 begin, i64 n, const qi_dtype t,

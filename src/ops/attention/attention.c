@@ -16,9 +16,22 @@ QI_CPU_DECLARE(attention_d128);
 QI_CPU_DECLARE(attention_any);
 QI_CPU_DECLARE(attention_levels);
 
+static const char *reject_variant(const void *desc)
+{
+    const qkv_attention_spec *s = desc;
+    return s->variant ? "the variant is not compiled in" : NULL;
+}
+
+static const char *reject_builtin(const void *desc)
+{
+    const qkv_attention_spec *s = desc;
+    return s->variant ? NULL : "there is no variant to compile";
+}
+
 /* The rows for one head dim read keys where they are. */
 static const char *reject_fixed(const qkv_attention_spec *s, int32_t dim, const char *reason)
 {
+    if (s->variant) return reject_variant(s);
     if (s->head_dim_qk != dim || s->head_dim_vo != dim) return reason;
     if (s->features & QKV_FEATURE_ROPE) return "keys are rotated in the kernel";
     return NULL;
@@ -38,7 +51,8 @@ static const char *reject_d128(const void *desc)
 const qi_kernel qi_attention_kernels[] = {
     {"attention.d64", kDLCPU, reject_d64, QI_CPU_ENTRIES(attention_d64)},
     {"attention.d128", kDLCPU, reject_d128, QI_CPU_ENTRIES(attention_d128)},
-    {"attention.any", kDLCPU, NULL, QI_CPU_ENTRIES(attention_any)},
+    {"attention.any", kDLCPU, reject_variant, QI_CPU_ENTRIES(attention_any)},
+    {"attention.variant", kDLCPU, reject_builtin, {NULL}}, /* compiled by create */
     {0},
 };
 
@@ -140,7 +154,6 @@ static qkv_status read_spec(const qkv_attention_spec *in, qkv_attention_spec *ou
 {
     QI_TRY(qi_read_struct(out, sizeof *out, in, "spec"));
     QI_TRY(check_shape(out));
-    if (out->variant) QI_FAIL(QKV_ERR_UNSUPPORTED, "variant: expected NULL on this device");
     return check_features(out, rope);
 }
 
@@ -281,7 +294,7 @@ static int64_t num_tasks(const qkv_attention *a)
 /* Does the kernel widen keys and values into scratch? */
 static int widens_rows(const qkv_attention *a)
 {
-    return a->spec.features & QKV_FEATURE_ROPE || a->spec.variant ||
+    return a->spec.features & QKV_FEATURE_ROPE || a->variant.num_params >= 0 ||
            qi_dtype_of(a->spec.dtype_kv) != QI_F32;
 }
 
@@ -342,10 +355,13 @@ static qkv_status prepare(qkv_context *ctx, const qkv_attention_spec *spec,
     QI_REQUIRE_CONTEXT(ctx);
     *a = (qkv_attention){.ctx = ctx, .max_page = -1};
     QI_TRY(read_spec(spec, &a->spec, &a->rope));
+    QI_TRY(qi_variant_read(a->spec.variant, &a->variant));
     QI_TRY(read_limits(ctx, &a->spec, limits, &a->limits));
     a->schedule = schedule_limits(&a->spec, &a->limits);
     QI_TRY(qi_select(ctx, qi_attention_kernels, &a->spec, &a->row));
     QI_TRY(qi_select(ctx, qi_attention_levels_kernels, &a->spec, &a->levels_row));
+    QI_REQUIRE(!(a->variant.no_softmax && a->spec.flags & QKV_ATTENTION_HAS_SINK),
+               "flags: expected no QKV_ATTENTION_HAS_SINK, since the variant has no softmax");
     const i64 work = max_work(&a->schedule, &a->spec, &a->limits);
     QI_REQUIRE(work <= MAX_INDEX, "max_tokens: expected at most 2^31 - 1 work items, got %lld",
                (long long)work);
@@ -410,6 +426,27 @@ static qkv_status check_workspace(const qkv_workspace *given, const qkv_workspac
     return QKV_OK;
 }
 
+/* Puts the kernels that a variant was compiled to in place of the row's. */
+static qkv_status compile_variant(qkv_context *ctx, qkv_attention *a)
+{
+    if (a->variant.num_params < 0) return QKV_OK;
+    qi_cpu_kernel entries[2];
+    QI_TRY(qi_variant_compile(ctx, &a->spec, &a->variant, entries));
+    a->compiled[0] = *a->row;
+    a->compiled[1] = *a->levels_row;
+    for (int i = 0; i < 2; i++) a->compiled[i].cpu[ctx->cpu_level] = entries[i];
+    return QKV_OK;
+}
+
+qkv_status qkv_attention_warm_up(qkv_context *ctx, const qkv_attention_spec *spec,
+                                 const qkv_attention_limits *limits)
+{
+    qkv_attention a;
+    qkv_workspace_size size;
+    QI_TRY(prepare(ctx, spec, limits, &a, &size));
+    return compile_variant(ctx, &a);
+}
+
 qkv_status qkv_attention_create(qkv_context *ctx, const qkv_attention_spec *spec,
                                 const qkv_attention_limits *limits, const qkv_workspace *workspace,
                                 qkv_attention **out)
@@ -421,11 +458,18 @@ qkv_status qkv_attention_create(qkv_context *ctx, const qkv_attention_spec *spec
     QI_TRY(prepare(ctx, spec, limits, &prepared, &size));
     qkv_workspace w = {QKV_WORKSPACE_INIT};
     if (workspace) QI_TRY(check_workspace(workspace, &size, &w));
+    QI_TRY(compile_variant(ctx, &prepared));
 
     const qkv_allocator *mem = &ctx->allocator;
     qkv_attention *a = mem->alloc(mem->user, sizeof *a, 64);
     if (!a) QI_FAIL(QKV_ERR_MEMORY, "attention: out of memory");
     *a = prepared;
+    a->spec.variant = NULL; /* and rope: the caller's, copied */
+    a->spec.rope = NULL;
+    if (a->variant.num_params >= 0) {
+        a->row = &a->compiled[0];
+        a->levels_row = &a->compiled[1];
+    }
     if (!workspace) {
         a->owned = w = (qkv_workspace){
             QKV_WORKSPACE_INIT, .plan = mem->alloc(mem->user, size.plan_bytes, 4096),

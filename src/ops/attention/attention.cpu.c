@@ -43,7 +43,7 @@ static void decode_any(const attention_params *p, const qi_work *w, float *scrat
 
 static void prefill_any(const attention_params *p, const qi_work *w, float *scratch)
 {
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && !defined(QI_VARIANT) /* half the time to compile one */
     if (p->dtype_q == QI_BF16 && p->dtype_kv == QI_BF16 && !CHANGES_KEYS(p) &&
         !CHANGES_QUERIES(p) && SOFTMAX) {
         prefill_tile(p, w, scratch, 1);

@@ -7,11 +7,15 @@
 #include "ops/attention/attention_params.h"
 #include "ops/attention/groups.h"
 #include "ops/attention/schedule.h"
+#include "ops/attention/variant.h"
 #include "qkv/attention.h"
 
 struct qkv_attention {
     qkv_context *ctx;
     const qi_kernel *row, *levels_row;
+    qi_kernel compiled[2]; /* with a variant: what the two point to */
+    variant_table variant;
+    variant_args args;           /* of the layer at hand */
     qkv_attention_spec spec;     /* defaults filled in */
     qkv_attention_limits limits; /* defaults filled in */
     qi_limits schedule;

@@ -6,7 +6,7 @@
 
 #include "kern/cpu/rope.h"
 #include "kern/cpu/simd.h"
-#include "ops/attention/hooks.h"
+#include "ops/attention/hooks.cpu.h"
 
 /* ---- rows --------------------------------------------------------------------------------- */
 

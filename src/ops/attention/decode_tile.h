@@ -167,7 +167,8 @@ static __attribute__((noinline)) void decode_general(const attention_params *p, 
                        rows[r]);
     for (int t = 0; t < BLOCK; t++)
         for (int r = 0; r < ROWS; r++)
-            x[t * ROWS + r] = r < s->num_rows ? rows[r][t] : SOFTMAX ? -INFINITY : 0.f;
+            x[t * ROWS + r] =
+                r < s->num_rows && t < b->n ? rows[r][t] : SOFTMAX ? -INFINITY : 0.f;
 }
 
 /* Four rows of one KV head against one block; next: the block and head to prefetch. keys, values:

@@ -278,6 +278,8 @@ qkv_status qkv_attention_run(qkv_attention *attention, const qkv_attention_io *i
                          (s->features & QKV_FEATURE_ALIBI) != 0, "QKV_FEATURE_ALIBI",
                          &p.alibi_slopes));
     QI_TRY(read_overrides(a, &layer, &p));
+    QI_TRY(qi_variant_pack(&a->variant, &layer, &a->args));
+    p.variant = &a->args;
     QI_TRY(read_scales(a, &layer, &p));
     set_plan_params(a, &p);
     if (a->num_tokens == 0) return QKV_OK;

@@ -19,8 +19,9 @@ qkv_status qkv_gemm(qkv_context *ctx, DLTensor *out, const DLTensor *x, const DL
     QI_TRY(qi_expect_float(x, "x", QI_SHAPE(QI_ANY, QI_ANY)));
     QI_TRY(qi_expect_float(w, "w", QI_SHAPE(QI_ANY, x->shape[1])));
     QI_TRY(qi_expect_float(out, "out", QI_SHAPE(x->shape[0], w->shape[0])));
-    QI_REQUIRE(!qi_overlap(out, x), "out: expected memory apart from x");
-    QI_REQUIRE(!qi_overlap(out, w), "out: expected memory apart from w");
+    QI_TRY(qi_expect_distinct(out, "out"));
+    QI_REQUIRE(!qi_overlap(out, x), "out: expected memory apart from x, got an overlap");
+    QI_REQUIRE(!qi_overlap(out, w), "out: expected memory apart from w, got an overlap");
     const gemm_params params = {
         .out = qi_data(out),
         .x = qi_data(x),

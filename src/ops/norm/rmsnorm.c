@@ -32,13 +32,18 @@ static qkv_status normalise(qkv_context *ctx, DLTensor *out, DLTensor *residual,
     QI_REQUIRE(isfinite(weight_bias), "weight_bias: expected a finite number, got %g",
                (double)weight_bias);
     QI_REQUIRE(qi_same(out, x) || !qi_overlap(out, x),
-               "out: expected x itself or memory apart from it");
-    QI_REQUIRE(!qi_overlap(weight, out), "weight: expected memory apart from out");
+               "out: expected x itself or memory apart from it, got an overlap");
+    QI_REQUIRE(!qi_overlap(weight, out), "weight: expected memory apart from out, got an overlap");
+    QI_TRY(qi_expect_distinct(out, "out"));
     if (residual) {
         QI_TRY(qi_expect(residual, "residual", x->dtype, QI_SHAPE(num_tokens, hidden_size)));
-        QI_REQUIRE(!qi_overlap(residual, x), "residual: expected memory apart from x");
-        QI_REQUIRE(!qi_overlap(residual, out), "residual: expected memory apart from out");
-        QI_REQUIRE(!qi_overlap(residual, weight), "residual: expected memory apart from weight");
+        QI_TRY(qi_expect_distinct(residual, "residual"));
+        QI_REQUIRE(!qi_overlap(residual, x),
+                   "residual: expected memory apart from x, got an overlap");
+        QI_REQUIRE(!qi_overlap(residual, out),
+                   "residual: expected memory apart from out, got an overlap");
+        QI_REQUIRE(!qi_overlap(residual, weight),
+                   "residual: expected memory apart from weight, got an overlap");
     }
     if (num_tokens == 0 || hidden_size == 0) return QKV_OK;
 

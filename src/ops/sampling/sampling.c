@@ -1,8 +1,10 @@
 /* sampling.c - host side of qkv_argmax and qkv_sample: check, choose, launch.
  * SPDX-License-Identifier: Apache-2.0 */
-#include "qkv/sampling.h"
+#include <math.h>
+
 #include "core/launch.h"
 #include "ops/sampling/sampling_params.h"
+#include "qkv/sampling.h"
 
 QI_CPU_DECLARE(argmax);
 QI_CPU_DECLARE(sample);
@@ -25,7 +27,8 @@ static qkv_status check_rows(DLTensor *tokens, const DLTensor *logits, argmax_pa
     QI_REQUIRE(vocab >= 1 && vocab <= INT32_MAX, "logits: expected a vocab of 1 to %d, got %lld",
                INT32_MAX, (long long)vocab);
     QI_TRY(qi_expect(tokens, "tokens", QKV_I32, QI_SHAPE(batch)));
-    QI_REQUIRE(!qi_overlap(tokens, logits), "tokens: expected memory apart from logits");
+    QI_REQUIRE(!qi_overlap(tokens, logits),
+               "tokens: expected memory apart from logits, got an overlap");
     *rows = (argmax_params){
         .tokens = qi_data(tokens),
         .logits = qi_data(logits),
@@ -43,7 +46,8 @@ static qkv_status check_values(const DLTensor *values, const char *name, DLDataT
 {
     if (!values) return QKV_OK;
     QI_TRY(qi_expect(values, name, dtype, QI_SHAPE(tokens->shape[0])));
-    QI_REQUIRE(!qi_overlap(tokens, values), "%s: expected memory apart from tokens", name);
+    QI_REQUIRE(!qi_overlap(tokens, values), "%s: expected memory apart from tokens, got an overlap",
+               name);
     return QKV_OK;
 }
 
@@ -54,7 +58,7 @@ static qkv_status check_ranges(const sample_params *p)
         const double temperature = p->temperature ? (double)p->temperature[r] : 1;
         const double top_p = p->top_p ? (double)p->top_p[r] : 1;
         const double min_p = p->min_p ? (double)p->min_p[r] : 0;
-        QI_REQUIRE(temperature >= 0 && temperature <= 3e38,
+        QI_REQUIRE(temperature >= 0 && isfinite(temperature),
                    "temperature[%lld]: expected >= 0 and finite, got %g", (long long)r,
                    temperature);
         QI_REQUIRE(!p->top_k || p->top_k[r] >= 0, "top_k[%lld]: expected >= 0, got %d",
@@ -87,7 +91,7 @@ qkv_status qkv_sample(qkv_context *ctx, DLTensor *tokens, const DLTensor *logits
     QI_REQUIRE_CONTEXT(ctx);
     qkv_sampling_params s;
     QI_TRY(qi_read_struct(&s, sizeof s, sampling, "params"));
-    QI_REQUIRE(s.reserved == 0, "params.reserved: expected 0");
+    QI_REQUIRE(s.reserved == 0, "params.reserved: expected 0, got %u", (unsigned)s.reserved);
     sample_params params;
     QI_TRY(check_rows(tokens, logits, &params.rows));
     QI_REQUIRE(s.seed, "seed: expected a tensor, got NULL");

@@ -1,4 +1,4 @@
-/* hooks.h - calling a variant's hooks over tiles. Each hook runs in a loop of its own over keys or
+/* hooks.cpu.h - calling a variant's hooks over tiles. Each hook runs in a loop of its own over keys or
  * dims, so that it vectorises (tests/test_variants.c reads the compiler's report). Without a variant
  * nothing of this is called. Included by attention_tile.h only.
  *
@@ -48,7 +48,7 @@ HOOK_LOOP void hook_logits(const void *params, qi_pos pos, const i32 *restrict k
                            float *restrict x, i32 n)
 {
     const variant_params v = *(const variant_params *)params;
-    for (i32 j = 0; j < n; j++) {
+    for (i32 j = 0; j < n; j++) { /* vectorises: VARIANT_LOGIT */
         qi_pos at = pos;
         at.kv_pos = kv_pos[j];
         x[j] = variant_logit(&v, at, x[j]);
@@ -62,7 +62,7 @@ HOOK_LOOP void hook_mask(const void *params, qi_pos pos, const i32 *restrict kv_
                          i32 *restrict keep, i32 n)
 {
     const variant_params v = *(const variant_params *)params;
-    for (i32 j = 0; j < n; j++) {
+    for (i32 j = 0; j < n; j++) { /* vectorises: VARIANT_MASK */
         qi_pos at = pos;
         at.kv_pos = kv_pos[j];
         keep[j] = variant_mask(&v, at) != 0 ? keep[j] : 0;
@@ -94,17 +94,18 @@ HOOK_LOOP void hook_mask(const void *params, qi_pos pos, const i32 *restrict kv_
     }
 #endif
 #ifdef VARIANT_QUERY
-DEFINE_PAIR_LOOP(hook_query, variant_query)
+DEFINE_PAIR_LOOP(hook_query, variant_query) /* vectorises: VARIANT_QUERY */
 #endif
 #ifdef VARIANT_KEY
-DEFINE_PAIR_LOOP(hook_key, variant_key)
+DEFINE_PAIR_LOOP(hook_key, variant_key) /* vectorises: VARIANT_KEY */
 #endif
 
 #ifdef VARIANT_OUTPUT
 HOOK_LOOP void hook_output(const void *params, qi_pos pos, float *restrict o, i32 dim)
 {
     const variant_params v = *(const variant_params *)params;
-    for (i32 d = 0; d < dim; d++) o[d] = variant_output(&v, pos, d, o[d]);
+    for (i32 d = 0; d < dim; d++) /* vectorises: VARIANT_OUTPUT */
+        o[d] = variant_output(&v, pos, d, o[d]);
 }
 #endif
 

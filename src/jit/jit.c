@@ -1,0 +1,212 @@
+/* jit.c - see jit.h. An image is loaded from memory (a memfd): what was checked is what runs, and
+ * neither a full disk nor a cache that forbids execution matters.
+ * SPDX-License-Identifier: Apache-2.0 */
+#include "jit/jit.h"
+
+#include <dlfcn.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "base/sha256.h"
+#include "jit/bundle.h"
+#include "jit/cache.h"
+
+/* ---- loaded kernels ----------------------------------------------------------------------- */
+
+typedef struct module {
+    struct module *next;
+    char key[65];
+    void *handle; /* NULL: someone is at it */
+} module;
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
+static module *modules;
+
+static module **find(const char *key)
+{
+    module **m = &modules;
+    while (*m && strcmp((*m)->key, key) != 0) m = &(*m)->next;
+    return m;
+}
+
+/* The loaded module of a key; or NULL and the caller must publish() it or NULL. */
+static void *claim(const char *key, qkv_status *status)
+{
+    void *handle = NULL;
+    pthread_mutex_lock(&lock);
+    module **m;
+    while (*(m = find(key)) && !(*m)->handle) pthread_cond_wait(&changed, &lock);
+    if (*m) {
+        handle = (*m)->handle;
+    } else if ((*m = calloc(1, sizeof **m))) {
+        snprintf((*m)->key, sizeof(*m)->key, "%s", key);
+    } else {
+        *status = qi_fail(QKV_ERR_MEMORY, __FILE__, __LINE__, "variant: out of memory");
+    }
+    pthread_mutex_unlock(&lock);
+    return handle;
+}
+
+static void publish(const char *key, void *handle)
+{
+    pthread_mutex_lock(&lock);
+    module **m = find(key);
+    (*m)->handle = handle;
+    if (!handle) {
+        module *failed = *m;
+        *m = failed->next;
+        free(failed);
+    }
+    pthread_cond_broadcast(&changed);
+    pthread_mutex_unlock(&lock);
+}
+
+/* ---- keys --------------------------------------------------------------------------------- */
+
+static void add_text(qi_sha256 *hash, const char *text)
+{
+    qi_sha256_add(hash, text, strlen(text) + 1); /* the zero keeps neighbours apart */
+}
+
+static void make_key(const qi_cc_job *job, const char *compiler, char key[65])
+{
+    qi_sha256 hash;
+    qi_sha256_init(&hash);
+    const qi_bundle_file *file;
+    for (int i = 0; (file = qi_bundle(i)); i++) {
+        add_text(&hash, file->path);
+        qi_sha256_add(&hash, file->text, file->bytes);
+    }
+    const char *flags = qi_cc_flags(job->level);
+    const char *const parts[] = {QI_KERNEL_FLAGS, flags ? flags : "", job->level, job->defines,
+                                 job->header,     job->main,          compiler};
+    for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++) add_text(&hash, parts[i]);
+    qi_sha256_hex(&hash, key);
+}
+
+/* ---- images ------------------------------------------------------------------------------- */
+
+/* The descriptor stays open: the loader takes two libraries of one path, here its number, for one. */
+static void *load_image(const void *image, size_t bytes, const char **error)
+{
+    char path[64];
+    *error = "memory could not be had";
+    const int fd = memfd_create("qkv", MFD_CLOEXEC);
+    if (fd < 0) return NULL;
+    for (size_t at = 0; at < bytes;) {
+        const ssize_t n = write(fd, (const char *)image + at, bytes - at);
+        if (n <= 0) {
+            close(fd);
+            return NULL;
+        }
+        at += (size_t)n;
+    }
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    void *handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (!handle) {
+        *error = dlerror();
+        close(fd);
+    }
+    return handle;
+}
+
+/* From the cache; an entry that does not load counts as none. */
+static void *load_cached(const qi_jit *jit, const char *key)
+{
+    void *image;
+    size_t bytes;
+    const char *error;
+    if (!jit->cache_dir[0] || !qi_cache_read(jit->cache_dir, key, &image, &bytes)) return NULL;
+    void *handle = load_image(image, bytes, &error);
+    free(image);
+    return handle;
+}
+
+/* By the compiler. The image goes to the cache under its key and, for machines without this compiler,
+ * under the key that names none. */
+static qkv_status compile(const qi_jit *jit, const qi_cc_job *job, const char *key,
+                          const char *any_key, void **handle)
+{
+    const int64_t start = qi_now_ns();
+    void *image;
+    size_t bytes;
+    if (jit->progress && jit->cc.path[0]) jit->progress(jit->user, job->what, -1.0);
+    const qkv_status status = qi_cc_compile(&jit->cc, job, &image, &bytes);
+    if (jit->progress && jit->cc.path[0])
+        jit->progress(jit->user, job->what, (double)(qi_now_ns() - start) * 1e-9);
+    if (status != QKV_OK) return status;
+    const char *error;
+    *handle = load_image(image, bytes, &error);
+    if (*handle && jit->cache_dir[0]) {
+        qi_cache_write(jit->cache_dir, key, image, bytes);
+        qi_cache_write(jit->cache_dir, any_key, image, bytes);
+    }
+    free(image);
+    if (!*handle) QI_FAIL(QKV_ERR_COMPILE, "%s: cannot be loaded: %s", job->what, error);
+    return QKV_OK;
+}
+
+static qkv_status make_module(const qi_jit *jit, const qi_cc_job *job, const char *key,
+                              const char *any_key, const char **how, void **handle)
+{
+    *how = "cache";
+    *handle = load_cached(jit, key);
+    /* Where nothing can be compiled, what another machine's compiler made is welcome. */
+    const int can_compile = jit->policy == QKV_JIT_ALLOW && jit->cc.path[0];
+    if (!*handle && !can_compile) *handle = load_cached(jit, any_key);
+    if (*handle) return QKV_OK;
+    if (jit->policy == QKV_JIT_CACHED)
+        QI_FAIL(QKV_ERR_COMPILE,
+                "%s: jit_policy is QKV_JIT_CACHED, and there is no entry for it in the cache (%s)",
+                job->what, jit->cache_dir[0] ? jit->cache_dir : "none");
+    *how = "compiled";
+    return compile(jit, job, key, any_key, handle);
+}
+
+qkv_status qi_jit_get(const qi_jit *jit, const qi_logger *logger, const qi_cc_job *job,
+                      const char *const *symbols, int num_symbols, void **functions)
+{
+    if (jit->policy == QKV_JIT_NEVER)
+        QI_FAIL(QKV_ERR_COMPILE, "%s: jit_policy is QKV_JIT_NEVER", job->what);
+    char key[65], any_key[65];
+    make_key(job, jit->cc.identity, key);
+    make_key(job, "", any_key);
+    const int64_t start = qi_now_ns();
+    const char *how = "loaded";
+    qkv_status status = QKV_OK;
+    void *handle = claim(key, &status);
+    if (status != QKV_OK) return status;
+    if (!handle) {
+        status = make_module(jit, job, key, any_key, &how, &handle);
+        publish(key, status == QKV_OK ? handle : NULL);
+        if (status != QKV_OK) return status;
+    }
+    if (qi_verbose(logger, QI_VERBOSE_DISPATCH))
+        qi_log(logger, "jit,%s,%s,%s,ms=%.2f", job->what, job->level, how,
+               (double)(qi_now_ns() - start) * 1e-6);
+    for (int i = 0; i < num_symbols; i++) {
+        functions[i] = dlsym(handle, symbols[i]);
+        if (!functions[i])
+            QI_FAIL(QKV_ERR_INTERNAL, "%s: expected the symbol %s in the compiled kernel",
+                    job->what, symbols[i]);
+    }
+    return QKV_OK;
+}
+
+qkv_status qi_jit_open(const qkv_context_options *options, qi_jit *out)
+{
+    QI_REQUIRE(options->jit_policy >= QKV_JIT_ALLOW && options->jit_policy <= QKV_JIT_NEVER,
+               "jit_policy: expected QKV_JIT_ALLOW, QKV_JIT_CACHED or QKV_JIT_NEVER, got %d",
+               (int)options->jit_policy);
+    *out = (qi_jit){.policy = options->jit_policy,
+                    .progress = options->jit_progress,
+                    .user = options->jit_user};
+    qi_cache_dir(options->cache_dir, out->cache_dir, sizeof out->cache_dir);
+    qi_cc_find(options->compiler, &out->cc);
+    return QKV_OK;
+}

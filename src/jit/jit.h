@@ -1,0 +1,30 @@
+/* jit.h - compiled kernels: loaded ones, those of the disk cache, and new ones.
+ *
+ * A kernel's key is a hash of everything that goes into it: sources, text, defines, level, flags,
+ * and the compiler. Loaded kernels are kept for the life of the process and shared by all contexts;
+ * a key is compiled by one thread, others wait for it.
+ * SPDX-License-Identifier: Apache-2.0 */
+#ifndef QI_JIT_JIT_H
+#define QI_JIT_JIT_H
+
+#include "base/log.h"
+#include "jit/cc.h"
+#include "qkv/context.h"
+
+/* What a context's options say. Paths are resolved once. */
+typedef struct qi_jit {
+    int32_t policy;
+    char cache_dir[QI_PATH_MAX]; /* empty: none */
+    qi_cc cc;
+    qkv_jit_progress_fn progress;
+    void *user;
+} qi_jit;
+
+qkv_status qi_jit_open(const qkv_context_options *options, qi_jit *out);
+
+/* The function `symbol` of the kernel that the job describes. COMPILE: the policy forbids it, there is
+ * no compiler, it failed, or its output cannot be loaded. */
+qkv_status qi_jit_get(const qi_jit *jit, const qi_logger *logger, const qi_cc_job *job,
+                      const char *const *symbols, int num_symbols, void **functions);
+
+#endif
