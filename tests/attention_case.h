@@ -15,114 +15,11 @@
 enum { CASE_CSR, CASE_TABLE, CASE_RAGGED };
 enum { CASE_MAX_REQUESTS = 512 };
 
-/* Everything that is chosen about a case. */
-typedef struct case_config {
-    qkv_attention_spec spec;
-    qkv_attention_limits limits; /* limits of 0 (but max_qo_len, ...) become what the case needs */
-    int32_t form;                /* CASE_...; spec.page_size follows it for CASE_RAGGED          */
-    bool combined;               /* K and V in one tensor                                        */
-    bool strided;                /* tensors are views with gaps, permuted axes and byte_offset   */
-    bool shared_pages;           /* some pages are listed by several requests                    */
-    bool use_qo_pos, no_lse;
-    int32_t num_requests;
-    int32_t qo_len[CASE_MAX_REQUESTS], kv_len[CASE_MAX_REQUESTS], qo_pos[CASE_MAX_REQUESTS];
-    float io_sm_scale, io_soft_cap;
-    int32_t set_window, io_window_left, io_window_right;
-    double q_scale, k_bias, v_scale; /* 0 = 1, 0, 1 */
-} case_config;
-
 /* A tensor in a block of its own, NaN wherever nothing was put. */
 typedef struct case_view {
     test_tensor x;
     size_t bytes;
 } case_view;
-
-typedef struct attn_case {
-    int64_t number; /* in a random test: what repeats it */
-    case_config config;
-    case_view q, k, v, o, lse;
-    case_view qo_indptr, kv_indptr, kv_indices, kv_last_page_len, block_table, kv_lens, qo_pos;
-    qkv_attention_limits limits;
-    qkv_kv_index index;
-    qkv_attention_batch batch;
-    qkv_attention_io io;
-    int64_t tokens, rows;        /* those of the requests; those of q */
-    int32_t *pages, *first_page; /* all page lists, one after another; where each begins */
-    double *ref_o;
-    attention_ref_row *ref_rows;
-    void *got_o;    /* [tokens, num_qo_heads, head_dim_vo] of dtype_o, contiguous */
-    float *got_lse; /* [tokens, num_qo_heads] */
-} attn_case;
-
-/* ---- configurations ----------------------------------------------------------------------- */
-
-/* A plain f32 spec that the tests change from. */
-static inline qkv_attention_spec case_spec(int32_t num_qo_heads, int32_t num_kv_heads,
-                                           int32_t head_dim, int32_t page_size)
-{
-    return (qkv_attention_spec){QKV_ATTENTION_SPEC_INIT,
-                                .num_qo_heads = num_qo_heads,
-                                .num_kv_heads = num_kv_heads,
-                                .head_dim_qk = head_dim,
-                                .head_dim_vo = head_dim,
-                                .page_size = page_size,
-                                .kv_layout = QKV_NHD,
-                                .mask = QKV_MASK_CAUSAL,
-                                .dtype_q = QKV_F32,
-                                .dtype_kv = QKV_F32,
-                                .dtype_o = QKV_F32};
-}
-
-static inline case_config case_config_init(qkv_attention_spec spec)
-{
-    return (case_config){.spec = spec,
-                         .limits = {QKV_ATTENTION_LIMITS_INIT},
-                         .form = spec.page_size ? CASE_CSR : CASE_RAGGED};
-}
-
-static inline void case_add(case_config *c, int32_t qo_len, int32_t kv_len)
-{
-    assert_true(c->num_requests < CASE_MAX_REQUESTS);
-    c->qo_len[c->num_requests] = qo_len;
-    c->kv_len[c->num_requests++] = kv_len;
-}
-
-static inline void case_print(int64_t number, const case_config *c)
-{
-    const qkv_attention_spec *s = &c->spec;
-    fprintf(stderr,
-            "QKV_TEST_CASE=%lld: heads %d/%d, dims %d/%d, page %d %s %s%s%s%s, q %d:%d kv %d:%d o "
-            "%d:%d, mask %d, "
-            "features %d, flags %u, sm_scale %g, cap %g, window %d/%d; layer: scale %g, cap %g, "
-            "window %d: %d/%d; workers %d, split rows %lld, max_qo_len %d; data %g, %g, %g\n",
-            (long long)number, s->num_qo_heads, s->num_kv_heads, s->head_dim_qk, s->head_dim_vo,
-            s->page_size, s->kv_layout ? "HND" : "NHD",
-            c->form == CASE_CSR     ? "csr"
-            : c->form == CASE_TABLE ? "table"
-                                    : "ragged",
-            c->combined ? " combined" : "", c->strided ? " strided" : "",
-            c->shared_pages ? " shared" : "", s->dtype_q.code, s->dtype_q.bits, s->dtype_kv.code,
-            s->dtype_kv.bits, s->dtype_o.code, s->dtype_o.bits, s->mask, s->features, s->flags,
-            (double)s->sm_scale, (double)s->logits_soft_cap, s->window_left, s->window_right,
-            (double)c->io_sm_scale, (double)c->io_soft_cap, c->set_window, c->io_window_left,
-            c->io_window_right, c->limits.max_workers, (long long)c->limits.max_split_rows,
-            c->limits.max_qo_len, c->q_scale, c->k_bias, c->v_scale);
-    for (int32_t r = 0; r < c->num_requests && r < 40; r++) {
-        fprintf(stderr, " %d:%d", c->qo_len[r], c->kv_len[r]);
-        if (c->use_qo_pos) fprintf(stderr, "@%d", c->qo_pos[r]);
-    }
-    fprintf(stderr, "%s\n", c->num_requests > 40 ? " ..." : "");
-}
-
-/* EXPECT_OK that says which case it was. */
-#define CASE_OK(a, expr)                                                                           \
-    do {                                                                                           \
-        const qkv_status case_ = (expr);                                                           \
-        if (case_ != QKV_OK) {                                                                     \
-            case_print((a)->number, &(a)->config);                                                 \
-            fail_msg("%s: %s: %s", #expr, qkv_status_name(case_), qkv_last_error());               \
-        }                                                                                          \
-    } while (0)
 
 /* ---- views -------------------------------------------------------------------------------- */
 
@@ -195,6 +92,125 @@ static inline int32_t *case_ints_new(case_view *view, int ndim, const int64_t *s
     return case_ints(view);
 }
 
+#include "attention_features.h"
+
+/* Everything that is chosen about a case. */
+typedef struct case_config {
+    qkv_attention_spec spec;
+    qkv_attention_limits limits; /* limits of 0 (but max_qo_len, ...) become what the case needs */
+    int32_t form;                /* CASE_...; spec.page_size follows it for CASE_RAGGED          */
+    bool combined;               /* K and V in one tensor                                        */
+    bool strided;                /* tensors are views with gaps, permuted axes and byte_offset   */
+    bool shared_pages;           /* some pages are listed by several requests                    */
+    bool use_qo_pos, no_lse;
+    int32_t num_requests;
+    int32_t qo_len[CASE_MAX_REQUESTS], kv_len[CASE_MAX_REQUESTS], qo_pos[CASE_MAX_REQUESTS];
+    float io_sm_scale, io_soft_cap;
+    int32_t set_window, io_window_left, io_window_right;
+    double q_scale, k_bias, v_scale; /* 0 = 1, 0, 1 */
+    case_features f;
+} case_config;
+
+typedef struct attn_case {
+    int64_t number; /* in a random test: what repeats it */
+    case_config config;
+    case_view q, k, v, o, lse;
+    case_view qo_indptr, kv_indptr, kv_indices, kv_last_page_len, block_table, kv_lens, qo_pos;
+    qkv_attention_limits limits;
+    qkv_kv_index index; /* of the last level */
+    case_extra extra;
+    qkv_attention_batch batch;
+    qkv_attention_io io;
+    int64_t tokens, rows;        /* those of the requests; those of q */
+    int64_t num_ragged;          /* tokens that ragged k and v must have                        */
+    int32_t *pages, *first_page; /* all page lists, one after another; where each begins */
+    double *ref_o;
+    attention_ref_row *ref_rows;
+    void *got_o;    /* [tokens, num_qo_heads, head_dim_vo] of dtype_o, contiguous */
+    float *got_lse; /* [tokens, num_qo_heads] */
+} attn_case;
+
+/* ---- configurations ----------------------------------------------------------------------- */
+
+/* A plain f32 spec that the tests change from. */
+static inline qkv_attention_spec case_spec(int32_t num_qo_heads, int32_t num_kv_heads,
+                                           int32_t head_dim, int32_t page_size)
+{
+    return (qkv_attention_spec){QKV_ATTENTION_SPEC_INIT,
+                                .num_qo_heads = num_qo_heads,
+                                .num_kv_heads = num_kv_heads,
+                                .head_dim_qk = head_dim,
+                                .head_dim_vo = head_dim,
+                                .page_size = page_size,
+                                .kv_layout = QKV_NHD,
+                                .mask = QKV_MASK_CAUSAL,
+                                .dtype_q = QKV_F32,
+                                .dtype_kv = QKV_F32,
+                                .dtype_o = QKV_F32};
+}
+
+static inline case_config case_config_init(qkv_attention_spec spec)
+{
+    return (case_config){.spec = spec,
+                         .limits = {QKV_ATTENTION_LIMITS_INIT},
+                         .form = spec.page_size ? CASE_CSR : CASE_RAGGED};
+}
+
+static inline void case_add(case_config *c, int32_t qo_len, int32_t kv_len)
+{
+    assert_true(c->num_requests < CASE_MAX_REQUESTS);
+    c->qo_len[c->num_requests] = qo_len;
+    c->kv_len[c->num_requests++] = kv_len;
+}
+
+static inline void case_print(int64_t number, const case_config *c)
+{
+    const qkv_attention_spec *s = &c->spec;
+    fprintf(stderr,
+            "QKV_TEST_CASE=%lld: heads %d/%d, dims %d/%d, page %d %s %s%s%s%s, q %d:%d kv %d:%d o "
+            "%d:%d, mask %d, "
+            "features %d, flags %u, sm_scale %g, cap %g, window %d/%d; layer: scale %g, cap %g, "
+            "window %d: %d/%d; workers %d, split rows %lld, max_qo_len %d; data %g, %g, %g\n",
+            (long long)number, s->num_qo_heads, s->num_kv_heads, s->head_dim_qk, s->head_dim_vo,
+            s->page_size, s->kv_layout ? "HND" : "NHD",
+            c->form == CASE_CSR     ? "csr"
+            : c->form == CASE_TABLE ? "table"
+                                    : "ragged",
+            c->combined ? " combined" : "", c->strided ? " strided" : "",
+            c->shared_pages ? " shared" : "", s->dtype_q.code, s->dtype_q.bits, s->dtype_kv.code,
+            s->dtype_kv.bits, s->dtype_o.code, s->dtype_o.bits, s->mask, s->features, s->flags,
+            (double)s->sm_scale, (double)s->logits_soft_cap, s->window_left, s->window_right,
+            (double)c->io_sm_scale, (double)c->io_soft_cap, c->set_window, c->io_window_left,
+            c->io_window_right, c->limits.max_workers, (long long)c->limits.max_split_rows,
+            c->limits.max_qo_len, c->q_scale, c->k_bias, c->v_scale);
+    const case_features *f = &c->f;
+    fprintf(stderr,
+            " levels %d, prefixes %d, detect %d, bsr %dx%d/%d%s%s, mask/%d, slope %g, sink %g, "
+            "scales %d, rope %d%s\n",
+            f->shared_levels + 1, f->share_prefixes, f->detect, f->bsr_rows, f->bsr_cols,
+            f->bsr_density, f->bsr_per_head ? " per head" : "", f->bsr_mask ? " masked" : "",
+            f->mask_density, f->slope, f->sink, f->scales, f->rope.rotary_dim,
+            f->rope.interleaved ? " interleaved" : "");
+    for (int32_t l = 0; l < f->shared_levels; l++)
+        for (int32_t g = 0; g < f->num_groups[l]; g++)
+            fprintf(stderr, " [%d: ..%d: %d]", l, f->group_end[l][g], f->group_len[l][g]);
+    for (int32_t r = 0; r < c->num_requests && r < 40; r++) {
+        fprintf(stderr, " %d:%d", c->qo_len[r], c->kv_len[r]);
+        if (c->use_qo_pos) fprintf(stderr, "@%d", c->qo_pos[r]);
+    }
+    fprintf(stderr, "%s\n", c->num_requests > 40 ? " ..." : "");
+}
+
+/* EXPECT_OK that says which case it was. */
+#define CASE_OK(a, expr)                                                                           \
+    do {                                                                                           \
+        const qkv_status case_ = (expr);                                                           \
+        if (case_ != QKV_OK) {                                                                     \
+            case_print((a)->number, &(a)->config);                                                 \
+            fail_msg("%s: %s: %s", #expr, qkv_status_name(case_), qkv_last_error());               \
+        }                                                                                          \
+    } while (0)
+
 /* ---- building ----------------------------------------------------------------------------- */
 
 static inline int32_t case_num_pages(const case_config *c, int32_t request)
@@ -210,7 +226,13 @@ static inline int64_t case_deal_pages(attn_case *a)
     a->first_page = case_alloc((size_t)c->num_requests + 1, sizeof(int32_t));
     for (int32_t r = 0; r < c->num_requests; r++)
         a->first_page[r + 1] = a->first_page[r] + case_num_pages(c, r);
-    const int32_t used = a->first_page[c->num_requests];
+    int32_t used = a->first_page[c->num_requests];
+    const int32_t own = used;
+    for (int32_t l = 0; l < c->f.shared_levels; l++)
+        for (int32_t g = 0; g < c->f.num_groups[l]; g++) {
+            a->extra.shared[l].first_page[g] = used;
+            used += case_pages_of(c->spec.page_size, c->f.group_len[l][g]);
+        }
     const int64_t pool = used + 1 + test_below(4);
     a->pages = case_alloc((size_t)pool, sizeof(int32_t));
     for (int32_t i = 0; i < pool; i++) a->pages[i] = i;
@@ -220,8 +242,17 @@ static inline int64_t case_deal_pages(attn_case *a)
         a->pages[i] = a->pages[j];
         a->pages[j] = swap;
     }
-    for (int32_t i = 1; i < used && c->shared_pages; i++)
+    for (int32_t i = 1; i < own && c->shared_pages; i++)
         if (test_below(4) == 0) a->pages[i] = a->pages[test_below(i)];
+    for (int32_t r = 1; r < c->num_requests && c->f.share_prefixes; r++) {
+        const int32_t other = (int32_t)test_below(r);
+        const int32_t most = case_num_pages(c, r) < case_num_pages(c, other)
+                                 ? case_num_pages(c, r)
+                                 : case_num_pages(c, other);
+        const int32_t n = test_below(4) ? (int32_t)test_below(most + 1) : most;
+        for (int32_t i = 0; i < n; i++)
+            a->pages[a->first_page[r] + i] = a->pages[a->first_page[other] + i];
+    }
     return pool;
 }
 
@@ -267,8 +298,26 @@ static inline void case_build_index(attn_case *a)
             a->index.kv_last_page_len = &a->kv_last_page_len.x.t;
         }
     }
-    a->batch =
-        (qkv_attention_batch){QKV_ATTENTION_BATCH_INIT, .num_levels = 1, .levels = &a->index};
+    if (c->f.bsr_rows) {
+        const int64_t blocks = case_build_bsr(&a->extra, &c->f, c->spec.num_kv_heads,
+                                              c->num_requests, c->qo_len, c->kv_len, &a->index);
+        if (!a->limits.max_row_blocks) a->limits.max_row_blocks = (int32_t)blocks;
+    }
+    int64_t token = c->form == CASE_RAGGED ? case_ints(&a->kv_indptr)[n] : 0;
+    for (int32_t l = 0; l < c->f.shared_levels; l++) {
+        case_shared *level = &a->extra.shared[l];
+        level->first_token = token;
+        for (int32_t g = 0; g < c->f.num_groups[l]; g++) token += c->f.group_len[l][g];
+        case_build_level(level, &c->f, l, c->form, c->spec.page_size, a->pages, qo_indptr, strided,
+                         &a->extra.levels[l]);
+    }
+    a->extra.levels[c->f.shared_levels] = a->index;
+    a->num_ragged = token;
+    a->batch = (qkv_attention_batch){QKV_ATTENTION_BATCH_INIT, .num_levels = 1 + c->f.shared_levels,
+                                     .levels = c->f.shared_levels ? a->extra.levels : &a->index,
+                                     .detect_shared_prefix = c->f.detect};
+    if (c->spec.mask == QKV_MASK_CUSTOM)
+        case_build_mask(&a->extra, &c->f, c->num_requests, c->qo_len, c->kv_len, &a->batch);
     if (c->use_qo_pos) {
         int32_t *qo_pos = case_ints_new(&a->qo_pos, 1, (int64_t[]){n}, strided);
         for (int32_t r = 0; r < n; r++) qo_pos[r] = c->qo_pos[r];
@@ -277,27 +326,55 @@ static inline void case_build_index(attn_case *a)
 }
 
 /* K or V with its axes in the layout's order; second: the V half of K. */
+typedef struct case_fill {
+    const case_view *view;
+    int64_t page_stride, slot_stride, head_stride, base, dim;
+    double scale, bias;
+} case_fill;
+
+/* Keys of one list: pages, or tokens from `token` on. */
+static inline void case_fill_list(const case_config *c, const case_fill *f, int32_t len,
+                                  const int32_t *pages, int64_t token)
+{
+    const int64_t page_size = c->spec.page_size;
+    for (int64_t j = 0; j < len; j++) {
+        const int64_t at =
+            page_size == 0 ? (token + j) * f->slot_stride
+                           : pages[j / page_size] * f->page_stride + j % page_size * f->slot_stride;
+        for (int64_t h = 0; h < c->spec.num_kv_heads; h++)
+            for (int64_t d = 0; d < f->dim; d++)
+                test_put(case_data(f->view), c->spec.dtype_kv,
+                         at + f->base + h * f->head_stride + d, f->bias + test_uniform(f->scale));
+    }
+}
+
 static inline void case_fill_kv(attn_case *a, const case_view *view, bool second, int64_t dim,
                                 double scale, double bias)
 {
     const case_config *c = &a->config;
-    const int64_t *strides = view->x.strides, page_size = c->spec.page_size;
-    const int inner = page_size == 0 ? 0 : c->combined ? 2 : 1;
+    const int64_t *strides = view->x.strides;
+    const int inner = c->spec.page_size == 0 ? 0 : c->combined ? 2 : 1;
     const bool nhd = c->spec.kv_layout == QKV_NHD;
-    const int64_t slot_stride = strides[nhd ? inner : inner + 1];
-    const int64_t head_stride = strides[nhd ? inner + 1 : inner];
-    int64_t token = page_size == 0 ? case_ints(&a->kv_indptr)[0] : 0;
+    const bool i8 = c->spec.dtype_kv.code == 0; /* numbers of any use in integers */
+    const case_fill f = {.view = view,
+                         .page_stride = strides[0],
+                         .slot_stride = strides[nhd ? inner : inner + 1],
+                         .head_stride = strides[nhd ? inner + 1 : inner],
+                         .base = second ? strides[1] : 0,
+                         .dim = dim,
+                         .scale = i8 ? 5 * scale : scale,
+                         .bias = bias};
+    int64_t token = c->form == CASE_RAGGED ? case_ints(&a->kv_indptr)[0] : 0;
     for (int32_t r = 0; r < c->num_requests; r++) {
-        for (int64_t j = 0; j < c->kv_len[r]; j++, token++) {
-            const int64_t at = page_size == 0
-                                   ? token * slot_stride
-                                   : a->pages[a->first_page[r] + j / page_size] * strides[0] +
-                                         j % page_size * slot_stride;
-            for (int64_t h = 0; h < c->spec.num_kv_heads; h++)
-                for (int64_t d = 0; d < dim; d++)
-                    test_put(case_data(view), c->spec.dtype_kv,
-                             at + (second ? strides[1] : 0) + h * head_stride + d,
-                             bias + test_uniform(scale));
+        case_fill_list(c, &f, c->kv_len[r], a->pages + a->first_page[r], token);
+        token += c->kv_len[r];
+    }
+    for (int32_t l = 0; l < c->f.shared_levels; l++) {
+        const case_shared *level = &a->extra.shared[l];
+        token = level->first_token;
+        for (int32_t g = 0; g < c->f.num_groups[l]; g++) {
+            case_fill_list(c, &f, c->f.group_len[l][g], a->pages + level->first_page[g], token);
+            token += c->f.group_len[l][g];
         }
     }
 }
@@ -313,7 +390,7 @@ static inline void case_build_kv(attn_case *a, int64_t pool)
         int ndim = 0;
         int64_t tokens = s->page_size;
         if (s->page_size == 0)
-            tokens = case_ints(&a->kv_indptr)[c->num_requests] + test_below(4);
+            tokens = a->num_ragged + test_below(4);
         else
             shape[ndim++] = pool;
         if (c->combined) shape[ndim++] = 2;
@@ -336,7 +413,18 @@ static inline void case_complete_limits(attn_case *a)
     int64_t max_kv_len = 1, num_pages = 1;
     for (int32_t r = 0; r < c->num_requests; r++)
         if (c->kv_len[r] > max_kv_len) max_kv_len = c->kv_len[r];
-    if (a->first_page[c->num_requests] > 1) num_pages = a->first_page[c->num_requests];
+    num_pages = a->first_page[c->num_requests];
+    for (int32_t level = 0; level < c->f.shared_levels; level++) {
+        int32_t most = 0;
+        for (int32_t g = 0; g < c->f.num_groups[level]; g++) {
+            const int32_t len = c->f.group_len[level][g];
+            num_pages += case_pages_of(c->spec.page_size, len);
+            most = len > most ? len : most;
+        }
+        max_kv_len += most;
+    }
+    if (num_pages < 1) num_pages = 1;
+    if (!l->max_levels) l->max_levels = c->f.detect ? 4 : 1 + c->f.shared_levels;
     if (!l->max_requests) l->max_requests = c->num_requests ? c->num_requests : 1;
     if (!l->max_tokens) l->max_tokens = a->tokens ? a->tokens : 1;
     if (!l->max_kv_len) l->max_kv_len = max_kv_len;
@@ -349,6 +437,7 @@ static inline void case_build(attn_case *a, const case_config *config)
     memset(a, 0, sizeof *a);
     a->config = *config;
     const case_config *c = &a->config;
+    if (c->spec.features & QKV_FEATURE_ROPE) a->config.spec.rope = &a->config.f.rope;
     const qkv_attention_spec *s = &c->spec;
     const int64_t heads = s->num_qo_heads;
     for (int32_t r = 0; r < c->num_requests; r++) a->tokens += c->qo_len[r];
@@ -380,6 +469,7 @@ static inline void case_build(attn_case *a, const case_config *config)
                                .set_window = c->set_window,
                                .window_left = c->io_window_left,
                                .window_right = c->io_window_right};
+    case_build_extras(&a->extra, &c->f, s, &a->io);
     const size_t n = (size_t)(a->tokens * heads);
     a->ref_o = case_alloc(n * (size_t)s->head_dim_vo, sizeof(double));
     a->ref_rows = case_alloc(n, sizeof *a->ref_rows);
@@ -395,6 +485,7 @@ static inline void case_free(attn_case *a)
                           &a->kv_indptr,   &a->kv_indices, &a->kv_last_page_len,
                           &a->block_table, &a->kv_lens,    &a->qo_pos};
     for (size_t i = 0; i < sizeof views / sizeof *views; i++) free(views[i]->x.owned);
+    case_free_extra(&a->extra);
     free(a->pages), free(a->first_page), free(a->ref_o), free(a->ref_rows);
     free(a->got_o), free(a->got_lse);
 }

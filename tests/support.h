@@ -110,6 +110,76 @@ static inline uint16_t test_to_f16(float f)
     return (uint16_t)(sign | (unit == -24 ? n : n + ((long)(unit + 24) << 10)));
 }
 
+/* An 8-bit float: a sign, an exponent with this bias, mantissa_bits. Codes past `largest` are e4m3's
+ * NaN, or e5m2's infinity and NaNs. */
+typedef struct test_fp8 {
+    int mantissa_bits, bias, largest;
+} test_fp8;
+
+enum { TEST_E4M3 = 10, TEST_E5M2 = 12 }; /* DLPack's codes */
+
+static inline test_fp8 test_fp8_of(DLDataType t)
+{
+    return t.code == TEST_E4M3 ? (test_fp8){3, 7, 0x7e} : (test_fp8){2, 15, 0x7b};
+}
+
+static inline double test_fp8_value(test_fp8 f, uint8_t h)
+{
+    const int one = 1 << f.mantissa_bits;
+    const int exponent = (h & 0x7f) >> f.mantissa_bits, mantissa = h & (one - 1);
+    const double sign = h & 0x80 ? -1 : 1;
+    if ((h & 0x7f) > f.largest)
+        return f.mantissa_bits == 2 && mantissa == 0 ? sign * INFINITY : (double)NAN;
+    const int unit = (exponent ? exponent : 1) - f.bias - f.mantissa_bits;
+    return sign * ldexp(exponent ? one + mantissa : mantissa, unit);
+}
+
+/* To the nearest, ties to even; what is too large, to the largest. */
+static inline uint8_t test_to_fp8(test_fp8 f, double x)
+{
+    const int one = 1 << f.mantissa_bits, lowest = 1 - f.bias - f.mantissa_bits;
+    const uint8_t sign = signbit(x) ? 0x80 : 0;
+    const double a = fabs(x);
+    if (x != x) return 0x7f;
+    if (a >= test_fp8_value(f, (uint8_t)f.largest)) return sign | (uint8_t)f.largest;
+    if (a == 0) return sign;
+    int e;
+    frexp(a, &e); /* a = m * 2^e, m in [1/2, 1) */
+    const int unit = e - 1 - f.mantissa_bits < lowest ? lowest : e - 1 - f.mantissa_bits;
+    const int n = (int)nearbyint(ldexp(a, -unit)); /* 0 .. 2 * one units */
+    return (uint8_t)(sign | (n + (unit - lowest) * one));
+}
+
+/* 8-bit types by their tables: e4m3 is finite but for 0x7f and 0xff, e5m2 has infinities. */
+static inline double test_8bit_value(DLDataType t, uint8_t c)
+{
+    if (t.code == 0) return (int8_t)c;
+    const int mantissa_bits = t.code == 10 ? 3 : 2, bias = t.code == 10 ? 7 : 15;
+    const int exponent = (c & 0x7f) >> mantissa_bits, mantissa = c & ((1 << mantissa_bits) - 1);
+    const double sign = c & 0x80 ? -1 : 1;
+    if (t.code == 10 && (c & 0x7f) == 0x7f) return NAN;
+    if (t.code == 12 && exponent == 31) return mantissa ? NAN : sign * INFINITY;
+    if (exponent == 0) return sign * ldexp(mantissa, 1 - bias - mantissa_bits);
+    return sign * ldexp((1 << mantissa_bits) + mantissa, exponent - bias - mantissa_bits);
+}
+
+/* The nearest of all finite values, the even code of two. */
+static inline uint8_t test_to_8bit(DLDataType t, float f)
+{
+    if (f != f) return t.code == 0 ? 0 : 0x7f;
+    int best = 0;
+    double error = INFINITY;
+    for (int c = 0; c < 256; c++) {
+        const double value = test_8bit_value(t, (uint8_t)c);
+        if (!isfinite(value) || (t.code == 0 && c == 0x80)) continue;
+        if (t.code != 0 && (signbit(f) != 0) != (c >= 0x80)) continue; /* zeros keep their sign */
+        const double off = isinf(f) ? -fabs(value) : fabs(value - (double)f);
+        if (isinf(f) && signbit(value) != signbit(f)) continue;
+        if (off < error || (off == error && c % 2 == 0)) best = c, error = off;
+    }
+    return (uint8_t)best;
+}
+
 static inline size_t test_bytes(DLDataType t)
 {
     return t.bits / 8u;
@@ -117,6 +187,7 @@ static inline size_t test_bytes(DLDataType t)
 
 static inline double test_get(const void *data, DLDataType t, int64_t i)
 {
+    if (t.bits == 8) return test_8bit_value(t, ((const uint8_t *)data)[i]);
     if (t.code == 2 && t.bits == 32) return ((const float *)data)[i];
     const uint16_t h = ((const uint16_t *)data)[i];
     return t.code == 4 ? test_bits_float((uint32_t)h << 16) : test_f16_value(h);
@@ -124,7 +195,9 @@ static inline double test_get(const void *data, DLDataType t, int64_t i)
 
 static inline void test_put(void *data, DLDataType t, int64_t i, double value)
 {
-    if (t.code == 2 && t.bits == 32)
+    if (t.bits == 8)
+        ((uint8_t *)data)[i] = test_to_8bit(t, (float)value);
+    else if (t.code == 2 && t.bits == 32)
         ((float *)data)[i] = (float)value;
     else
         ((uint16_t *)data)[i] =
@@ -134,6 +207,7 @@ static inline void test_put(void *data, DLDataType t, int64_t i, double value)
 /* Half the distance of neighbouring numbers at 1: the rounding of one store. */
 static inline double test_eps(DLDataType t)
 {
+    if (t.bits == 8) return t.code == 10 ? 0x1p-4 : t.code == 12 ? 0x1p-3 : 0.5;
     return t.bits == 32 ? 0x1p-24 : t.code == 4 ? 0x1p-8 : 0x1p-11;
 }
 

@@ -22,6 +22,13 @@ static DLDataType any_float(void)
     return types[test_below(3)];
 }
 
+/* Mostly what models use, sometimes 8 bits. */
+static DLDataType any_stored(bool allow_i8)
+{
+    const DLDataType types[] = {QKV_E4M3, QKV_E5M2, QKV_I8};
+    return chance(3) ? types[test_below(allow_i8 ? 3 : 2)] : any_float();
+}
+
 static int32_t any_head_dim(void)
 {
     const int64_t kind = test_below(10);
@@ -40,12 +47,16 @@ static qkv_attention_spec any_spec(void)
     s.head_dim_vo = chance(3) ? any_head_dim() : s.head_dim_qk;
     s.page_size = chance(4) ? 0 : PICK(1, 2, 3, 5, 8, 16, 16, 32, 64, 128);
     s.kv_layout = chance(2) ? QKV_NHD : QKV_HND;
-    s.mask = chance(3) ? QKV_MASK_NONE : QKV_MASK_CAUSAL;
-    s.dtype_q = any_float();
-    s.dtype_kv = chance(2) ? s.dtype_q : any_float();
-    s.dtype_o = chance(2) ? s.dtype_q : any_float();
+    s.mask = chance(3) ? QKV_MASK_NONE : chance(5) ? QKV_MASK_CUSTOM : QKV_MASK_CAUSAL;
+    s.dtype_q = any_stored(false);
+    s.dtype_kv = chance(2) ? s.dtype_q : any_stored(true);
+    s.dtype_o = chance(2) ? s.dtype_q : any_stored(false);
     s.sm_scale = chance(2) ? 0 : (float)(0.3 + test_uniform(0.29));
-    s.flags = chance(3) ? QKV_ATTENTION_LSE_BASE_2 : 0;
+    s.flags = (chance(3) ? QKV_ATTENTION_LSE_BASE_2 : 0) |
+              (chance(6) ? QKV_ATTENTION_HAS_SINK : 0) |
+              (chance(6) ? QKV_ATTENTION_BATCH_INVARIANT : 0);
+    if (chance(6)) s.features |= QKV_FEATURE_ALIBI;
+    if (chance(6)) s.features |= QKV_FEATURE_ROPE;
     if (chance(4)) {
         s.features |= QKV_FEATURE_SOFT_CAP;
         s.logits_soft_cap = (float)(25 + test_uniform(24.5));
@@ -93,6 +104,54 @@ static void shrink(case_config *c, int64_t budget)
     }
 }
 
+/* Nested groups of requests, the outermost first. */
+static void any_levels(case_config *c)
+{
+    case_features *f = &c->f;
+    f->shared_levels = 1 + (int32_t)test_below(CASE_MAX_SHARED);
+    for (int32_t l = f->shared_levels - 1; l >= 0; l--) { /* each joins groups of the one below */
+        const bool last = l == f->shared_levels - 1;
+        const int32_t below = last ? c->num_requests : f->num_groups[l + 1];
+        f->num_groups[l] = 0;
+        for (int32_t i = 0; i < below;) {
+            i += 1 + (int32_t)test_below(below - i < 4 ? below - i : 4);
+            const int32_t g = f->num_groups[l]++;
+            f->group_end[l][g] = last ? i : f->group_end[l + 1][i - 1];
+            f->group_len[l][g] = chance(5) ? 0 : (int32_t)test_below(1 + test_below(100));
+        }
+    }
+}
+
+/* What is not in the spec. */
+static void any_features(case_config *c)
+{
+    const qkv_attention_spec *s = &c->spec;
+    case_features *f = &c->f;
+    const bool alone = s->flags & QKV_ATTENTION_BATCH_INVARIANT;
+    f->mask_density = (int32_t)test_below(9);
+    f->slope = chance(2) ? 0.5 : 0.01;
+    f->sink = chance(2) ? 3 : 20;
+    f->scales = chance(3);
+    f->rope.struct_size = sizeof f->rope;
+    if (chance(2)) f->rope.rotary_dim = 2 * (1 + (int32_t)test_below(s->head_dim_qk / 2));
+    f->rope.interleaved = chance(2);
+    if (chance(2)) f->rope.theta = 500000;
+    if (chance(3)) f->rope.scale = 8;
+    if (chance(3)) f->rope.low_freq = 1, f->rope.high_freq = 4, f->rope.old_context = 512;
+    f->share_prefixes = chance(6) && s->page_size > 0;
+    if (chance(6)) {
+        f->bsr_rows = 1 + (int32_t)test_below(chance(2) ? 5 : 40);
+        f->bsr_cols = 1 + (int32_t)test_below(chance(2) ? 5 : 40);
+        f->bsr_density = (int32_t)test_below(9);
+        f->bsr_per_head = chance(2);
+        f->bsr_mask = chance(2);
+    } else if (chance(4) && !alone && c->num_requests > 0 && c->num_requests <= CASE_MAX_GROUPS) {
+        any_levels(c);
+    } else if (f->share_prefixes && !alone) {
+        f->detect = true;
+    }
+}
+
 /* A window inside the spec's, on one side. */
 static int32_t any_narrower(int32_t window)
 {
@@ -125,7 +184,8 @@ static void any_limits(case_config *c)
     qkv_attention_limits *l = &c->limits;
     l->max_workers = (int32_t)test_below(10);
     l->max_qo_len = chance(3) ? 0 : max_qo_len;
-    switch (test_below(4)) {
+    const bool needs_rows = c->f.shared_levels > 0 || c->spec.flags & QKV_ATTENTION_BATCH_INVARIANT;
+    switch (needs_rows ? 0 : test_below(4)) {
     case 0: l->max_split_rows = 0; break;
     case 1: l->max_split_rows = 1; break;
     case 2: l->max_split_rows = 1 + test_below(300); break;
@@ -136,6 +196,15 @@ static void any_limits(case_config *c)
     l->max_tokens = tokens + 1 + test_below(1000);
     l->max_kv_len = max_kv_len + test_below(100000);
     l->max_pages = pages + 1 + test_below(1000);
+    l->max_row_blocks = c->f.bsr_rows ? (int32_t)(tokens * c->spec.num_kv_heads) : 0;
+    for (int32_t level = 0; level < c->f.shared_levels; level++)
+        for (int32_t g = 0; g < c->f.num_groups[level]; g++) {
+            const int32_t len = c->f.group_len[level][g];
+            l->max_pages += case_pages_of(c->spec.page_size, len);
+            l->max_kv_len += len;
+        }
+    if (c->f.shared_levels || c->f.detect)
+        l->max_levels = 1 + c->f.shared_levels + (int32_t)test_below(3);
 }
 
 static case_config any_config(qkv_attention_spec spec)
@@ -153,6 +222,7 @@ static case_config any_config(qkv_attention_spec spec)
     const int64_t n = chance(8) ? test_below(60) : test_below(9);
     for (int64_t i = 0; i < n; i++) add_any_request(&c);
     shrink(&c, chance(10) ? 20000000 : 600000);
+    any_features(&c);
     any_overrides(&c);
     any_limits(&c);
     return c;
@@ -216,7 +286,7 @@ static void try_cases(int64_t count, void (*change)(qkv_attention_spec *s, int32
 static void attention_agrees_with_the_reference(void **state)
 {
     (void)state;
-    try_cases(case_count(6000), NULL);
+    try_cases(case_count(2500), NULL);
 }
 
 /* Each dim once for both, once for keys and once for values alone. */
@@ -235,17 +305,17 @@ static void attention_takes_every_head_dim(void **state)
 
 static void set_dtypes(qkv_attention_spec *s, int32_t number)
 {
-    const DLDataType types[] = {QKV_F32, QKV_F16, QKV_BF16};
-    s->dtype_q = types[number % 3];
-    s->dtype_kv = types[number / 3 % 3];
-    s->dtype_o = types[number / 9 % 3];
+    const DLDataType types[] = {QKV_F32, QKV_F16, QKV_BF16, QKV_E4M3, QKV_E5M2, QKV_I8};
+    s->dtype_q = types[number % 5];
+    s->dtype_kv = types[number / 5 % 6];
+    s->dtype_o = types[number / 30 % 5];
 }
 
 /* Each mix several times, for decode and prefill tiles differ. */
 static void attention_takes_every_mix_of_dtypes(void **state)
 {
     (void)state;
-    try_cases(27 * 6, set_dtypes);
+    try_cases(5 * 6 * 5, set_dtypes);
 }
 
 static void set_group_size(qkv_attention_spec *s, int32_t number)

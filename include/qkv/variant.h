@@ -61,7 +61,7 @@ typedef struct qkv_param {
 typedef struct qkv_variant {
     uint32_t struct_size;
     int32_t num_params;      /* 0 .. 32 */
-    const char *name;        /* for messages and kernel names: letters, digits, _, at most 63 */
+    const char *name;        /* for messages: an identifier of at most 63 characters */
     const char *source;      /* the text */
     const qkv_param *params; /* [num_params] */
 } qkv_variant;

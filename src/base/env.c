@@ -11,7 +11,7 @@ static const char *const names[QI_NUM_ENV] = {
     QI_ENV(X)
 #undef X
 };
-static char values[QI_NUM_ENV][64];
+static char values[QI_NUM_ENV][4096]; /* room for a path */
 static int set[QI_NUM_ENV];
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
@@ -19,7 +19,8 @@ static void read_all(void)
 {
     for (int i = 0; i < QI_NUM_ENV; i++) {
         const char *value = getenv(names[i]);
-        set[i] = value && *value; /* an empty one is as good as none */
+        /* an empty one is as good as none, but for the folder: there it means no cache */
+        set[i] = value && (*value || i == QI_ENV_CACHE_DIR);
         if (set[i]) snprintf(values[i], sizeof values[i], "%s", value);
     }
 }

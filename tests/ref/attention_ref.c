@@ -8,18 +8,24 @@
 
 enum { MAX_DIM = 512 };
 
-/* The layer's parameters after the overrides. */
+/* The batch, and the layer's parameters after the overrides. */
 typedef struct layer {
     const qkv_attention_spec *spec;
+    const qkv_attention_batch *batch;
+    const qkv_attention_io *io;
     double sm_scale, soft_cap; /* soft_cap 0 = none */
     int64_t window_left, window_right;
+    int partner[MAX_DIM];      /* the other element of a rotated pair; itself = not rotated */
+    double frequency[MAX_DIM]; /* of a rotated pair, at its first element                   */
 } layer;
 
-/* One request's keys or values: [kv_head][key][dim]. */
-typedef struct kv_rows {
-    double *x;
-    int64_t num_keys, dim;
-} kv_rows;
+/* One request, its keys and values as the formula sees them. */
+typedef struct request {
+    int64_t number, row_begin, qo_len, first_position;
+    int64_t num_keys, num_shared; /* over all levels; in all but the last */
+    int64_t first_block;          /* BSR: the number of its first row block */
+    double *k, *v;                /* [kv_head][key][dim] */
+} request;
 
 static void *allocate(int64_t n, size_t bytes)
 {
@@ -27,6 +33,8 @@ static void *allocate(int64_t n, size_t bytes)
     if (!p) abort();
     return p;
 }
+
+/* ---- tensors ------------------------------------------------------------------------------ */
 
 /* Element i0 * strides[0] + ... of a tensor; absent strides are contiguous. */
 static int64_t stride_of(const DLTensor *t, int axis)
@@ -37,156 +45,348 @@ static int64_t stride_of(const DLTensor *t, int axis)
     return stride;
 }
 
+static const void *data_of(const DLTensor *t)
+{
+    return (const char *)t->data + t->byte_offset;
+}
+
 static double element(const DLTensor *t, int64_t offset)
 {
-    return test_get((const char *)t->data + t->byte_offset, t->dtype, offset);
+    return test_get(data_of(t), t->dtype, offset);
 }
 
 static int32_t index_at(const DLTensor *t, int64_t offset)
 {
-    return ((const int32_t *)(const void *)((const char *)t->data + t->byte_offset))[offset];
+    return ((const int32_t *)data_of(t))[offset];
 }
 
-static int64_t num_keys_of(const qkv_attention_spec *spec, const qkv_kv_index *index,
-                           int64_t request)
+/* Bit i from byte `first` on, the lowest of a byte first. */
+static bool bit_at(const DLTensor *t, int64_t first, int64_t i)
 {
-    if (index->block_table) return index_at(index->kv_lens, request);
-    const int64_t n = index_at(index->kv_indptr, request + 1) - index_at(index->kv_indptr, request);
-    if (spec->page_size == 0) return n;
-    return n ? (n - 1) * spec->page_size + index_at(index->kv_last_page_len, request) : 0;
+    return ((const uint8_t *)data_of(t))[first + i / 8] >> i % 8 & 1;
 }
 
-/* The page (paged) or token (ragged) that holds a request's key. */
-static int64_t page_of(const qkv_attention_spec *spec, const qkv_kv_index *index, int64_t request,
+static double scale_at(const qkv_scale *s, int64_t head)
+{
+    if (s->tensor) return element(s->tensor, s->tensor->shape[0] > 1 ? head : 0);
+    return s->value > 0 ? (double)s->value : 1;
+}
+
+/* ---- where keys are ----------------------------------------------------------------------- */
+
+static const qkv_kv_index *level_at(const qkv_attention_batch *batch, int64_t level)
+{
+    const char *first = (const char *)batch->levels;
+    return (const void *)(first + level * (int64_t)batch->levels->struct_size);
+}
+
+static const qkv_kv_index *last_level(const qkv_attention_batch *batch)
+{
+    return level_at(batch, batch->num_levels - 1);
+}
+
+/* The group of a level that has this row. */
+static int64_t group_of(const qkv_kv_index *index, int64_t row)
+{
+    int64_t group = 0;
+    while (index_at(index->qo_indptr, group + 1) <= row) group++;
+    return group;
+}
+
+static int64_t num_keys_of(const qkv_attention_spec *spec, const qkv_kv_index *index, int64_t group)
+{
+    if (index->block_table) return index_at(index->kv_lens, group);
+    const int64_t n = index_at(index->kv_indptr, group + 1) - index_at(index->kv_indptr, group);
+    if (spec->page_size == 0) return n;
+    return n ? (n - 1) * spec->page_size + index_at(index->kv_last_page_len, group) : 0;
+}
+
+/* The page (paged) or token (ragged) that holds a group's key. */
+static int64_t page_of(const qkv_attention_spec *spec, const qkv_kv_index *index, int64_t group,
                        int64_t key)
 {
-    if (spec->page_size == 0) return index_at(index->kv_indptr, request) + key;
+    if (spec->page_size == 0) return index_at(index->kv_indptr, group) + key;
     const int64_t page = key / spec->page_size;
     if (index->block_table)
-        return index_at(index->block_table, request * stride_of(index->block_table, 0) + page);
-    return index_at(index->kv_indices, index_at(index->kv_indptr, request) + page);
+        return index_at(index->block_table, group * stride_of(index->block_table, 0) + page);
+    return index_at(index->kv_indices, index_at(index->kv_indptr, group) + page);
 }
 
-/* second: the V half of a tensor that holds both. */
-static kv_rows gather(const qkv_attention_spec *spec, const qkv_kv_index *index, int64_t request,
-                      const DLTensor *t, bool combined, bool second, int64_t dim)
+/* Where a key of k or v begins. combined: the tensor holds both; second: the V half is meant. */
+static int64_t key_offset(const qkv_attention_spec *spec, const DLTensor *t, bool combined,
+                          bool second, int64_t page, int64_t slot, int64_t head)
 {
-    const int64_t num_keys = num_keys_of(spec, index, request);
-    const int first = combined ? 2 : 1; /* the first axis inside a page */
     const bool paged = spec->page_size > 0, nhd = spec->kv_layout == QKV_NHD;
-    const int64_t page_stride = stride_of(t, paged || nhd ? 0 : 1);
-    const int64_t slot_stride = paged ? stride_of(t, nhd ? first : first + 1) : 0;
-    const int64_t head_stride = stride_of(t, paged ? (nhd ? first + 1 : first) : nhd ? 1 : 0);
-    const int64_t base = second ? stride_of(t, 1) : 0;
-    const kv_rows out = {allocate(num_keys * spec->num_kv_heads * dim, sizeof(double)), num_keys,
-                         dim};
-    for (int64_t h = 0; h < spec->num_kv_heads; h++) {
-        for (int64_t j = 0; j < num_keys; j++) {
-            const int64_t slot = paged ? j % spec->page_size : 0;
-            const int64_t at = base + page_of(spec, index, request, j) * page_stride +
-                               slot * slot_stride + h * head_stride;
-            for (int64_t d = 0; d < dim; d++)
-                out.x[(h * num_keys + j) * dim + d] = element(t, at + d);
+    if (!paged) return page * stride_of(t, nhd ? 0 : 1) + head * stride_of(t, nhd ? 1 : 0);
+    const int first = combined ? 2 : 1; /* the first axis inside a page */
+    return page * stride_of(t, 0) + (combined && second ? stride_of(t, 1) : 0) +
+           slot * stride_of(t, nhd ? first : first + 1) +
+           head * stride_of(t, nhd ? first + 1 : first);
+}
+
+/* All keys or values of a request, [kv_head][key][dim], level after level. */
+static double *gather(const layer *l, const request *r, bool values)
+{
+    const qkv_attention_spec *s = l->spec;
+    const bool combined = !l->io->v && s->page_size > 0;
+    const DLTensor *t = values && !combined ? l->io->v : l->io->k;
+    const qkv_scale *scale = values ? &l->io->v_scale : &l->io->k_scale;
+    const int64_t dim = values ? s->head_dim_vo : s->head_dim_qk;
+    double *out = allocate(r->num_keys * s->num_kv_heads * dim, sizeof *out);
+    int64_t first = 0;
+    for (int64_t level = 0; level < l->batch->num_levels; level++) {
+        const qkv_kv_index *index = level_at(l->batch, level);
+        const int64_t group =
+            level == l->batch->num_levels - 1 ? r->number : group_of(index, r->row_begin);
+        const int64_t n = num_keys_of(s, index, group);
+        for (int64_t j = 0; j < n; j++) {
+            const int64_t page = page_of(s, index, group, j);
+            const int64_t slot = s->page_size > 0 ? j % s->page_size : 0;
+            for (int64_t h = 0; h < s->num_kv_heads; h++) {
+                const int64_t at = key_offset(s, t, combined, values, page, slot, h);
+                for (int64_t d = 0; d < dim; d++)
+                    out[(h * r->num_keys + first + j) * dim + d] =
+                        element(t, at + d) * scale_at(scale, h);
+            }
         }
+        first += n;
     }
     return out;
 }
 
-static bool visible(const layer *l, int64_t key, int64_t position)
+/* ---- rotation: qkv/rope.h ----------------------------------------------------------------- */
+
+static double frequency(const qkv_rope_spec *s, int64_t rotary_dim, int64_t i)
 {
+    const double theta = s->theta > 0 ? (double)s->theta : 10000;
+    const double scale = s->scale > 0 ? (double)s->scale : 1;
+    const double low = (double)s->low_freq, high = (double)s->high_freq;
+    const double old = (double)s->old_context;
+    const double freq = pow(theta, -2 * (double)i / (double)rotary_dim);
+    if (low <= 0 && high <= 0) return freq / scale;
+    const double w = 2 * acos(-1) / freq;
+    if (w < old / high) return freq;
+    if (w > old / low) return freq / scale;
+    const double smooth = (old / w - low) / (high - low);
+    return (1 - smooth) * freq / scale + smooth * freq;
+}
+
+static void set_rotation(layer *l)
+{
+    const qkv_rope_spec *s = l->spec->rope;
+    for (int d = 0; d < MAX_DIM; d++) l->partner[d] = d;
+    if (!(l->spec->features & QKV_FEATURE_ROPE)) return;
+    const int rotary_dim = s->rotary_dim ? s->rotary_dim : l->spec->head_dim_qk;
+    for (int i = 0; i < rotary_dim / 2; i++) {
+        const int x = s->interleaved ? 2 * i : i;
+        const int y = s->interleaved ? 2 * i + 1 : i + rotary_dim / 2;
+        l->partner[x] = y;
+        l->partner[y] = x;
+        l->frequency[x] = frequency(s, rotary_dim, i);
+    }
+}
+
+static void rotate(const layer *l, double *vector, int64_t position)
+{
+    for (int d = 0; d < l->spec->head_dim_qk; d++) {
+        const int other = l->partner[d];
+        if (other <= d) continue; /* the second of its pair, or alone */
+        const double x = vector[d], y = vector[other];
+        const double angle = (double)position * l->frequency[d];
+        vector[d] = x * cos(angle) - y * sin(angle);
+        vector[other] = x * sin(angle) + y * cos(angle);
+    }
+}
+
+/* ---- one row ------------------------------------------------------------------------------ */
+
+/* The custom mask speaks of the last level's keys. */
+static bool mask_allows(const layer *l, const request *r, int64_t row, int64_t key)
+{
+    if (l->spec->mask != QKV_MASK_CUSTOM || key < r->num_shared) return true;
+    const int64_t first =
+        ((const int64_t *)data_of(l->batch->mask_indptr))[r->number]; /* in bytes */
+    const int64_t num_own = r->num_keys - r->num_shared;
+    return bit_at(l->batch->mask_bits, first, row * num_own + key - r->num_shared);
+}
+
+static bool block_allows(const layer *l, const request *r, int64_t row, int64_t key,
+                         int64_t kv_head)
+{
+    const qkv_kv_index *index = last_level(l->batch);
+    if (!index->bsr_indptr) return true;
+    const int64_t rows = index->bsr_rows, cols = index->bsr_cols;
+    const int64_t list = index->bsr_indptr->shape[0] > 1 ? kv_head : 0;
+    const int64_t at =
+        list * stride_of(index->bsr_indptr, 0) + r->first_block + row / rows; /* in bsr_indptr */
+    for (int64_t b = index_at(index->bsr_indptr, at); b < index_at(index->bsr_indptr, at + 1); b++)
+        if (index_at(index->bsr_indices, b) == key / cols)
+            return !index->bsr_mask || bit_at(index->bsr_mask, b * stride_of(index->bsr_mask, 0),
+                                              row % rows * cols + key % cols);
+    return false;
+}
+
+static bool visible(const layer *l, const request *r, int64_t row, int64_t key, int64_t kv_head)
+{
+    const int64_t position = r->first_position + row;
     if (l->spec->mask == QKV_MASK_CAUSAL && key > position) return false;
     if (l->window_left >= 0 && key < position - l->window_left) return false;
     if (l->window_right >= 0 && key > position + l->window_right) return false;
-    return true;
+    return mask_allows(l, r, row, key) && block_allows(l, r, row, key, kv_head);
 }
 
-/* *sum_abs: the sum of |a_i b_i|. */
-static double dot(const double *a, const double *b, int64_t n, double *sum_abs)
+/* *size: the sum of |a_i b_i|, with the lengths of rotated pairs. */
+static double dot(const layer *l, const double *a, const double *b, double *size)
 {
     double sum = 0;
-    *sum_abs = 0;
-    for (int64_t i = 0; i < n; i++) {
+    *size = 0;
+    for (int i = 0; i < l->spec->head_dim_qk; i++) {
+        const int other = l->partner[i];
         sum += a[i] * b[i];
-        *sum_abs += fabs(a[i] * b[i]);
+        *size += other == i ? fabs(a[i] * b[i]) : hypot(a[i], a[other]) * hypot(b[i], b[other]);
     }
     return sum;
 }
 
-/* One query row of one head; x is room for a logit per key. */
-static attention_ref_row row(const layer *l, const double *q, int64_t position, const double *k,
-                             const double *v, int64_t num_keys, double *x, double *o)
+/* Logits of the visible keys. */
+static void logits_of(const layer *l, const request *r, const double *q, int64_t row, int64_t head,
+                      const bool *sees, double *x, attention_ref_row *out)
 {
-    const int64_t qk = l->spec->head_dim_qk, vo = l->spec->head_dim_vo;
-    attention_ref_row out = {.lse = -INFINITY};
-    double max = -INFINITY, sum = 0, sum_abs;
-    for (int64_t j = 0; j < num_keys; j++) {
-        if (!visible(l, j, position)) continue;
-        x[j] = dot(q, k + j * qk, qk, &sum_abs) * l->sm_scale;
-        out.max_logit = fmax(out.max_logit, fabs(x[j]));
-        out.max_dot = fmax(out.max_dot, sum_abs * l->sm_scale);
+    const int64_t kv_head = head / (l->spec->num_qo_heads / l->spec->num_kv_heads);
+    const double slope = l->io->alibi_slopes ? element(l->io->alibi_slopes, head) : 0;
+    for (int64_t j = 0; j < r->num_keys; j++) {
+        if (!sees[j]) continue;
+        double size;
+        x[j] = dot(l, q, r->k + (kv_head * r->num_keys + j) * l->spec->head_dim_qk, &size) *
+               l->sm_scale;
+        out->max_dot = fmax(out->max_dot, size * l->sm_scale);
+        out->max_logit = fmax(out->max_logit, fabs(x[j]));
         if (l->soft_cap > 0) x[j] = l->soft_cap * tanh(x[j] / l->soft_cap);
-        max = fmax(max, x[j]);
-        out.num_keys++;
+        const double bias = slope * (double)(j - (r->first_position + row));
+        out->max_bias = fmax(out->max_bias, fabs(bias));
+        x[j] += bias;
+        out->num_keys++;
     }
-    for (int64_t d = 0; d < vo; d++) o[d] = 0;
-    if (out.num_keys == 0) return out;
-    for (int64_t j = 0; j < num_keys; j++)
-        if (visible(l, j, position)) sum += exp(x[j] - max);
+}
+
+/* o += the weighted values, and their sizes. */
+static void add_values(const layer *l, const request *r, int64_t kv_head, const bool *sees,
+                       const double *weights, double o_scale, double *o, attention_ref_row *out)
+{
+    const int64_t vo = l->spec->head_dim_vo;
     double means[MAX_DIM] = {0}, squares[MAX_DIM] = {0};
-    for (int64_t j = 0; j < num_keys; j++) {
-        if (!visible(l, j, position)) continue;
-        const double weight = exp(x[j] - max) / sum;
+    for (int64_t j = 0; j < r->num_keys; j++) {
+        if (!sees[j]) continue;
         for (int64_t d = 0; d < vo; d++) {
-            const double wv = weight * v[j * vo + d];
+            const double wv = weights[j] * r->v[(kv_head * r->num_keys + j) * vo + d] / o_scale;
             o[d] += wv;
             means[d] += fabs(wv);
             squares[d] += wv * wv;
         }
     }
     for (int64_t d = 0; d < vo; d++) {
-        out.mean_v = fmax(out.mean_v, means[d]);
-        out.rms_v = fmax(out.rms_v, sqrt(squares[d]));
+        out->mean_v = fmax(out->mean_v, means[d]);
+        out->rms_v = fmax(out->rms_v, sqrt(squares[d]));
     }
+}
+
+/* One query row of one head, q already scaled and rotated; x and sees: room for each key. */
+static attention_ref_row row_of(const layer *l, const request *r, const double *q, int64_t row,
+                                int64_t head, bool *sees, double *x, double *o)
+{
+    const int64_t kv_head = head / (l->spec->num_qo_heads / l->spec->num_kv_heads);
+    const double sink = l->io->sink ? element(l->io->sink, head) : (double)-INFINITY;
+    attention_ref_row out = {.lse = (double)-INFINITY};
+    for (int64_t d = 0; d < l->spec->head_dim_vo; d++) o[d] = 0;
+    for (int64_t j = 0; j < r->num_keys; j++) sees[j] = visible(l, r, row, j, kv_head);
+    logits_of(l, r, q, row, head, sees, x, &out);
+
+    double max = sink;
+    for (int64_t j = 0; j < r->num_keys; j++)
+        if (sees[j]) max = fmax(max, x[j]);
+    if (isinf(max)) return out; /* neither a key nor a sink */
+    double sum = exp(sink - max);
+    for (int64_t j = 0; j < r->num_keys; j++)
+        if (sees[j]) sum += exp(x[j] - max);
+    if (!isinf(sink)) out.sink = fabs(sink) * exp(sink - max) / sum;
     out.lse = max + log(sum);
     if (l->spec->flags & QKV_ATTENTION_LSE_BASE_2) out.lse /= log(2);
+
+    for (int64_t j = 0; j < r->num_keys; j++)
+        if (sees[j]) x[j] = exp(x[j] - max) / sum;
+    add_values(l, r, kv_head, sees, x, scale_at(&l->io->o_scale, head), o, &out);
     return out;
+}
+
+/* ---- the layer ---------------------------------------------------------------------------- */
+
+static layer layer_of(const qkv_attention_spec *spec, const qkv_attention_batch *batch,
+                      const qkv_attention_io *io)
+{
+    const bool window = spec->features & QKV_FEATURE_WINDOW;
+    layer l = {.spec = spec,
+               .batch = batch,
+               .io = io,
+               .window_left = window ? spec->window_left : -1,
+               .window_right = window ? spec->window_right : -1};
+    l.sm_scale = io->sm_scale > 0     ? (double)io->sm_scale
+                 : spec->sm_scale > 0 ? (double)spec->sm_scale
+                                      : 1 / sqrt((double)spec->head_dim_qk);
+    if (spec->features & QKV_FEATURE_SOFT_CAP)
+        l.soft_cap =
+            io->logits_soft_cap > 0 ? (double)io->logits_soft_cap : (double)spec->logits_soft_cap;
+    if (io->set_window) l.window_left = io->window_left, l.window_right = io->window_right;
+    set_rotation(&l);
+    return l;
+}
+
+/* Lengths and positions of a request that has rows. */
+static request request_of(const layer *l, int64_t number)
+{
+    const qkv_kv_index *own = last_level(l->batch);
+    request r = {.number = number, .row_begin = index_at(own->qo_indptr, number)};
+    r.qo_len = index_at(own->qo_indptr, number + 1) - r.row_begin;
+    for (int64_t level = 0; level < l->batch->num_levels - 1; level++) {
+        const qkv_kv_index *index = level_at(l->batch, level);
+        r.num_shared += num_keys_of(l->spec, index, group_of(index, r.row_begin));
+    }
+    r.num_keys = r.num_shared + num_keys_of(l->spec, own, number);
+    r.first_position =
+        l->batch->qo_pos ? index_at(l->batch->qo_pos, number) : r.num_keys - r.qo_len;
+    for (int64_t i = 0; own->bsr_indptr && i < number; i++) {
+        const int64_t rows = index_at(own->qo_indptr, i + 1) - index_at(own->qo_indptr, i);
+        r.first_block += (rows + own->bsr_rows - 1) / own->bsr_rows;
+    }
+    return r;
 }
 
 void attention_ref(const qkv_attention_spec *spec, const qkv_attention_batch *batch,
                    const qkv_attention_io *io, double *o, attention_ref_row *rows)
 {
-    const qkv_kv_index *index = batch->levels;
-    const bool window = spec->features & QKV_FEATURE_WINDOW;
-    const int64_t heads = spec->num_qo_heads, group = heads / spec->num_kv_heads;
-    const int64_t qk = spec->head_dim_qk, vo = spec->head_dim_vo;
-    layer l = {.spec = spec,
-               .window_left = window ? spec->window_left : -1,
-               .window_right = window ? spec->window_right : -1};
-    l.sm_scale = io->sm_scale > 0     ? (double)io->sm_scale
-                 : spec->sm_scale > 0 ? (double)spec->sm_scale
-                                      : 1 / sqrt((double)qk);
-    if (spec->features & QKV_FEATURE_SOFT_CAP)
-        l.soft_cap = io->logits_soft_cap > 0 ? io->logits_soft_cap : spec->logits_soft_cap;
-    if (io->set_window) l.window_left = io->window_left, l.window_right = io->window_right;
-
-    double *q = allocate(qk, sizeof *q);
-    for (int64_t r = 0; r + 1 < index->qo_indptr->shape[0]; r++) {
-        const int64_t begin = index_at(index->qo_indptr, r),
-                      end = index_at(index->qo_indptr, r + 1);
-        const kv_rows k = gather(spec, index, r, io->k, !io->v, false, qk);
-        const kv_rows v = gather(spec, index, r, io->v ? io->v : io->k, !io->v, !io->v, vo);
-        const int64_t n = k.num_keys;
-        const int64_t first = batch->qo_pos ? index_at(batch->qo_pos, r) : n - (end - begin);
-        double *x = allocate(n, sizeof *x);
-        for (int64_t t = begin; t < end; t++) {
+    const layer l = layer_of(spec, batch, io);
+    const int64_t heads = spec->num_qo_heads, qk = spec->head_dim_qk, vo = spec->head_dim_vo;
+    const DLTensor *qo_indptr = last_level(batch)->qo_indptr;
+    double q[MAX_DIM];
+    for (int64_t number = 0; number + 1 < qo_indptr->shape[0]; number++) {
+        if (index_at(qo_indptr, number) == index_at(qo_indptr, number + 1)) continue;
+        request r = request_of(&l, number);
+        r.k = gather(&l, &r, false);
+        r.v = gather(&l, &r, true);
+        for (int64_t i = 0; i < spec->num_kv_heads * r.num_keys; i++)
+            rotate(&l, r.k + i * qk, i % r.num_keys);
+        double *x = allocate(r.num_keys, sizeof *x);
+        bool *sees = allocate(r.num_keys, sizeof *sees);
+        for (int64_t row = 0; row < r.qo_len; row++) {
             for (int64_t h = 0; h < heads; h++) {
-                const int64_t at = t * stride_of(io->q, 0) + h * stride_of(io->q, 1);
-                for (int64_t d = 0; d < qk; d++) q[d] = element(io->q, at + d);
-                rows[t * heads + h] = row(&l, q, first + t - begin, k.x + h / group * n * qk,
-                                          v.x + h / group * n * vo, n, x, o + (t * heads + h) * vo);
+                const int64_t token = r.row_begin + row;
+                const int64_t at = token * stride_of(io->q, 0) + h * stride_of(io->q, 1);
+                for (int64_t d = 0; d < qk; d++)
+                    q[d] = element(io->q, at + d) * scale_at(&io->q_scale, h);
+                rotate(&l, q, r.first_position + row);
+                rows[token * heads + h] =
+                    row_of(&l, &r, q, row, h, sees, x, o + (token * heads + h) * vo);
             }
         }
-        free(x), free(k.x), free(v.x);
+        free(x), free(sees), free(r.k), free(r.v);
     }
-    free(q);
 }
