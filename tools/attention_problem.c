@@ -45,6 +45,7 @@ static void add_up(attention_problem *a)
     }
     l->max_tokens = a->num_tokens;
     l->max_pages = l->pool_pages = a->num_pages;
+    l->max_levels = a->form == FORM_FLAT ? 1 : 2;
     a->pool_slots = page ? a->num_pages * page : a->num_keys;
 }
 
@@ -60,6 +61,8 @@ attention_problem attention_problem_create(const problem *p, data_random *random
                  .mask = (int32_t)v[KEY_MASK].first, .dtype_q = problem_dtype(p, KEY_Q),
                  .dtype_kv = problem_dtype(p, KEY_KV), .dtype_o = problem_dtype(p, KEY_O)},
         .batch = v[KEY_BATCH].first,
+        .shared = v[KEY_SHARED].first,
+        .form = v[KEY_FORM].first,
     };
     if (v[KEY_CAP].real > 0) {
         a.spec.features |= QKV_FEATURE_SOFT_CAP;
@@ -70,6 +73,7 @@ attention_problem attention_problem_create(const problem *p, data_random *random
         a.spec.window_left = (int32_t)v[KEY_WINDOW].first;
         a.spec.window_right = -1;
     }
+    if (v[KEY_INVARIANT].first) a.spec.flags |= QKV_ATTENTION_BATCH_INVARIANT;
     a.qo_len = data_alloc((double)a.batch, sizeof *a.qo_len);
     a.kv_len = data_alloc((double)a.batch, sizeof *a.kv_len);
     for (int64_t r = 0; r < a.batch; r++) {

@@ -14,6 +14,7 @@ typedef struct attention_problem {
     qkv_attention_limits limits;
     int64_t batch, num_tokens, num_pages, num_keys; /* all requests together */
     int64_t pool_slots;       /* tokens that the pool holds: whole pages, or num_keys when ragged */
+    int64_t shared, form;     /* keys that all requests begin with; FORM_... */
     int32_t *qo_len, *kv_len; /* [batch] */
 } attention_problem;
 

@@ -2,7 +2,7 @@
  * pages in random order.
  *
  * Sets are layers of a model: each has its own pool, and all share one plan, as in serving.
- * Bytes: the keys and values that some row sees, once a request; q and o.
+ * Bytes: the keys and values that some row sees, once a request (shared ones once); q and o.
  * Flops: 2 (head_dim_qk + head_dim_vo) for each query head, row and key that it sees.
  * SPDX-License-Identifier: Apache-2.0 */
 #include <math.h>
@@ -63,6 +63,7 @@ static void count_work(bench *b, const attention_problem *a)
         }
         keys += (double)(row_sees(a, r, a->qo_len[r] - 1).end - row_sees(a, r, 0).begin);
     }
+    keys -= (double)(a->batch - 1) * (double)a->shared;
     const int64_t dims = s->head_dim_qk + s->head_dim_vo;
     const size_t row =
         data_bytes(s->dtype_q, s->head_dim_qk) + data_bytes(s->dtype_o, s->head_dim_vo);
@@ -105,11 +106,52 @@ static void make_index(bench *b, state *s)
     }
     for (int64_t i = 0; i < a->num_pages; i++) s->kv_indices[i] = (int32_t)i;
     data_shuffle(&b->random, s->kv_indices, a->num_pages);
+    for (int64_t r = 1; r < a->batch; r++)
+        for (int64_t i = 0; page && i < a->shared / page; i++)
+            s->kv_indices[s->kv_indptr[r] + i] = s->kv_indices[i];
+}
+
+/* The shared keys as a level of their own, the rest as the requests'. */
+static void plan_levels(const state *s)
+{
+    const attention_problem *a = &s->a;
+    const int64_t page = a->spec.page_size, shared = a->shared / page, batch = a->batch;
+    int32_t all[2] = {0, (int32_t)a->num_tokens}, pages[2] = {0, (int32_t)shared};
+    int32_t full = (int32_t)page;
+    int32_t *indptr = data_alloc((double)batch + 1, sizeof *indptr);
+    int32_t *indices = data_alloc((double)a->num_pages + 1, sizeof *indices);
+    for (int64_t r = 0; r < batch; r++) {
+        indptr[r + 1] = indptr[r];
+        for (int64_t i = s->kv_indptr[r] + shared; i < s->kv_indptr[r + 1]; i++)
+            indices[indptr[r + 1]++] = s->kv_indices[i];
+    }
+    data_tensor t[8];
+    DATA_TENSOR(&t[0], all, QKV_I32, 2);
+    DATA_TENSOR(&t[1], pages, QKV_I32, 2);
+    DATA_TENSOR(&t[2], s->kv_indices, QKV_I32, shared);
+    DATA_TENSOR(&t[3], &full, QKV_I32, 1);
+    DATA_TENSOR(&t[4], s->qo_indptr, QKV_I32, batch + 1);
+    DATA_TENSOR(&t[5], indptr, QKV_I32, batch + 1);
+    DATA_TENSOR(&t[6], indices, QKV_I32, indptr[batch]);
+    DATA_TENSOR(&t[7], s->last_page_len, QKV_I32, batch);
+    const qkv_kv_index levels[] = {{QKV_KV_INDEX_INIT, .qo_indptr = &t[0].t, .kv_indptr = &t[1].t,
+                                    .kv_indices = &t[2].t, .kv_last_page_len = &t[3].t},
+                                   {QKV_KV_INDEX_INIT, .qo_indptr = &t[4].t, .kv_indptr = &t[5].t,
+                                    .kv_indices = &t[6].t, .kv_last_page_len = &t[7].t}};
+    const qkv_attention_batch levels_of = {QKV_ATTENTION_BATCH_INIT, .num_levels = 2,
+                                           .levels = levels};
+    tool_check(qkv_attention_plan(s->op, &levels_of, NULL), "qkv_attention_plan");
+    data_free(indptr);
+    data_free(indices);
 }
 
 static void plan(const state *s)
 {
     const attention_problem *a = &s->a;
+    if (a->form == FORM_LEVELS) {
+        plan_levels(s);
+        return;
+    }
     data_tensor qo, kv, indices, last;
     DATA_TENSOR(&qo, s->qo_indptr, QKV_I32, a->batch + 1);
     DATA_TENSOR(&kv, s->kv_indptr, QKV_I32, a->batch + 1);
@@ -120,7 +162,8 @@ static void plan(const state *s)
         index.kv_indices = &indices.t;
         index.kv_last_page_len = &last.t;
     }
-    const qkv_attention_batch batch = {QKV_ATTENTION_BATCH_INIT, .num_levels = 1, .levels = &index};
+    const qkv_attention_batch batch = {QKV_ATTENTION_BATCH_INIT, .num_levels = 1, .levels = &index,
+                                       .detect_shared_prefix = a->form == FORM_DETECT};
     tool_check(qkv_attention_plan(s->op, &batch, NULL), "qkv_attention_plan");
 }
 

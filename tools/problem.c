@@ -38,6 +38,11 @@ static const struct {
     [KEY_CAP] = {"cap", KIND_REAL, 0, 1 << 20, NULL, "soft cap of the logits; 0 = none"},
     [KEY_DIST] = {"dist", KIND_CHOICE, 0, 0, "fixed|uniform|zipf",
                   "kv lengths: all kv_len; uniform in kv_len/2 .. kv_len; Zipf with mean kv_len"},
+    [KEY_SHARED] = {"shared", KIND_INT, 0, 1 << 27, NULL,
+                    "keys that all requests begin with; whole pages, below kv_len"},
+    [KEY_FORM] = {"form", KIND_CHOICE, 0, 0, "flat|levels|detect",
+                  "how the shared keys are given: to each request, as a level, or to be found"},
+    [KEY_INVARIANT] = {"invariant", KIND_CHOICE, 0, 0, "no|yes", "batch-invariant results"},
     [KEY_M] = {"m", KIND_INT, 1, 1 << 24, NULL, "rows of x"},
     [KEY_N] = {"n", KIND_INT, 1, 1 << 24, NULL, "rows of w"},
     [KEY_K] = {"k", KIND_INT, 1, 1 << 24, NULL, "columns of x and w"},
@@ -75,7 +80,7 @@ static const struct {
 } ops[] = {
     {"decode", "attention, one new row a request",
      "batch=1,kv_len=4096,heads=32/8,head_dim=128,page=16,layout=NHD,q=bf16,kv=bf16,o=bf16,"
-     "mask=causal,window=-1,cap=0,dist=fixed,data=dram"},
+     "mask=causal,window=-1,cap=0,dist=fixed,shared=0,form=flat,invariant=no,data=dram"},
     {"prefill", "attention, qo_len new rows a request",
      "batch=1,qo_len=1024,kv_len=1024,heads=32/8,head_dim=128,page=16,layout=NHD,q=bf16,kv=bf16,"
      "o=bf16,mask=causal,window=-1,cap=0,data=dram"},
@@ -276,6 +281,14 @@ static bool check(const problem *p, const bool *has, char error[PROBLEM_ERROR])
         what = "head_dim: expected one for q and k";
     else if (has[KEY_KV_HEADS] && v[KEY_PAGE].first == 0)
         what = "page: expected at least 1";
+    else if (v[KEY_SHARED].first > 0 &&
+             (v[KEY_PAGE].first == 0 || v[KEY_SHARED].first % v[KEY_PAGE].first ||
+              v[KEY_SHARED].first >= v[KEY_KV_LEN].first || v[KEY_DIST].first != DIST_FIXED))
+        what = "shared: expected whole pages, fewer keys than kv_len, and dist=fixed";
+    else if (v[KEY_FORM].first == FORM_LEVELS && v[KEY_SHARED].first == 0)
+        what = "form: expected shared keys for levels";
+    else if (v[KEY_FORM].first != FORM_FLAT && (v[KEY_INVARIANT].first || v[KEY_PAGE].first == 0))
+        what = "form: expected flat with invariant=yes, or without pages";
     if (what) snprintf(error, PROBLEM_ERROR, "%s", what);
     return !what;
 }

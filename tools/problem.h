@@ -28,6 +28,9 @@ typedef enum problem_key {
     KEY_WINDOW,
     KEY_CAP,
     KEY_DIST,
+    KEY_SHARED,
+    KEY_FORM,
+    KEY_INVARIANT,
     KEY_M,
     KEY_N,
     KEY_K,
@@ -51,6 +54,7 @@ typedef enum problem_key {
 } problem_key;
 
 enum { DIST_FIXED, DIST_UNIFORM, DIST_ZIPF };
+enum { FORM_FLAT, FORM_LEVELS, FORM_DETECT };
 enum { DATA_DRAM, DATA_CACHE };
 enum { STYLE_NEOX, STYLE_INTERLEAVED };
 

@@ -4,6 +4,7 @@
 #include "jit/jit.h"
 
 #include <dlfcn.h>
+#include <errno.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -100,6 +101,7 @@ static void *load_image(const void *image, size_t bytes, const char **error)
     if (fd < 0) return NULL;
     for (size_t at = 0; at < bytes;) {
         const ssize_t n = write(fd, (const char *)image + at, bytes - at);
+        if (n < 0 && errno == EINTR) continue;
         if (n <= 0) {
             close(fd);
             return NULL;

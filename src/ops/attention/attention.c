@@ -247,8 +247,8 @@ static int64_t enough_split_rows(const qi_limits *s, const qkv_attention_spec *s
 }
 
 /* Keys of a piece under BATCH_INVARIANT: few enough for a long request to keep many threads busy, and
- * so many that the partial rows cost under 2 % of reading them. */
-enum { FIXED_CUT = 1024 };
+ * so many that beginning and merging pieces costs a few percent (docs/performance.md). */
+enum { FIXED_CUT = 2048 };
 
 /* What the scheduler needs, from a spec and limits with their defaults filled in. Costs are in
  * units of one multiply-add over a whole head: reading a key costs about 3 of them a byte of its

@@ -78,7 +78,10 @@ static void merge_row(const attention_params *p, const pieces *levels, i32 num_l
             /* NaN stays NaN */
             const float weight = !SOFTMAX ? 1.f : lse == -INFINITY ? 0.f : exp2f(lse - max);
             const float *o = p->plan.o_partial + slot * p->head_dim_vo;
-            for (i32 d = 0; d < p->head_dim_vo; d++) acc[d] += weight * o[d];
+            i32 d = 0;
+            for (; d + QI_VW <= p->head_dim_vo; d += QI_VW)
+                vf_store(acc + d, vf_load(acc + d) + vf_load(o + d) * weight);
+            for (; d < p->head_dim_vo; d++) acc[d] += weight * o[d];
             sum += weight;
         }
     finish_row(p, row, qo_head, acc, max, sum);

@@ -6,9 +6,10 @@
  * SPDX-License-Identifier: Apache-2.0 */
 #include "ops/attention/groups.h"
 
-/* What one partial row of one query head costs, written, read and merged, in the scheduler's unit:
- * about as much as 40 multiply-adds over a head (docs/performance.md). */
-enum { COST_PARTIAL = 40 };
+/* Measured costs (docs/performance.md) in the scheduler's unit, a multiply-add over a head: of one
+ * partial row of one query head, written, read and merged; and of packing a key for a prefill tile,
+ * whose pairs cost PREFILL_PAIR / 8 units. */
+enum { COST_PARTIAL = 60, COST_PACK = 36, PREFILL_PAIR = 9 };
 
 /* Branches above each other that are looked at: the stack must be bounded. */
 enum { MAX_BRANCHES = 64 };
@@ -81,11 +82,15 @@ static i64 common_depth(const finder *f, i32 begin, i32 end, i64 depth)
 /* Is it cheaper to read these pages once for all of order[begin, end)? */
 static int pays(const finder *f, i32 begin, i32 end, i64 pages)
 {
-    const i64 heads = f->limits->num_kv_heads;
-    i64 rows = 0;
-    for (i32 i = begin; i < end; i++) rows += rows_of_request(f, f->order[i]);
-    const i64 saved = (end - begin - 1) * pages * f->view->page_size * heads * f->limits->cost_key;
-    return saved > 2 * rows * heads * f->limits->group_size * COST_PARTIAL;
+    const qi_limits *l = f->limits;
+    i64 tokens = 0;
+    for (i32 i = begin; i < end; i++) tokens += rows_of_request(f, f->order[i]);
+    const i64 rows = tokens * l->group_size;
+    const i64 flat = (end - begin) * (i64)l->cost_key + rows * l->cost_pair;
+    const i64 shared = tokens <= l->decode_rows
+                           ? l->cost_key + rows * l->cost_pair
+                           : COST_PACK + rows * l->cost_pair * PREFILL_PAIR / 8;
+    return pages * f->view->page_size * (flat - shared) > 2 * rows * COST_PARTIAL;
 }
 
 /* Takes the first `taken` pages of a request's list away from its own group. */
