@@ -172,17 +172,19 @@ static void attention_gives_the_same_bits_for_permuted_pages(void **state)
     }
 }
 
-/* The batch of request r alone: the same tensors, one row of each index array. */
-static void run_alone(attn_case *a, qkv_context *ctx, int32_t r, const bits *together)
+/* The batch of requests [r, end) alone: the same tensors, a part of each index array. */
+static void run_some(attn_case *a, qkv_context *ctx, int32_t r, int32_t end, const bits *together)
 {
     const qkv_attention_spec *s = &a->config.spec;
     int32_t *qo = case_ints(&a->qo_indptr), *kv = case_ints(&a->kv_indptr);
     int32_t *last = case_ints(&a->kv_last_page_len);
-    const int64_t q_rows = qo[r + 1] - qo[r], first = qo[r];
-    const qkv_kv_index index = {
-        QKV_KV_INDEX_INIT, .qo_indptr = TENSOR(((int32_t[]){0, qo[r + 1] - qo[r]}), QKV_I32, 2),
-        .kv_indptr = TENSOR(&kv[r], QKV_I32, 2), .kv_indices = &a->kv_indices.x.t,
-        .kv_last_page_len = TENSOR(&last[r], QKV_I32, 1)};
+    const int64_t q_rows = qo[end] - qo[r], first = qo[r], n = end - r;
+    int32_t qo_indptr[CASE_MAX_REQUESTS + 1];
+    for (int64_t i = 0; i <= n; i++) qo_indptr[i] = qo[r + i] - qo[r];
+    const qkv_kv_index index = {QKV_KV_INDEX_INIT, .qo_indptr = TENSOR(qo_indptr, QKV_I32, n + 1),
+                                .kv_indptr = TENSOR(&kv[r], QKV_I32, n + 1),
+                                .kv_indices = &a->kv_indices.x.t,
+                                .kv_last_page_len = TENSOR(&last[r], QKV_I32, n)};
     const qkv_attention_batch batch = {QKV_ATTENTION_BATCH_INIT, .num_levels = 1, .levels = &index};
     const size_t row_o = (size_t)s->num_qo_heads * (size_t)s->head_dim_vo * test_bytes(s->dtype_o);
     const size_t row_lse = (size_t)s->num_qo_heads * sizeof(float);
@@ -198,7 +200,7 @@ static void run_alone(attn_case *a, qkv_context *ctx, int32_t r, const bits *tog
     EXPECT_OK(qkv_attention_run(op.op, &io, NULL));
     if (memcmp(o, (char *)together->o + (size_t)first * row_o, (size_t)q_rows * row_o) != 0 ||
         memcmp(lse, (char *)together->lse + (size_t)first * row_lse, (size_t)q_rows * row_lse) != 0)
-        fail_msg("request %d of %lld rows: other bits alone than in company", r, (long long)q_rows);
+        fail_msg("requests %d to %d: other bits than among all", r, end);
     case_op_free(&op);
     free(o), free(lse);
 }
@@ -208,7 +210,7 @@ static void same_bits_alone(qkv_context *ctx, void *user)
     attn_case *a = user;
     run_with(a, ctx, 5, 1);
     bits together = bits_of(a);
-    for (int32_t r = 0; r < a->config.num_requests; r++) run_alone(a, ctx, r, &together);
+    for (int32_t r = 0; r < a->config.num_requests; r++) run_some(a, ctx, r, r + 1, &together);
     bits_free(&together);
 }
 
@@ -223,6 +225,52 @@ static void attention_without_splits_ignores_neighbours(void **state)
             case_add(&c, 1 + (int32_t)test_below(r % 3 ? 1 : 40), 60 + (int32_t)test_below(700));
         case_build(&a, &c);
         test_every_level(2, same_bits_alone, &a);
+        case_free(&a);
+    }
+}
+
+/* BATCH_INVARIANT: alone, in other company, with other workers and threads. */
+static void invariant_bits(qkv_context *ctx, void *user)
+{
+    attn_case *a = user;
+    const int32_t n = a->config.num_requests;
+    run_with(a, ctx, 3, 0);
+    bits together = bits_of(a);
+    const char *level = strchr(qkv_context_device_name(ctx), ':') + 1;
+    for (int32_t threads = 1; threads <= 5; threads += 2) {
+        qkv_context *other;
+        EXPECT_OK(qkv_context_create(
+            &(qkv_context_options){QKV_CONTEXT_OPTIONS_INIT, .isa = level, .num_threads = threads},
+            &other));
+        run_with(a, other, 1 + (int32_t)test_below(12), 0);
+        assert_true(bits_equal(&together, a));
+        for (int32_t r = 0; r < n; r++) {
+            a->limits.max_workers = 1 + (int32_t)test_below(12);
+            run_some(a, other, r, r + 1, &together);
+            run_some(a, other, r, r + 1 + (int32_t)test_below(n - r), &together);
+        }
+        qkv_context_destroy(other);
+    }
+    bits_free(&together);
+}
+
+static void attention_batch_invariant_ignores_company_and_threads(void **state)
+{
+    (void)state;
+    for (int i = 0; i < (CASE_SANITIZED ? 1 : 3); i++) {
+        attn_case a;
+        case_config c = any_dims(i, 16);
+        c.spec.flags |= QKV_ATTENTION_BATCH_INVARIANT;
+        if (i % 2) {
+            c.spec.features |= QKV_FEATURE_WINDOW;
+            c.spec.window_left = 3000;
+            c.spec.window_right = -1;
+        }
+        add_long_requests(&c); /* split, and not */
+        for (int r = 0; r < 5; r++)
+            case_add(&c, 1 + (int32_t)test_below(6), 1 + (int32_t)test_below(5000));
+        case_build(&a, &c);
+        test_every_level(2, invariant_bits, &a);
         case_free(&a);
     }
 }
@@ -373,6 +421,7 @@ int main(void)
         cmocka_unit_test(attention_gives_the_same_bits_with_any_threads),
         cmocka_unit_test(attention_gives_the_same_bits_for_permuted_pages),
         cmocka_unit_test(attention_without_splits_ignores_neighbours),
+        cmocka_unit_test(attention_batch_invariant_ignores_company_and_threads),
         cmocka_unit_test(attention_keeps_its_plan),
         cmocka_unit_test(attention_layers_differ_under_one_plan),
         cmocka_unit_test(attention_takes_one_plan_after_another),

@@ -158,6 +158,49 @@ static void merge_of_halves_is_the_whole(void **state)
     qkv_context_destroy(ctx);
 }
 
+/* (a b) c = a (b c) = a b c, within rounding. */
+static void try_orders(qkv_context *ctx, void *user)
+{
+    (void)user;
+    enum { TOKENS = 5, HEADS = 3, DIM = 37, N = TOKENS * HEADS };
+    static float o[3][N * DIM], lse[3][N], pair_o[N * DIM], pair_lse[N], out[3][N * DIM], got[3][N];
+    for (int s = 0; s < 3; s++) {
+        for (int i = 0; i < N * DIM; i++) o[s][i] = (float)test_uniform(2);
+        for (int i = 0; i < N; i++) lse[s][i] = test_below(5) ? (float)test_uniform(20) : -INFINITY;
+    }
+#define STATE(x)  TENSOR(x, QKV_F32, TOKENS, HEADS, DIM)
+#define LSE(x)    TENSOR(x, QKV_F32, TOKENS, HEADS)
+#define PAIR(...) ((const DLTensor *const[]){__VA_ARGS__})
+    for (int order = 0; order < 2; order++) {
+        const int a = order, b = order + 1, rest = order ? 0 : 2;
+        EXPECT_OK(qkv_attention_merge(ctx, STATE(pair_o), LSE(pair_lse),
+                                      PAIR(STATE(o[a]), STATE(o[b])),
+                                      PAIR(LSE(lse[a]), LSE(lse[b])), 2, 0, NULL));
+        EXPECT_OK(qkv_attention_merge(ctx, STATE(out[order]), LSE(got[order]),
+                                      PAIR(STATE(pair_o), STATE(o[rest])),
+                                      PAIR(LSE(pair_lse), LSE(lse[rest])), 2, 0, NULL));
+    }
+    EXPECT_OK(qkv_attention_merge(ctx, STATE(out[2]), LSE(got[2]),
+                                  PAIR(STATE(o[0]), STATE(o[1]), STATE(o[2])),
+                                  PAIR(LSE(lse[0]), LSE(lse[1]), LSE(lse[2])), 3, 0, NULL));
+#undef STATE
+#undef LSE
+#undef PAIR
+    for (int order = 0; order < 2; order++) {
+        for (int i = 0; i < N * DIM; i++) /* values within 2, a dozen roundings; lse within 20 */
+            assert_true(fabs((double)out[order][i] - (double)out[2][i]) <= 2 * 60 * 0x1p-24);
+        for (int i = 0; i < N; i++)
+            assert_true(got[order][i] == got[2][i] ||
+                        fabs((double)got[order][i] - (double)got[2][i]) <= 20 * 12 * 0x1p-24);
+    }
+}
+
+static void merge_is_associative(void **state)
+{
+    (void)state;
+    for (int i = 0; i < 20; i++) test_every_level(1, try_orders, NULL);
+}
+
 static void merge_names_the_bad_argument(void **state)
 {
     (void)state;
@@ -208,6 +251,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(merge_equals_the_formula),
         cmocka_unit_test(merge_of_halves_is_the_whole),
+        cmocka_unit_test(merge_is_associative),
         cmocka_unit_test(merge_names_the_bad_argument),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
