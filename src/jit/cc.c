@@ -17,8 +17,6 @@
 #include "base/env.h"
 #include "jit/bundle.h"
 
-extern char **environ;
-
 /* ---- finding it --------------------------------------------------------------------------- */
 
 /* The executable that a shell would run for this name. */
@@ -54,7 +52,7 @@ void qi_cc_find(const char *wanted, qi_cc *out)
         return;
     }
     char real[PATH_MAX];
-    struct stat st;
+    struct stat st = {0};
     if (!realpath(out->path, real) || stat(real, &st) != 0) snprintf(real, sizeof real, "?");
     snprintf(out->identity, sizeof out->identity, "%.1000s %lld %lld.%ld", real,
              (long long)st.st_size, (long long)st.st_mtim.tv_sec, st.st_mtim.tv_nsec);

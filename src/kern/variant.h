@@ -148,8 +148,9 @@ QI_FN float qi_log2(float x)
     p = p * t + 2.88539008f;
     const float r = p * s + (float)(e - (tiny ? 23 : 0));
     const float special = x == 0.f ? -__builtin_inff() : __builtin_nanf("");
-    const float positive = x < __builtin_inff() ? r : x; /* one condition each, or gcc keeps loops */
-    return x > 0.f ? positive : special;                 /* over a constant x scalar */
+    const float positive =
+        x < __builtin_inff() ? r : x;    /* one condition each, or gcc keeps loops */
+    return x > 0.f ? positive : special; /* over a constant x scalar */
 }
 
 QI_FN float qi_log(float x)

@@ -41,7 +41,8 @@ QI_INLINE qi_pos hook_pos(const attention_params *p, const tile_row *row, i32 qo
 /* One row of q as f32, rotated and changed by the variant, the tail of its last vector zero. angles:
  * cosines and sines of the row's position, [2][head_dim_qk]; buffer: [padded], for the hook. */
 static void load_query(const attention_params *p, const tile_row *row, i32 qo_head, float *out,
-                       i64 padded, const float *angles, float *buffer)
+                       i64 padded, const float *angles,
+                       float *buffer) /* NOLINT(readability-non-const-parameter) */
 {
     const i64 at = row->token * p->q_stride[0] + qo_head * p->q_stride[1];
     qi_widen_any(out, qi_at(p->q, p->dtype_q, at), p->dtype_q, p->head_dim_qk);
@@ -109,7 +110,8 @@ static void locate_keys(const attention_params *p, const qi_group *g, i32 begin,
 
 /* One key as f32, rotated and changed by the variant. angles: of its position, see load_angles. */
 static void load_key(const attention_params *p, const char *key, i32 kv_pos, i32 kv_head,
-                     float *out, const float *angles, float *buffer)
+                     float *out, const float *angles,
+                     float *buffer) /* NOLINT(readability-non-const-parameter) */
 {
     qi_widen_any(out, key, p->dtype_kv, p->head_dim_qk);
     if (p->rope.num_pairs > 0) qi_rope_rotate(&p->rope, out, angles, angles + p->head_dim_qk);

@@ -42,8 +42,7 @@ typedef struct decode_state {
     float *sum;                       /* [QI_VW] partial sums over the lanes' tokens */
     const float *scale;               /* [QI_VW] logit_scale of the rows */
     const tile_row *row;              /* [ROWS] */
-    const i32 *qo_head;               /* [ROWS] less .head */
-    i32 head;                         /* added to each */
+    i32 kv_head, first, group;        /* row r is query head (first + r) % group of kv_head */
     i32 num_rows;                     /* that exist */
     const i32 *sees_begin, *sees_end; /* [ROWS] keys that each row sees */
     int edge;                         /* does some row not see every key of the block? */
@@ -163,12 +162,11 @@ static __attribute__((noinline)) void decode_general(const attention_params *p, 
     for (int t = 0; t < BLOCK; t++)
         for (int r = 0; r < ROWS; r++) rows[r][t] = x[t * ROWS + r];
     for (int r = 0; r < s->num_rows; r++)
-        general_scores(p, g, &s->row[r], s->qo_head[r] + s->head, b->kv_pos, b->begin, b->n,
-                       rows[r]);
+        general_scores(p, g, &s->row[r], s->kv_head * s->group + (s->first + r) % s->group,
+                       b->kv_pos, b->begin, b->n, rows[r]);
     for (int t = 0; t < BLOCK; t++)
         for (int r = 0; r < ROWS; r++)
-            x[t * ROWS + r] =
-                r < s->num_rows && t < b->n ? rows[r][t] : SOFTMAX ? -INFINITY : 0.f;
+            x[t * ROWS + r] = r < s->num_rows && t < b->n ? rows[r][t] : SOFTMAX ? -INFINITY : 0.f;
 }
 
 /* Four rows of one KV head against one block; next: the block and head to prefetch. keys, values:
@@ -269,7 +267,6 @@ static void load_block(const attention_params *p, const qi_work *w, const decode
 /* A work item's rows: what each is and sees. Row i is token i / group, query head i % group. */
 typedef struct decode_rows_of {
     tile_row row[DECODE_M + MAX_GROUP];
-    i32 qo_head[DECODE_M + MAX_GROUP]; /* of the item's first KV head */
     i32 begin[DECODE_M + MAX_GROUP], end[DECODE_M + MAX_GROUP];
     i32 from, to;         /* the keys that some row sees */
     i32 all_from, all_to; /* the keys that every row sees */
@@ -285,7 +282,6 @@ QI_INLINE void find_rows(const attention_params *p, const qi_work *w, const qi_g
         const i32 row = i < rows ? i : rows - 1;
         out->row[i] =
             i > 0 && row % group ? out->row[i - 1] : row_at(p, w->row_begin + row / group);
-        out->qo_head[i] = w->kv_head * group + row % group;
         if (g->flags & QI_GROUP_SPARSE)
             out->begin[i] = w->kv_begin, out->end[i] = w->kv_end;
         else
@@ -323,7 +319,7 @@ QI_INLINE void decode_tile(const attention_params *p, const qi_work *w, float *s
         for (i32 h = 0; h < heads; h++) {
             float *state = scratch + ((i64)h * fours + i / ROWS) * unit;
             float *q = state + i % ROWS * q_stride, *lanes = state + unit - 3 * QI_VW;
-            const i32 qo_head = r.qo_head[i] + h * group;
+            const i32 qo_head = (w->kv_head + h) * group + i % group;
             if (i < rows)
                 load_query(p, &r.row[i], qo_head, q, q_stride, angles, row_buffer);
             else
@@ -337,7 +333,7 @@ QI_INLINE void decode_tile(const attention_params *p, const qi_work *w, float *s
     }
 
     const int load = own_rows && (CHANGES_KEYS(p) || p->dtype_kv != QI_F32);
-    decode_block blocks[2];
+    decode_block blocks[2] = {{.n = 0}};
     fill_block(p, g, r.from, r.to, &blocks[0]);
     for (i32 at = r.from, turn = 0; at < r.to; at += BLOCK, turn ^= 1) {
         const decode_block *b = &blocks[turn], *next = &blocks[turn ^ 1];
@@ -357,8 +353,9 @@ QI_INLINE void decode_tile(const attention_params *p, const qi_work *w, float *s
                                         .sum = state + unit - 2 * QI_VW,
                                         .scale = state + unit - QI_VW,
                                         .row = r.row + f * ROWS,
-                                        .qo_head = r.qo_head + f * ROWS,
-                                        .head = h * group,
+                                        .kv_head = w->kv_head + h,
+                                        .first = f * ROWS,
+                                        .group = group,
                                         .num_rows = rows - f * ROWS < ROWS ? rows - f * ROWS : ROWS,
                                         .sees_begin = r.begin + f * ROWS,
                                         .sees_end = r.end + f * ROWS,
@@ -379,7 +376,7 @@ QI_INLINE void decode_tile(const attention_params *p, const qi_work *w, float *s
             float sum = 0.f;
             for (int t = 0; t < TOKENS; t++) sum += lanes[QI_VW + t * ROWS + i % ROWS];
             if (w->slot < 0)
-                finish_row(p, &r.row[i], r.qo_head[i] + h * group, o, max, sum);
+                finish_row(p, &r.row[i], (w->kv_head + h) * group + i % group, o, max, sum);
             else
                 store_partial(p, (i64)w->slot + h * rows + i, o, max, sum);
         }
