@@ -112,48 +112,49 @@ static inline double case_sum_error(int64_t n)
 
 /*
  * Against the reference. What f32 rounding can do, with e = 2^-24:
- *   logit   adding up head_dim terms, then a rounding each of sm_scale, of log2(e), of their
- *           products and of x - max (twice as large); tanh, as wrong as four units of the cap
- *   weight  that of its logit, four units of the exponential, and as many of one rescaling
- *   o       its weights' errors; adding up num_keys terms above and below the fraction; division
- * and store. Where the level multiplies bf16, each weight of bf16 q and KV is rounded to it, which
- * the sum below does not see: independent errors, again by 7 standard deviations lse     a logit's
- * error, the sum's, and two roundings of the logarithm's parts
+ *   logit   adding up head_dim terms, then a rounding each of the scales' product (3), of log2(e), of
+ *           their product with the sum and of x - max (twice as large); tanh, as wrong as four units
+ *           of the cap; ALiBi's bias likewise; rotation, 4 e of a pair's length for q and for k
+ *   weight  that of its logit, four units of the exponential, and as many of one rescaling; through
+ *           the denominator also that of the sink's share; one below 2^-125 may become 0
+ *   o       its weights' errors; adding up num_keys terms above and below the fraction; division,
+ *           v_scale and o_scale
+ * and store, which saturates 8-bit types. Where the level multiplies bf16, each weight of bf16 q and
+ * KV is rounded to it, which the sum below does not see: independent errors, again by 7 standard
+ * deviations.
+ *   lse     a logit's error, the sum's, and two roundings of the logarithm's parts
  */
 static inline void case_check(attn_case *a, const char *device)
 {
     const qkv_attention_spec *s = &a->config.spec;
-    const bool bf16_weights = strstr(device, "bf16") && s->dtype_q.code == 4 &&
-                              s->dtype_kv.code == 4 && !(s->features & QKV_FEATURE_ROPE);
+    const bool bf16_weights =
+        strstr(device, "bf16") && s->dtype_q.code == 4 && s->dtype_kv.code == 4;
     const double e = 0x1p-24, o_eps = test_eps(s->dtype_o), bf16_eps = test_eps(QKV_BF16);
     const double soft_cap = !(s->features & QKV_FEATURE_SOFT_CAP) ? 0
                             : a->config.io_soft_cap > 0           ? (double)a->config.io_soft_cap
                                                                   : (double)s->logits_soft_cap;
     const double log_base = s->flags & QKV_ATTENTION_LSE_BASE_2 ? log(2) : 1;
-    /* half the distance of subnormals, and where 8-bit types saturate */
-    const double tiny = s->dtype_o.code == 10                           ? 0x1p-10
-                        : s->dtype_o.code == 12                         ? 0x1p-17
-                        : s->dtype_o.code == 2 && s->dtype_o.bits == 16 ? 0x1p-25
-                                                                        : 0;
-    const double largest = s->dtype_o.code == 10 ? 448 : s->dtype_o.code == 12 ? 57344 : INFINITY;
+    const double dot_error =
+        case_sum_error(s->head_dim_qk) + (s->features & QKV_FEATURE_ROPE ? 8 * e : 0);
+    const double largest = test_largest(s->dtype_o);
     for (int64_t i = 0; i < a->tokens * s->num_qo_heads; i++) {
         const attention_ref_row *row = &a->ref_rows[i];
-        const double logit = case_sum_error(s->head_dim_qk) * row->max_dot +
-                             e * (6 * row->max_logit + 6 * row->max_bias + 4 * soft_cap) +
-                             (s->features & QKV_FEATURE_ROPE ? 8 * e * row->max_dot : 0);
-        const double sum = case_sum_error(row->num_keys) + 8 * e;
+        const double logit =
+            dot_error * row->max_dot + e * (9 * row->max_logit + 6 * row->max_bias + 4 * soft_cap);
+        const double sum = case_sum_error(row->num_keys) + 8 * e + 4 * e * row->sink;
         const double rounded = bf16_weights ? bf16_eps * fmin(row->mean_v, 7 * row->rms_v) : 0;
-        const double o_error = (2 * logit + 2 * sum + 4 * e) * row->mean_v + rounded + tiny +
-                               0x1p-110; /* weights below 2^-126 are 0 */
+        const double underflow = 0x1p-125 * (double)row->num_keys * row->max_v;
+        const double o_error = (2 * logit + 2 * sum + 4 * e) * row->mean_v + rounded + underflow +
+                               test_tiny(s->dtype_o);
         for (int64_t d = 0; d < s->head_dim_vo; d++) {
             const double want = fmax(-largest, fmin(largest, a->ref_o[i * s->head_dim_vo + d]));
             case_judge(a, device, "o", i, test_get(a->got_o, s->dtype_o, i * s->head_dim_vo + d),
                        want, o_error + o_eps * (fabs(want) + o_error));
         }
         if (!a->io.lse) continue;
-        const double lse_error = (logit + sum) / log_base + 2 * e * fabs(row->lse);
+        const double lse_error = (row->num_keys ? logit + sum : 4 * e * row->sink) / log_base;
         case_judge(a, device, "lse", i, (double)a->got_lse[i], row->lse,
-                   isfinite(row->lse) ? lse_error : 0);
+                   isinf(row->lse) ? 0 : lse_error + 2 * e * fabs(row->lse));
     }
 }
 

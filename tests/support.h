@@ -150,34 +150,9 @@ static inline uint8_t test_to_fp8(test_fp8 f, double x)
     return (uint8_t)(sign | (n + (unit - lowest) * one));
 }
 
-/* 8-bit types by their tables: e4m3 is finite but for 0x7f and 0xff, e5m2 has infinities. */
 static inline double test_8bit_value(DLDataType t, uint8_t c)
 {
-    if (t.code == 0) return (int8_t)c;
-    const int mantissa_bits = t.code == 10 ? 3 : 2, bias = t.code == 10 ? 7 : 15;
-    const int exponent = (c & 0x7f) >> mantissa_bits, mantissa = c & ((1 << mantissa_bits) - 1);
-    const double sign = c & 0x80 ? -1 : 1;
-    if (t.code == 10 && (c & 0x7f) == 0x7f) return NAN;
-    if (t.code == 12 && exponent == 31) return mantissa ? NAN : sign * INFINITY;
-    if (exponent == 0) return sign * ldexp(mantissa, 1 - bias - mantissa_bits);
-    return sign * ldexp((1 << mantissa_bits) + mantissa, exponent - bias - mantissa_bits);
-}
-
-/* The nearest of all finite values, the even code of two. */
-static inline uint8_t test_to_8bit(DLDataType t, float f)
-{
-    if (f != f) return t.code == 0 ? 0 : 0x7f;
-    int best = 0;
-    double error = INFINITY;
-    for (int c = 0; c < 256; c++) {
-        const double value = test_8bit_value(t, (uint8_t)c);
-        if (!isfinite(value) || (t.code == 0 && c == 0x80)) continue;
-        if (t.code != 0 && (signbit(f) != 0) != (c >= 0x80)) continue; /* zeros keep their sign */
-        const double off = isinf(f) ? -fabs(value) : fabs(value - (double)f);
-        if (isinf(f) && signbit(value) != signbit(f)) continue;
-        if (off < error || (off == error && c % 2 == 0)) best = c, error = off;
-    }
-    return (uint8_t)best;
+    return t.code == 0 ? (double)(int8_t)c : test_fp8_value(test_fp8_of(t), c);
 }
 
 static inline size_t test_bytes(DLDataType t)
@@ -188,15 +163,18 @@ static inline size_t test_bytes(DLDataType t)
 static inline double test_get(const void *data, DLDataType t, int64_t i)
 {
     if (t.bits == 8) return test_8bit_value(t, ((const uint8_t *)data)[i]);
-    if (t.code == 2 && t.bits == 32) return ((const float *)data)[i];
+    if (t.code == 2 && t.bits == 32) return (double)((const float *)data)[i];
     const uint16_t h = ((const uint16_t *)data)[i];
-    return t.code == 4 ? test_bits_float((uint32_t)h << 16) : test_f16_value(h);
+    return t.code == 4 ? (double)test_bits_float((uint32_t)h << 16) : test_f16_value(h);
 }
 
+/* 8-bit types saturate, i8 at 127 either way; an integer of NaN is 0. */
 static inline void test_put(void *data, DLDataType t, int64_t i, double value)
 {
-    if (t.bits == 8)
-        ((uint8_t *)data)[i] = test_to_8bit(t, (float)value);
+    if (t.code == 0)
+        ((int8_t *)data)[i] = (int8_t)(isnan(value) ? 0 : nearbyint(fmax(-127, fmin(127, value))));
+    else if (t.bits == 8)
+        ((uint8_t *)data)[i] = test_to_fp8(test_fp8_of(t), value);
     else if (t.code == 2 && t.bits == 32)
         ((float *)data)[i] = (float)value;
     else
@@ -207,8 +185,23 @@ static inline void test_put(void *data, DLDataType t, int64_t i, double value)
 /* Half the distance of neighbouring numbers at 1: the rounding of one store. */
 static inline double test_eps(DLDataType t)
 {
-    if (t.bits == 8) return t.code == 10 ? 0x1p-4 : t.code == 12 ? 0x1p-3 : 0.5;
+    if (t.code == 0) return 0.5;
+    if (t.bits == 8) return ldexp(0.5, -test_fp8_of(t).mantissa_bits);
     return t.bits == 32 ? 0x1p-24 : t.code == 4 ? 0x1p-8 : 0x1p-11;
+}
+
+/* Half the distance of the smallest numbers, where it matters. */
+static inline double test_tiny(DLDataType t)
+{
+    if (t.bits == 8) return test_fp8_value(test_fp8_of(t), 1) / 2;
+    return t.code == 2 && t.bits == 16 ? 0x1p-25 : 0;
+}
+
+/* The largest number of a type that saturates; of others, infinity. */
+static inline double test_largest(DLDataType t)
+{
+    if (t.bits != 8) return (double)INFINITY;
+    return test_fp8_value(test_fp8_of(t), (uint8_t)test_fp8_of(t).largest);
 }
 
 /* ---- tensors ------------------------------------------------------------------------------ */

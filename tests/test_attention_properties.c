@@ -1,49 +1,6 @@
 /* test_attention_properties.c - what must hold between runs of attention: same bits, same plan.
  * SPDX-License-Identifier: Apache-2.0 */
-#include "attention_run.h"
-
-/* The results of one run, to compare bit for bit. */
-typedef struct bits {
-    void *o;
-    float *lse;
-} bits;
-
-static bits bits_of(const attn_case *a)
-{
-    bits b = {case_alloc(case_o_bytes(a), 1), case_alloc(case_lse_bytes(a), 1)};
-    memcpy(b.o, a->got_o, case_o_bytes(a));
-    memcpy(b.lse, a->got_lse, case_lse_bytes(a));
-    return b;
-}
-
-static bool bits_equal(const bits *b, const attn_case *a)
-{
-    return memcmp(b->o, a->got_o, case_o_bytes(a)) == 0 &&
-           memcmp(b->lse, a->got_lse, case_lse_bytes(a)) == 0;
-}
-
-static void bits_free(bits *b)
-{
-    free(b->o), free(b->lse);
-}
-
-/* Plan and run on a new operator with these limits changed. */
-static void run_with(attn_case *a, qkv_context *ctx, int32_t max_workers, int64_t max_split_rows)
-{
-    a->limits.max_workers = max_workers;
-    a->limits.max_split_rows = max_split_rows;
-    case_try(a, ctx);
-}
-
-static case_config any_dims(int i, int32_t page_size)
-{
-    const DLDataType types[] = {QKV_F32, QKV_F16, QKV_BF16};
-    const int32_t dims[] = {64, 128, 40, 96};
-    qkv_attention_spec s = case_spec(6, 2, dims[i % 4], page_size);
-    s.dtype_q = s.dtype_o = types[i % 3];
-    s.dtype_kv = types[(i + i / 3) % 3];
-    return case_config_init(s);
-}
+#include "attention_bits.h"
 
 /* Long requests of 1, 5 and 200 rows. */
 static void add_long_requests(case_config *c)
@@ -413,6 +370,77 @@ static void attention_takes_one_plan_after_another(void **state)
     }
 }
 
+/* ---- levels ------------------------------------------------------------------------------- */
+
+/* The page lists of all levels, joined for each request. */
+typedef struct flat_lists {
+    int32_t indptr[CASE_MAX_REQUESTS + 1], last_page_len[CASE_MAX_REQUESTS], *indices;
+} flat_lists;
+
+static void flat_lists_new(flat_lists *f, attn_case *a)
+{
+    const case_config *c = &a->config;
+    const int32_t page_size = c->spec.page_size;
+    f->indices = case_alloc((size_t)(c->num_requests * a->num_pages), sizeof(int32_t));
+    f->indptr[0] = 0;
+    for (int32_t r = 0; r < c->num_requests; r++) {
+        int32_t at = f->indptr[r];
+        for (int32_t level = 0; level <= c->num_shared_levels; level++) {
+            const int32_t group = case_group_of(c, level, r);
+            const int32_t *pages = a->pages + case_level_at(a, level)->first_page[group];
+            for (int32_t i = 0; i < case_group_pages(c, level, group); i++)
+                f->indices[at++] = pages[i];
+        }
+        f->indptr[r + 1] = at;
+        f->last_page_len[r] = (case_kv_len(c, r) + page_size - 1) % page_size + 1;
+    }
+}
+
+static void levels_and_flat(qkv_context *ctx, void *user)
+{
+    attn_case *a = user;
+    const int32_t n = a->config.num_requests;
+    const qkv_attention_batch levels = a->batch;
+    const size_t o_doubles =
+        (size_t)(a->tokens * a->config.spec.num_qo_heads) * (size_t)a->config.spec.head_dim_vo;
+    flat_lists flat;
+    flat_lists_new(&flat, a);
+    const qkv_kv_index index = {QKV_KV_INDEX_INIT, .qo_indptr = &a->qo_indptr.x.t,
+                                .kv_indptr = TENSOR(flat.indptr, QKV_I32, n + 1),
+                                .kv_indices = TENSOR(flat.indices, QKV_I32, flat.indptr[n]),
+                                .kv_last_page_len = TENSOR(flat.last_page_len, QKV_I32, n)};
+    a->limits.max_pages = flat.indptr[n];
+    case_try(a, ctx);
+    a->batch.num_levels = 1;
+    a->batch.levels = &index;
+    double *of_levels = case_alloc(o_doubles, sizeof(double));
+    memcpy(of_levels, a->ref_o, o_doubles * sizeof(double));
+    attention_ref(&a->config.spec, &a->batch, &a->io, a->ref_o, a->ref_rows);
+    assert_memory_equal(of_levels, a->ref_o, o_doubles * sizeof(double));
+    case_try(a, ctx);
+    a->batch = levels;
+    free(of_levels), free(flat.indices);
+}
+
+/* Both are compared with the one reference, by case_try. */
+static void attention_of_levels_equals_the_flat_form(void **state)
+{
+    (void)state;
+    for (int i = 0; i < 4; i++) {
+        case_config c = any_dims(i, 16);
+        for (int r = 0; r < 12; r++)
+            case_add(&c, 1 + (int32_t)test_below(r % 4 ? 1 : 9), (int32_t)test_below(200));
+        c.num_shared_levels = 2;
+        c.shared[0] = (case_shared_level){.num_groups = 1, .num_members = {3}, .kv_len = {1024}};
+        c.shared[1] = (case_shared_level){
+            .num_groups = 3, .num_members = {2, 3, 7}, .kv_len = {16, 0, 16 * 40}};
+        attn_case a;
+        case_build(&a, &c);
+        test_every_level(2, levels_and_flat, &a);
+        case_free(&a);
+    }
+}
+
 int main(void)
 {
     test_seed();
@@ -425,6 +453,7 @@ int main(void)
         cmocka_unit_test(attention_keeps_its_plan),
         cmocka_unit_test(attention_layers_differ_under_one_plan),
         cmocka_unit_test(attention_takes_one_plan_after_another),
+        cmocka_unit_test(attention_of_levels_equals_the_flat_form),
     };
     return cmocka_run_group_tests_name("attention_properties", tests, NULL, NULL);
 }

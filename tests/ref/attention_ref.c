@@ -278,7 +278,9 @@ static void add_values(const layer *l, const request *r, int64_t kv_head, const 
     for (int64_t j = 0; j < r->num_keys; j++) {
         if (!sees[j]) continue;
         for (int64_t d = 0; d < vo; d++) {
-            const double wv = weights[j] * r->v[(kv_head * r->num_keys + j) * vo + d] / o_scale;
+            const double v = r->v[(kv_head * r->num_keys + j) * vo + d] / o_scale;
+            const double wv = weights[j] * v;
+            out->max_v = fmax(out->max_v, fabs(v));
             o[d] += wv;
             means[d] += fabs(wv);
             squares[d] += wv * wv;

@@ -15,6 +15,7 @@ typedef struct attention_ref_row {
     double sink;      /* |sink| times its share of the denominator                               */
     double mean_v;    /* with w = softmax: largest over d of sum_j w_j |v_jd|, in units of o     */
     double rms_v;     /* largest over d of sqrt(sum_j (w_j v_jd)^2), in units of o               */
+    double max_v;     /* largest |v_jd| of visible keys, in units of o                           */
     int64_t num_keys; /* visible ones                                                            */
 } attention_ref_row;
 
