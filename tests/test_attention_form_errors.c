@@ -218,6 +218,17 @@ static void attention_names_the_bad_extra_of_a_layer(void **state)
         case_expect_poison(&a.o, "o");
         case_op_free(&op);
     }
+    a.config.spec.features = 0;
+    a.config.spec.flags = 0;
+    case_op op = case_op_new(ctx, &a);
+    EXPECT_OK(qkv_attention_plan(op.op, &a.batch, NULL));
+    test_tensor o = a.o.x; /* all heads in one place */
+    o.t.shape = o.shape, o.t.strides = o.strides;
+    o.strides[1] = 0;
+    qkv_attention_io io = a.io;
+    io.o = &o.t;
+    expect_refusal("overlap", qkv_attention_run(op.op, &io, NULL), QKV_ERR_INVALID, "o: expected");
+    case_op_free(&op);
     case_free(&a);
 }
 

@@ -193,7 +193,8 @@ typedef struct qkv_attention_io {
  * qkv_attention_can_run - which rows of the kernel table take this spec, and why the others do not.
  *
  *   reasons  [reasons_bytes] NULL, or receives one line a row: "attention.d64: head_dim is not 64"
- *            or "attention.any: runs", cut off (and terminated) if it does not fit
+ *            or "attention.any: runs", cut off (and terminated) if it does not fit. Only
+ *            written on success
  *
  * Errors: INVALID (the spec or limits break their contract), UNSUPPORTED (no row).
  */

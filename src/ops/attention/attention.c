@@ -380,9 +380,8 @@ qkv_status qkv_attention_can_run(qkv_context *ctx, const qkv_attention_spec *spe
     qkv_attention a;
     qkv_workspace_size size;
     const qkv_status status = prepare(ctx, spec, limits, &a, &size);
-    if (!reasons || reasons_bytes == 0) return status;
+    if (!reasons || reasons_bytes == 0 || status != QKV_OK) return status;
     reasons[0] = '\0';
-    if (status != QKV_OK && status != QKV_ERR_UNSUPPORTED) return status;
     size_t at = 0;
     for (const qi_kernel *k = qi_attention_kernels; k->name && at < reasons_bytes; k++) {
         const char *reason = k->reject ? k->reject(&a.spec) : NULL;

@@ -154,6 +154,7 @@ static qkv_status read_tensors(const qkv_attention *a, const qkv_attention_io *i
     QI_TRY(check_rows(a, "q", io->q->shape[0]));
     QI_TRY(qi_expect(io->o, "o", s->dtype_o, QI_SHAPE(QI_ANY, s->num_qo_heads, s->head_dim_vo)));
     QI_TRY(check_rows(a, "o", io->o->shape[0]));
+    QI_TRY(qi_expect_distinct(io->o, "o"));
 
     kv_tensor k, v;
     const int combined = io->v == NULL && s->page_size > 0;
@@ -170,6 +171,7 @@ static qkv_status read_tensors(const qkv_attention *a, const qkv_attention_io *i
     if (io->lse) {
         QI_TRY(qi_expect_strided(io->lse, "lse", QKV_F32, QI_SHAPE(QI_ANY, s->num_qo_heads)));
         QI_TRY(check_rows(a, "lse", io->lse->shape[0]));
+        QI_TRY(qi_expect_distinct(io->lse, "lse"));
         QI_REQUIRE(!qi_overlap(io->lse, io->o), "lse: expected memory apart from o");
         QI_REQUIRE(!qi_overlap(io->lse, io->q), "lse: expected memory apart from q");
         QI_REQUIRE(!qi_overlap(io->lse, io->k), "lse: expected memory apart from k");
