@@ -11,19 +11,18 @@
     extern const char qi_bundle_##id##_end[] __attribute__((visibility("hidden")));
 QI_BUNDLE(INCLUDE)
 
-const qi_bundle_file *qi_bundle(int i)
+int qi_bundle(int i, qi_bundle_file *out)
 {
-    static qi_bundle_file files[] = {
-#define FILE(id, path) {path, qi_bundle_##id, 0},
+    static const struct {
+        const char *path, *begin, *end;
+    } files[] = {
+#define FILE(id, path) {path, qi_bundle_##id, qi_bundle_##id##_end},
         QI_BUNDLE(FILE)
 #undef FILE
     };
-    static const char *const ends[] = {
-#define END(id, path) qi_bundle_##id##_end,
-        QI_BUNDLE(END)
-#undef END
-    };
-    if (i < 0 || i >= (int)(sizeof files / sizeof files[0])) return NULL;
-    files[i].bytes = (size_t)(ends[i] - files[i].text); /* the same value from every thread */
-    return &files[i];
+    if (i < 0 || i >= (int)(sizeof files / sizeof files[0])) return 0;
+    *out = (qi_bundle_file){.path = files[i].path,
+                            .text = files[i].begin,
+                            .bytes = (size_t)(files[i].end - files[i].begin)};
+    return 1;
 }

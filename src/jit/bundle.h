@@ -1,5 +1,5 @@
-/* bundle.h - kernel sources inside the library: what the JIT compiles again. Generated from nothing:
- * bundle.c has the assembler include the files as they are.
+/* bundle.h - kernel sources inside the library: what the JIT compiles again. bundle.c has the
+ * assembler include the files as they are.
  * SPDX-License-Identifier: Apache-2.0 */
 #ifndef QI_JIT_BUNDLE_H
 #define QI_JIT_BUNDLE_H
@@ -30,7 +30,7 @@ typedef struct qi_bundle_file {
     size_t bytes;
 } qi_bundle_file;
 
-/* File i, or NULL past the last. */
-const qi_bundle_file *qi_bundle(int i);
+/* File i; 0 past the last. */
+int qi_bundle(int i, qi_bundle_file *out);
 
 #endif

@@ -97,9 +97,9 @@ static void remove_folder(const char *folder)
     static const char *const others[] = {"qi_variant.h", "main.c",        "kernel.so", "log",
                                          "kern/cpu",     "ops/attention", "kern",      "ops"};
     char path[2 * QI_PATH_MAX];
-    const qi_bundle_file *file;
-    for (int i = 0; (file = qi_bundle(i)); i++) {
-        snprintf(path, sizeof path, "%s/%s", folder, file->path);
+    qi_bundle_file file;
+    for (int i = 0; qi_bundle(i, &file); i++) {
+        snprintf(path, sizeof path, "%s/%s", folder, file.path);
         unlink(path);
     }
     for (size_t i = 0; i < sizeof others / sizeof others[0]; i++) {
@@ -111,9 +111,9 @@ static void remove_folder(const char *folder)
 
 static qkv_status write_sources(const char *folder, const qi_cc_job *job)
 {
-    const qi_bundle_file *file;
-    for (int i = 0; (file = qi_bundle(i)); i++)
-        QI_TRY(write_file(folder, file->path, &file->text, &file->bytes, 1));
+    qi_bundle_file file;
+    for (int i = 0; qi_bundle(i, &file); i++)
+        QI_TRY(write_file(folder, file.path, &file.text, &file.bytes, 1));
     const size_t header_bytes = strlen(job->header);
     QI_TRY(write_file(folder, "qi_variant.h", &job->header, &header_bytes, 1));
     const char *main[] = {job->defines, "#include \"", job->main, "\"\n"};

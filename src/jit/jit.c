@@ -78,10 +78,10 @@ static void make_key(const qi_cc_job *job, const char *compiler, char key[65])
 {
     qi_sha256 hash;
     qi_sha256_init(&hash);
-    const qi_bundle_file *file;
-    for (int i = 0; (file = qi_bundle(i)); i++) {
-        add_text(&hash, file->path);
-        qi_sha256_add(&hash, file->text, file->bytes);
+    qi_bundle_file file;
+    for (int i = 0; qi_bundle(i, &file); i++) {
+        add_text(&hash, file.path);
+        qi_sha256_add(&hash, file.text, file.bytes);
     }
     const char *flags = qi_cc_flags(job->level);
     const char *const parts[] = {QI_KERNEL_FLAGS, flags ? flags : "", job->level, job->defines,
