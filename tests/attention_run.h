@@ -128,7 +128,7 @@ static inline void case_check(attn_case *a, const char *device)
 {
     const qkv_attention_spec *s = &a->config.spec;
     const bool bf16_weights =
-        strstr(device, "bf16") && s->dtype_q.code == 4 && s->dtype_kv.code == 4;
+        test_multiplies_bf16(device) && s->dtype_q.code == 4 && s->dtype_kv.code == 4;
     const double e = 0x1p-24, o_eps = test_eps(s->dtype_o), bf16_eps = test_eps(QKV_BF16);
     const double soft_cap = !(s->features & QKV_FEATURE_SOFT_CAP) ? 0
                             : a->config.io_soft_cap > 0           ? (double)a->config.io_soft_cap

@@ -6,6 +6,7 @@
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -180,6 +181,12 @@ static inline void test_put(void *data, DLDataType t, int64_t i, double value)
     else
         ((uint16_t *)data)[i] =
             t.code == 4 ? test_to_bf16((float)value) : test_to_f16((float)value);
+}
+
+/* Does the level in a device's name multiply bf16 pairs, which rounds attention's weights to bf16? */
+static inline bool test_multiplies_bf16(const char *device)
+{
+    return strstr(device, "bf16") || strstr(device, "amx");
 }
 
 /* Half the distance of neighbouring numbers at 1: the rounding of one store. */

@@ -293,7 +293,8 @@ static void verify_row(const bench *b, int64_t set, int64_t request, int64_t row
     /* Weights are off by their logits, sums of f32 products, and by rounding to bf16 where bf16
      * dot products multiply them by v: each key's by itself, so that the errors of many add up
      * like a random walk. */
-    const bool bf16_dot = b->bf16 && strstr(qkv_context_device_name(b->ctx), "bf16");
+    const char *device = qkv_context_device_name(b->ctx);
+    const bool bf16_dot = b->bf16 && (strstr(device, "bf16") || strstr(device, "amx"));
     const double logit_error =
         16 * 0x1p-24 * (sqrt((double)spec->head_dim_qk) + want.max_logit + 4);
     const double error = 2 * (logit_error + (bf16_dot ? 0x1p-8 : 0)) * want.spread + 0x1p-20;

@@ -127,6 +127,40 @@ __attribute__((target("avx512f,avx512bf16"))) static double dot_512(const share 
     for (int j = 1; j < CHAINS; j++) x[0] = _mm512_add_ps(x[0], x[j]);
     return (double)_mm512_cvtss_f32(x[0]);
 }
+
+/* Two tiles by two, as a product of large matrices takes them from registers. */
+__attribute__((target("amx-tile,amx-bf16"))) static double dot_amx(const share *s)
+{
+    (void)s;
+    struct {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } config = {.palette = 1};
+    for (int i = 0; i < 8; i++) {
+        config.row_bytes[i] = 64;
+        config.rows[i] = 16;
+    }
+    _tile_loadconfig(&config);
+    float c[16][16];
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_zero(4);
+    _tile_zero(5);
+    _tile_zero(6);
+    _tile_zero(7);
+    for (int64_t i = 0; i < STEPS; i++) {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, 64);
+    _tile_release();
+    return (double)c[0][0];
+}
 #else
 static double fma_128(const share *s)
 {
@@ -157,6 +191,7 @@ static const struct {
     {CEILING_FMA, "avx2", "fma_avx2", fma_256, CHAINS * 16.0},
     {CEILING_FMA, "avx512", "fma_avx512", fma_512, CHAINS * 32.0},
     {CEILING_DOT, "avx512_bf16", "bf16_dot_avx512", dot_512, CHAINS * 64.0},
+    {CEILING_DOT, "amx", "bf16_amx", dot_amx, 4 * 16384.0},
 #else
     {CEILING_FMA, "neon", "fma_neon", fma_128, CHAINS * 16.0},
 #endif

@@ -26,12 +26,13 @@ typedef struct qi_kernel {
  * The .cpu.c file defines them through QI_CPU_KERNEL(rmsnorm) of kern/cpu/prelude.h. */
 #if defined(__x86_64__)
 #define QI_CPU_DECLARE(name)                                                                       \
+    void qi_##name##_amx(const void *params, qi_task task);                                        \
     void qi_##name##_avx512_bf16(const void *params, qi_task task);                                \
     void qi_##name##_avx512(const void *params, qi_task task);                                     \
     void qi_##name##_avx2(const void *params, qi_task task)
 #define QI_CPU_ENTRIES(name)                                                                       \
     {                                                                                              \
-        qi_##name##_avx512_bf16, qi_##name##_avx512, qi_##name##_avx2                              \
+        qi_##name##_amx, qi_##name##_avx512_bf16, qi_##name##_avx512, qi_##name##_avx2             \
     }
 #else
 #define QI_CPU_DECLARE(name) void qi_##name##_neon(const void *params, qi_task task)

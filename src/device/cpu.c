@@ -11,6 +11,11 @@
 #include <signal.h>
 #include <stdatomic.h>
 #include <string.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "base/log.h"
 #include "base/status.h"
@@ -29,6 +34,18 @@ const char *qi_cpu_level_name(int level)
 }
 
 #if defined(__x86_64__)
+/* Has the CPU tiles of bf16, and may this process use them? Linux asks each process to request the
+ * larger register state; all its threads then have it. */
+static int amx_usable(void)
+{
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    const unsigned tile_and_bf16 = 1u << 24 | 1u << 22;
+    unsigned eax, ebx, ecx, edx;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return 0;
+    return (edx & tile_and_bf16) == tile_and_bf16 &&
+           syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+}
+
 int qi_cpu_level_usable(int level)
 {
     /* These builtins also ask the operating system whether it saves the wide registers. */
@@ -38,6 +55,7 @@ int qi_cpu_level_usable(int level)
                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                        __builtin_cpu_supports("avx512dq");
     switch (level) {
+    case QI_CPU_amx: return avx512 && __builtin_cpu_supports("avx512bf16") && amx_usable();
     case QI_CPU_avx512_bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
     case QI_CPU_avx512: return avx512;
     default: return avx2; /* F16C came before AVX2 on every CPU that has it */

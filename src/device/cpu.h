@@ -8,7 +8,7 @@
 
 /* The levels that each .cpu.c file is compiled for, best first. CMakeLists.txt has their flags. */
 #if defined(__x86_64__)
-#define QI_CPU_LEVELS(X) X(avx512_bf16) X(avx512) X(avx2)
+#define QI_CPU_LEVELS(X) X(amx) X(avx512_bf16) X(avx512) X(avx2)
 #elif defined(__aarch64__)
 #define QI_CPU_LEVELS(X) X(neon)
 #else
@@ -38,6 +38,9 @@ qkv_status qi_threads_create(int32_t count, const qkv_parallel *parallel,
                              const qkv_allocator *allocator, qi_threads **out);
 void qi_threads_destroy(qi_threads *threads);
 int32_t qi_threads_count(const qi_threads *threads);
+
+/* 0 in a process that fork() made since they were created: there they can only be destroyed. */
+int qi_threads_are_here(const qi_threads *threads);
 
 /* Runs task(arg, {i, count, scratch i}) for i in [0, count) and returns when all have; count <=
  * qi_threads_count(). Callers on several threads take turns. */

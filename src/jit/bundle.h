@@ -14,6 +14,7 @@
     X(rope_turns, "kern/rope_turns.h")                                                             \
     X(variant, "kern/variant.h")                                                                   \
     X(prelude, "kern/cpu/prelude.h")                                                               \
+    X(amx, "kern/cpu/amx.h")                                                                       \
     X(simd, "kern/cpu/simd.h")                                                                     \
     X(tile, "kern/cpu/tile.h")                                                                     \
     X(cpu_rope, "kern/cpu/rope.h")                                                                 \

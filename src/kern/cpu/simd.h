@@ -363,16 +363,18 @@ QI_INLINE void vf_transpose(vf r[QI_VW])
     }
 }
 
-/* Lane i of the result is the sum of the lanes of r[i]. Destroys r. The additions form a tree whose
- * shape is the same for every i. */
-QI_INLINE vf vf_sum_each(vf r[QI_VW])
-{
-    QI_UNROLL(4)
-    for (int i = 0; i < 8; i += 2) r[i] = QI_LANE_LO(r[i], r[i + 1]) + QI_LANE_HI(r[i], r[i + 1]);
-    const vf a = QI_PAIR_LO(r[0], r[2]) + QI_PAIR_HI(r[0], r[2]);
-    const vf b = QI_PAIR_LO(r[4], r[6]) + QI_PAIR_HI(r[4], r[6]);
-    return QI_LOWER(a, b) + QI_UPPER(a, b);
-}
+/* Lane i of the result is OP over the lanes of r[i]. Destroys r. The operations form a tree whose shape
+ * is the same for every i. */
+#define QI_DEFINE_EACH(name, OP)                                                                   \
+    QI_INLINE vf name(vf r[QI_VW])                                                                 \
+    {                                                                                              \
+        QI_UNROLL(4)                                                                               \
+        for (int i = 0; i < 8; i += 2)                                                             \
+            r[i] = OP(QI_LANE_LO(r[i], r[i + 1]), QI_LANE_HI(r[i], r[i + 1]));                     \
+        const vf a = OP(QI_PAIR_LO(r[0], r[2]), QI_PAIR_HI(r[0], r[2]));                           \
+        const vf b = OP(QI_PAIR_LO(r[4], r[6]), QI_PAIR_HI(r[4], r[6]));                           \
+        return OP(QI_LOWER(a, b), QI_UPPER(a, b));                                                 \
+    }
 
 #else
 
@@ -412,19 +414,27 @@ QI_INLINE void vf_transpose(vf r[QI_VW])
     }
 }
 
-/* Lane i of the result is the sum of the lanes of r[i]. Destroys r. The additions form a tree whose
- * shape is the same for every i. */
-QI_INLINE vf vf_sum_each(vf r[QI_VW])
-{
-    QI_UNROLL(4)
-    for (int n = QI_VW / 2; n > 0; n /= 2) {
-        QI_UNROLL(8)
-        for (int i = 0; i < n; i++) r[i] = vf_zip_lo(r[i], r[i + n]) + vf_zip_hi(r[i], r[i + n]);
+#define QI_DEFINE_EACH(name, OP)                                                                   \
+    QI_INLINE vf name(vf r[QI_VW])                                                                 \
+    {                                                                                              \
+        QI_UNROLL(4)                                                                               \
+        for (int n = QI_VW / 2; n > 0; n /= 2) {                                                   \
+            QI_UNROLL(8)                                                                           \
+            for (int i = 0; i < n; i++)                                                            \
+                r[i] = OP(vf_zip_lo(r[i], r[i + n]), vf_zip_hi(r[i], r[i + n]));                   \
+        }                                                                                          \
+        return r[0];                                                                               \
     }
-    return r[0];
-}
 
 #endif
+
+QI_INLINE vf vf_add(vf a, vf b)
+{
+    return a + b;
+}
+
+QI_DEFINE_EACH(vf_sum_each, vf_add)
+QI_DEFINE_EACH(vf_max_each, vf_max)
 
 QI_INLINE float vf_sum(vf v)
 {
@@ -446,14 +456,14 @@ QI_INLINE float vf_max_lane(vf v)
 
 /* ---- functions ---------------------------------------------------------------------------- */
 
-/* 2^x for x <= 127; 0 below -126 (no subnormals), NaN for NaN. Within 2 ulp: 2^f on [-1/2, 1/2] by
+/* 2^x for x <= 127; 0 below -126.5, NaN for NaN. Within 2 ulp: 2^f on [-1/2, 1/2] by
  * a degree-6 minimax polynomial, times a power of 2 made as bits. (Adding to the exponent as an
  * integer would turn some NaNs into numbers.) */
 QI_INLINE vf vf_exp2(vf x)
 {
     /* Adding 1.5 * 2^23 rounds to an integer; 127 more make its low bits an exponent. */
     const vf magic = vf_set1(12582912.f + 127.f);
-    const vi low = x < -126.f;
+    x = vf_max(vf_set1(-127.f), x); /* whose exponent's bits are 0; NaN stays */
     const vf shifted = x + magic, f = x - (shifted - magic);
     vf p = vf_set1(1.535336206e-4f);
     p = p * f + 1.339887456e-3f;
@@ -462,7 +472,7 @@ QI_INLINE vf vf_exp2(vf x)
     p = p * f + 2.402264791e-1f;
     p = p * f + 6.931472029e-1f;
     p = p * f + 1.f;
-    return (vf)(~low & (vi)(p * (vf)((vu)shifted << 23)));
+    return p * (vf)((vu)shifted << 23);
 }
 
 /* tanh, within a few ulp: an odd polynomial near 0, (1 - e) / (1 + e) with e = exp(-2|x|) beyond. */
@@ -485,6 +495,11 @@ QI_INLINE vf vf_tanh(vf x)
 QI_INLINE void qi_prefetch(const void *p)
 {
     __builtin_prefetch(p, 0, 2);
+}
+
+QI_INLINE void qi_prefetch_row(const char *row, const i64 bytes)
+{
+    for (i64 b = 0; b < bytes; b += 64) qi_prefetch(row + b);
 }
 
 #endif

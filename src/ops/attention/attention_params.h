@@ -47,12 +47,12 @@ typedef struct attention_params {
 enum {
     MAX_GROUP = 512,   /* query heads of a KV head */
     DECODE_M = 16,     /* up to this M (or one token) a request is a decode tile */
-    PREFILL_M = 192,   /* M of a prefill tile, or one token */
+    PREFILL_M = 384,   /* M of a prefill tile, or one token */
     BLOCK_N = 256,     /* most keys that a prefill tile packs at a time */
     DECODE_BLOCK = 16, /* keys that a decode tile takes at a time */
     MAX_LEVELS = 16,
     MAX_VW = 16,
-    MAX_TILE_M = 12, /* largest vector and micro-tile of any level */
+    MAX_TILE_M = 32, /* largest vector and panel of rows of any level */
 };
 
 static inline i32 decode_rows(i32 group_size)
@@ -91,10 +91,11 @@ static inline i64 decode_scratch_floats(i32 group_size, i32 num_kv_heads, i32 di
 
 static inline i64 prefill_scratch_floats(i32 group_size, i32 dim_qk, i32 dim_vo)
 {
-    const i64 m = round_up((i64)prefill_rows(group_size) * group_size, MAX_TILE_M);
+    const i64 m = (i64)prefill_rows(group_size) * group_size + MAX_TILE_M;
     const i64 keys = block_keys(dim_qk, dim_vo), vo = round_up(dim_vo, 2 * MAX_VW);
-    return m * (dim_qk + vo + 2) + keys * (dim_qk + vo) + MAX_TILE_M * (keys + MAX_VW) +
-           8 * MAX_VW + (MAX_VW + 3) * (i64)round_up(dim_qk, MAX_VW);
+    const i64 qk = round_up(dim_qk, MAX_VW);
+    return m * (qk + vo + 2) + keys * (qk + vo) + MAX_TILE_M * (keys + MAX_VW) + 8 * MAX_VW +
+           (MAX_VW + 3) * qk;
 }
 
 #endif

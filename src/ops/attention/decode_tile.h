@@ -60,11 +60,6 @@ QI_INLINE vf max_over_tokens(vf v)
     return v;
 }
 
-QI_INLINE void prefetch_row(const char *row, const i64 bytes)
-{
-    for (i64 b = 0; b < bytes; b += 64) qi_prefetch(row + b);
-}
-
 /* TOKENS x ROWS products q.k as one vector [token][row]. */
 QI_INLINE vf decode_products(const char *const k[TOKENS], const float *q, i64 q_stride,
                              const i32 dim, const qi_dtype kv)
@@ -191,7 +186,7 @@ QI_INLINE void decode_unit(const attention_params *p, const qi_group *g, const d
             const i32 at = j * TOKENS + t;
             rows[t] =
                 keys ? (const char *)(keys + at * q_stride) : qi_at(k, kv, b->k_offset[at] + head);
-            prefetch_row(qi_at(k, kv, next->k_offset[at] + next_head * p->k_stride[2]),
+            qi_prefetch_row(qi_at(k, kv, next->k_offset[at] + next_head * p->k_stride[2]),
                          dim_qk * size);
         }
         const vf product = decode_products(rows, s->q, q_stride, dim_qk, kv);
@@ -218,7 +213,7 @@ QI_INLINE void decode_unit(const attention_params *p, const qi_group *g, const d
     for (int t = 0; t < BLOCK; t++) {
         rows[t] = values ? (const char *)(values + t * o_stride)
                          : qi_at(v, kv, b->v_offset[t] + kv_head * p->v_stride[2]);
-        prefetch_row(qi_at(v, kv, next->v_offset[t] + next_head * p->v_stride[2]), dim_vo * size);
+        qi_prefetch_row(qi_at(v, kv, next->v_offset[t] + next_head * p->v_stride[2]), dim_vo * size);
     }
     i32 d = 0;
     for (; d + WIDE * QI_VW <= dim_vo; d += WIDE * QI_VW)
