@@ -417,16 +417,55 @@ QI_INLINE void vf_transpose(vf r[QI_VW])
 #define QI_DEFINE_EACH(name, OP)                                                                   \
     QI_INLINE vf name(vf r[QI_VW])                                                                 \
     {                                                                                              \
-        QI_UNROLL(4)                                                                               \
-        for (int n = QI_VW / 2; n > 0; n /= 2) {                                                   \
-            QI_UNROLL(8)                                                                           \
-            for (int i = 0; i < n; i++)                                                            \
-                r[i] = OP(vf_zip_lo(r[i], r[i + n]), vf_zip_hi(r[i], r[i + n]));                   \
-        }                                                                                          \
+        if (QI_VW == 16) QI_ZIP_ROUND(8, OP);                                                      \
+        if (QI_VW == 16) QI_ZIP_ROUND(4, OP);                                                      \
+        QI_ZIP_ROUND(2, OP);                                                                       \
+        QI_ZIP_ROUND(1, OP);                                                                       \
         return r[0];                                                                               \
     }
+/* Constant bounds, or r stays in memory. */
+#define QI_ZIP_ROUND(n, OP)                                                                        \
+    QI_UNROLL(8)                                                                                   \
+    for (int i = 0; i < (n); i++)                                                                  \
+    r[i] = OP(vf_zip_lo(r[i], r[i + (n)]), vf_zip_hi(r[i], r[i + (n)]))
 
 #endif
+
+#if QI_VW == 16
+#define QI_EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define QI_ODD  1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#define QI_LOW  0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define QI_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif QI_VW == 8
+#define QI_EVEN 0, 2, 4, 6, 8, 10, 12, 14
+#define QI_ODD  1, 3, 5, 7, 9, 11, 13, 15
+#define QI_LOW  0, 8, 1, 9, 2, 10, 3, 11
+#define QI_HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define QI_EVEN 0, 2, 4, 6
+#define QI_ODD  1, 3, 5, 7
+#define QI_LOW  0, 4, 1, 5
+#define QI_HIGH 2, 6, 3, 7
+#endif
+
+/* Each 2 * QI_VW elements to their even ones and then their odd ones, and back. */
+QI_INLINE void qi_split_pairs(float *x, i64 n)
+{
+    for (i64 i = 0; i < n; i += 2 * QI_VW) {
+        const vf a = vf_load(x + i), b = vf_load(x + i + QI_VW);
+        vf_store(x + i, QI_SHUFFLE(a, b, QI_EVEN));
+        vf_store(x + i + QI_VW, QI_SHUFFLE(a, b, QI_ODD));
+    }
+}
+
+QI_INLINE void qi_join_pairs(float *x, i64 n)
+{
+    for (i64 i = 0; i < n; i += 2 * QI_VW) {
+        const vf even = vf_load(x + i), odd = vf_load(x + i + QI_VW);
+        vf_store(x + i, QI_SHUFFLE(even, odd, QI_LOW));
+        vf_store(x + i + QI_VW, QI_SHUFFLE(even, odd, QI_HIGH));
+    }
+}
 
 QI_INLINE vf vf_add(vf a, vf b)
 {

@@ -1,14 +1,14 @@
 /* decode_tile.h - a few query rows of one request against its keys, all KV heads at once.
  *
- * Keys pass in blocks of BLOCK = 16 tokens, in order; for each block the KV heads are walked in
- * memory order, so that a page is read once, and the unit (block, head) AHEAD units further is
- * prefetched along the page table while this one is computed. Query rows of a KV head (tokens x
- * group) are taken in fours. Scores live as vectors [token][4 rows], so that the softmax of all
- * rows is elementwise; K needs no transposition: QI_VW dot products at a time are summed by
- * vf_sum_each. K and V are widened to f32 and multiplied by FMA, so the result has f32 accuracy for
- * every cache dtype. In the general row, a block of keys and values that are not f32, or that the
- * operator rotates or a variant changes, is widened into scratch first. Scores that need more than a soft cap and a window are turned into rows of
- * keys and back for general_scores().
+ * Keys pass in blocks of BLOCK = 16 tokens, in order; for each block the KV heads are walked, and the
+ * rows of the next block are prefetched in the order of their addresses meanwhile, a head's share at a
+ * time: pages lie anywhere, so no hardware prefetcher does. Query rows of a KV head (tokens x group)
+ * are taken in fours. Scores live as vectors [token][4 rows], so that the softmax of all rows is
+ * elementwise; K needs no transposition: QI_VW dot products at a time are summed by vf_sum_each. K and
+ * V are widened to f32 and multiplied by FMA, so the result has f32 accuracy for every cache dtype. In
+ * the general row, a block of keys and values that are not f32, or that the operator rotates or a
+ * variant changes, is widened into scratch first. Scores that need more than a soft cap and a window
+ * are turned into rows of keys and back for general_scores().
  *
  * Bound: memory, 2 * head_dim * size bytes a key and head. The state of a head (O, max, sum) lives
  * in L1/L2. Source: FlashAttention-2's online softmax (arXiv:2307.08691), FlashDecoding's splits.
@@ -23,7 +23,6 @@ enum {
     ROWS = 4,                  /* query rows computed together */
     TOKENS = QI_VW / ROWS,     /* keys in one score vector */
     SCORES = BLOCK / TOKENS,   /* score vectors of a block */
-    AHEAD = 4,                 /* units of prefetch distance */
     WIDE = QI_VW == 8 ? 2 : 4, /* vectors of O per pass of P.V: ROWS * WIDE accumulators */
 };
 
@@ -33,6 +32,32 @@ typedef struct decode_block {
     i32 kv_pos[BLOCK];
     i32 begin, n; /* keys [begin, begin + n) of the group's list */
 } decode_block;
+
+/* Where prefetching stands: rows (token, head) of a block, K and V side by side, in the order of
+ * their addresses. */
+typedef struct decode_fetch {
+    const decode_block *block;
+    i32 token, head, num_heads, first_head;
+    int by_head; /* are a head's tokens neighbours, rather than a token's heads? */
+} decode_fetch;
+
+/* Prefetches the next n rows. */
+QI_INLINE void fetch_rows(const attention_params *p, decode_fetch *f, i32 n, const i64 k_bytes,
+                          const i64 v_bytes, const qi_dtype kv)
+{
+    for (i32 i = 0; i < n; i++) {
+        const i64 head = f->first_head + f->head;
+        qi_prefetch_row(qi_at(p->k, kv, f->block->k_offset[f->token] + head * p->k_stride[2]),
+                        k_bytes);
+        qi_prefetch_row(qi_at(p->v, kv, f->block->v_offset[f->token] + head * p->v_stride[2]),
+                        v_bytes);
+        if (f->by_head) {
+            if (++f->token == BLOCK) f->token = 0, f->head++;
+        } else {
+            if (++f->head == f->num_heads) f->head = 0, f->token++;
+        }
+    }
+}
 
 /* State of four rows of one KV head. */
 typedef struct decode_state {
@@ -60,6 +85,22 @@ QI_INLINE vf max_over_tokens(vf v)
     return v;
 }
 
+/* bf16 is widened fastest as the even and the odd elements of a vector of pairs: one shift, one mask.
+ * So q and O stand in that order wherever rows are whole pairs of vectors. */
+QI_INLINE int in_pairs(const i32 dim, const qi_dtype kv)
+{
+    return kv == QI_BF16 && dim % (2 * QI_VW) == 0;
+}
+
+/* Elements [d, d + QI_VW) of a row of K or V, as f32, in the order of in_pairs(). */
+QI_INLINE vf load_vector(const char *row, i32 d, const i32 dim, const qi_dtype kv)
+{
+    if (!in_pairs(dim, kv)) return qi_load(qi_at(row, kv, d), kv);
+    const vu pairs =
+        (vu)vf_load((const float *)(const void *)qi_at(row, kv, d / (2 * QI_VW) * (2 * QI_VW)));
+    return d / QI_VW % 2 ? (vf)(pairs & 0xffff0000u) : (vf)(pairs << 16);
+}
+
 /* TOKENS x ROWS products q.k as one vector [token][row]. */
 QI_INLINE vf decode_products(const char *const k[TOKENS], const float *q, i64 q_stride,
                              const i32 dim, const qi_dtype kv)
@@ -72,13 +113,14 @@ QI_INLINE vf decode_products(const char *const k[TOKENS], const float *q, i64 q_
     for (; d + QI_VW <= dim; d += QI_VW) {
         vf key[TOKENS];
         QI_UNROLL(4)
-        for (int t = 0; t < TOKENS; t++) key[t] = qi_load(qi_at(k[t], kv, d), kv);
+        for (int t = 0; t < TOKENS; t++) key[t] = load_vector(k[t], d, dim, kv);
         QI_UNROLL(4)
         for (int r = 0; r < ROWS; r++) {
             const vf x = vf_load(q + r * q_stride + d);
             QI_UNROLL(4)
             for (int t = 0; t < TOKENS; t++) acc[t * ROWS + r] = acc[t * ROWS + r] + x * key[t];
         }
+        __asm__ volatile("" ::: "memory"); /* or gcc hoists loads until accumulators spill */
     }
     if (d < dim) {
         QI_UNROLL(4)
@@ -102,12 +144,11 @@ QI_INLINE void decode_accumulate(const decode_state *s, i64 o_stride, const floa
     for (int r = 0; r < ROWS; r++) QI_UNROLL(4)
     for (int c = 0; c < count; c++) acc[r][c] = vf_load(s->o + r * o_stride + d + c * QI_VW);
     for (i32 t = 0; t < n; t++) {
-        const char *row = qi_at(v[t], kv, d);
         QI_UNROLL(4)
         for (int c = 0; c < count; c++) {
-            const i32 left = dim - d - c * QI_VW;
-            const vf x = left >= QI_VW ? qi_load(qi_at(row, kv, c * QI_VW), kv)
-                                       : qi_load_n(qi_at(row, kv, c * QI_VW), kv, left);
+            const i32 at = d + c * QI_VW, left = dim - at;
+            const vf x = left >= QI_VW ? load_vector(v[t], at, dim, kv)
+                                       : qi_load_n(qi_at(v[t], kv, at), kv, left);
             QI_UNROLL(4)
             for (int r = 0; r < ROWS; r++) acc[r][c] = acc[r][c] + x * weight[t * ROWS + r];
         }
@@ -168,8 +209,8 @@ static __attribute__((noinline)) void decode_general(const attention_params *p, 
  * the block's as f32 [BLOCK][q_stride | o_stride], or NULL: where they are. */
 QI_INLINE void decode_unit(const attention_params *p, const qi_group *g, const decode_state *s,
                            const decode_block *b, i32 kv_head, const float *keys,
-                           const float *values, const decode_block *next, i32 next_head,
-                           const i32 dim_qk, const i32 dim_vo, const qi_dtype kv)
+                           const float *values, decode_fetch *fetch, const i32 dim_qk,
+                           const i32 dim_vo, const qi_dtype kv)
 {
     const i64 q_stride = round_up(dim_qk, QI_VW), o_stride = round_up(dim_vo, QI_VW);
     const i64 size = (i64)qi_size_of(kv), head = kv_head * p->k_stride[2];
@@ -186,9 +227,8 @@ QI_INLINE void decode_unit(const attention_params *p, const qi_group *g, const d
             const i32 at = j * TOKENS + t;
             rows[t] =
                 keys ? (const char *)(keys + at * q_stride) : qi_at(k, kv, b->k_offset[at] + head);
-            qi_prefetch_row(qi_at(k, kv, next->k_offset[at] + next_head * p->k_stride[2]),
-                         dim_qk * size);
         }
+        if (fetch) fetch_rows(p, fetch, 2, dim_qk * size, dim_vo * size, kv);
         const vf product = decode_products(rows, s->q, q_stride, dim_qk, kv);
         scores[j] = general ? product : score(p, product, scale);
         if (s->edge && !general) {
@@ -213,9 +253,9 @@ QI_INLINE void decode_unit(const attention_params *p, const qi_group *g, const d
     for (int t = 0; t < BLOCK; t++) {
         rows[t] = values ? (const char *)(values + t * o_stride)
                          : qi_at(v, kv, b->v_offset[t] + kv_head * p->v_stride[2]);
-        qi_prefetch_row(qi_at(v, kv, next->v_offset[t] + next_head * p->v_stride[2]), dim_vo * size);
     }
     i32 d = 0;
+    if (fetch) fetch_rows(p, fetch, BLOCK - 2 * SCORES, dim_qk * size, dim_vo * size, kv);
     for (; d + WIDE * QI_VW <= dim_vo; d += WIDE * QI_VW)
         decode_accumulate(s, o_stride, weight, rows, b->n, d, WIDE, dim_vo, kv);
     for (; d < dim_vo; d += QI_VW)
@@ -319,6 +359,7 @@ QI_INLINE void decode_tile(const attention_params *p, const qi_work *w, float *s
                 load_query(p, &r.row[i], qo_head, q, q_stride, angles, row_buffer);
             else
                 memset(q, 0, (size_t)q_stride * sizeof *q);
+            if (in_pairs(dim_qk, kv)) qi_split_pairs(q, dim_qk);
             memset(state + ROWS * q_stride + i % ROWS * o_stride, 0, (size_t)o_stride * sizeof *q);
             vf_store(lanes, vf_set1(-INFINITY));
             vf_store(lanes + QI_VW, vf_set1(0.f));
@@ -335,11 +376,12 @@ QI_INLINE void decode_tile(const attention_params *p, const qi_work *w, float *s
         fill_block(p, g, at + BLOCK, r.to, &blocks[turn ^ 1]);
         if (next->n <= 0) next = b;
         if (load) load_block(p, w, b, q_stride, o_stride, keys, values, angles, row_buffer);
+        decode_fetch fetch = {.block = next,
+                              .num_heads = heads,
+                              .first_head = w->kv_head,
+                              .by_head = p->k_stride[2] > p->k_stride[1]};
         const int edge = at < r.all_from || at + BLOCK > r.all_to;
         for (i32 h = 0; h < heads; h++) {
-            const i32 ahead = h + AHEAD;
-            const decode_block *fetch = ahead < heads ? b : next;
-            const i32 fetch_head = ahead < heads ? ahead : (ahead - heads) % heads;
             for (i32 f = 0; f < fours; f++) {
                 float *state = scratch + ((i64)h * fours + f) * unit;
                 const decode_state s = {.q = state,
@@ -357,8 +399,8 @@ QI_INLINE void decode_tile(const attention_params *p, const qi_work *w, float *s
                                         .edge = edge};
                 decode_unit(p, g, &s, b, w->kv_head + h,
                             load ? keys + (i64)h * BLOCK * q_stride : NULL,
-                            load ? values + (i64)h * BLOCK * o_stride : NULL, fetch,
-                            w->kv_head + fetch_head, dim_qk, dim_vo, kv);
+                            load ? values + (i64)h * BLOCK * o_stride : NULL,
+                            f == 0 ? &fetch : NULL, dim_qk, dim_vo, kv);
             }
         }
     }
@@ -369,6 +411,7 @@ QI_INLINE void decode_tile(const attention_params *p, const qi_work *w, float *s
             float *o = state + ROWS * q_stride + i % ROWS * o_stride;
             const float *lanes = state + unit - 3 * QI_VW, max = lanes[i % ROWS];
             float sum = 0.f;
+            if (in_pairs(dim_vo, kv)) qi_join_pairs(o, dim_vo);
             for (int t = 0; t < TOKENS; t++) sum += lanes[QI_VW + t * ROWS + i % ROWS];
             if (w->slot < 0)
                 finish_row(p, &r.row[i], (w->kv_head + h) * group + i % group, o, max, sum);
