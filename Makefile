@@ -6,6 +6,7 @@ BUILD ?= build
 PREFIX ?= /usr/local
 MODEL ?=
 PROBLEMS ?= bench/problems/smoke.txt
+SECONDS ?= 600
 
 CTEST = ctest --output-on-failure --no-label-summary -j $(JOBS) --test-dir
 C_FILES = $(shell git ls-files --cached --others --exclude-standard '*.[ch]')
@@ -25,7 +26,7 @@ demo: build ## a real model answers a batch of prompts; MODEL=file.gguf takes an
 	@tools/demo.sh $(BUILD)/qkv-generate "$(MODEL)"
 
 .PHONY: check
-check: lint check-clang check-aarch64 check-asan check-tsan docs ## all of it; the tests' summary comes last
+check: lint check-clang check-aarch64 check-asan check-tsan check-fuzz docs ## all of it; the tests' summary comes last
 	$(call configure_and_build,$(BUILD),-DQKV_BUILD_TESTS=ON)
 	@$(CTEST) $(BUILD)
 
@@ -63,6 +64,10 @@ check-tsan: setup-check ## the tests that share contexts and threads, under Thre
 check-aarch64: setup-check ## compiles for AArch64 with NEON, and runs what an emulator can
 	@tools/check_aarch64.sh $(BUILD)-aarch64 $(JOBS)
 
+.PHONY: check-fuzz
+check-fuzz: setup-check ## 15 seconds of each fuzzer
+	@tools/fuzz.sh $(BUILD)-fuzz 15
+
 .PHONY: check-model
 check-model: build ## the demo's model against an independent forward pass in NumPy; some minutes
 	@tools/setup.sh check-model
@@ -78,8 +83,8 @@ bench: build ## verifies and times every problem of PROBLEMS
 	@$(BUILD)/qkv bench --file $(PROBLEMS)
 
 .PHONY: fuzz
-fuzz: ## one minute of each fuzzer; needs clang
-	@tools/fuzz.sh $(BUILD)-fuzz
+fuzz: ## ten minutes of each fuzzer, or SECONDS=n; needs clang
+	@tools/fuzz.sh $(BUILD)-fuzz $(SECONDS)
 
 .PHONY: install
 install: build ## into PREFIX (/usr/local)

@@ -49,7 +49,7 @@ typedef struct qkv_context_options {
     uint32_t struct_size;
     int32_t num_threads; /* CPU: 0 = all that this process may run on; ignored with parallel.run */
     DLDevice device;     /* {kDLCPU, 0}; a zeroed device means the same */
-    const char *isa;     /* CPU: NULL = the fastest level; else "avx2", "avx512", "avx512_bf16",
+    const char *isa;     /* CPU: NULL = the fastest level; else "avx2", "avx512", "avx512_bf16", "amx",
                             "neon". QKV_DEVICE=cpu:LEVEL in the environment wins over it */
     qkv_allocator allocator;
     qkv_parallel parallel;
@@ -73,8 +73,12 @@ typedef struct qkv_context_options {
  *
  * A context may be shared by threads; on the CPU one call computes at a time and others wait for
  * it. Objects made from it must be destroyed first. Starts num_threads - 1 threads unless
- * parallel.run is given; they sleep between calls, block all signals but those of their own faults,
- * and do not survive fork().
+ * parallel.run is given; they sleep between calls, and block all signals but those of their own
+ * faults.
+ *
+ * A context belongs to the process that created it. In a child of fork(), with whatever number of
+ * threads, it and its objects can be destroyed; every call that computes, plans or creates is
+ * INVALID there and says so. The child may create contexts of its own.
  *
  * Errors: INVALID (names the option: num_threads is not parallel.num_threads), UNSUPPORTED (device,
  * or an ISA level that this machine lacks), MEMORY, DEVICE (threads could not be started).

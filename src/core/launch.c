@@ -5,6 +5,15 @@
 #include <stdio.h>
 #include <string.h>
 
+qkv_status qi_check_context(const qkv_context *ctx)
+{
+    QI_REQUIRE(ctx, "ctx: expected a context, got NULL");
+    QI_REQUIRE(qi_threads_are_here(ctx->threads),
+               "ctx: expected a context that this process created, got one from before fork(): its "
+               "threads and locks are the parent's");
+    return QKV_OK;
+}
+
 qkv_status qi_select(const qkv_context *ctx, const qi_kernel *table, const void *desc,
                      const qi_kernel **row)
 {

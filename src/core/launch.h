@@ -71,7 +71,8 @@ static inline int64_t qi_tasks_for(int64_t work)
     return work < 32768 ? 1 : work / 16384;
 }
 
-/* ctx may be shared, so it is never NULL in a call that computes. */
-#define QI_REQUIRE_CONTEXT(ctx) QI_REQUIRE((ctx), "ctx: expected a context, got NULL")
+/* What every call that computes or creates asks first: is there a context, and of this process? */
+qkv_status qi_check_context(const qkv_context *ctx);
+#define QI_REQUIRE_CONTEXT(ctx) QI_TRY(qi_check_context(ctx))
 
 #endif

@@ -103,6 +103,28 @@ qkv_status qi_cpu_find_level(const char *name, int *level)
             level_names[QI_NUM_CPU_LEVELS - 1]);
 }
 
+/* ---- fork --------------------------------------------------------------------------------- */
+
+/* fork() copies none of a pool's threads, and whatever lock another thread held stays locked. So a
+ * pool remembers this count, and one of another count is not used. */
+static _Atomic uint32_t num_forks; /* between this process and the first one */
+
+static void count_fork(void)
+{
+    atomic_fetch_add_explicit(&num_forks, 1, memory_order_relaxed);
+}
+
+/* 0 when out of memory. Two threads may both come here first: then a fork counts twice. */
+static int watch_forks(void)
+{
+    static atomic_int watched;
+    if (!atomic_load(&watched)) {
+        if (pthread_atfork(NULL, NULL, count_fork) != 0) return 0;
+        atomic_store(&watched, 1);
+    }
+    return 1;
+}
+
 /* ---- threads ------------------------------------------------------------------------------ */
 
 /* Nanoseconds that an idle thread polls for the next launch before it sleeps. */
@@ -119,6 +141,7 @@ typedef struct launch {
 struct qi_threads {
     int32_t count;         /* including the caller */
     int32_t num_started;   /* pool threads */
+    uint32_t num_forks;    /* when they were */
     qkv_parallel parallel; /* run NULL: the pool */
     qkv_allocator allocator;
     char *scratch;        /* [count][QI_TASK_SCRATCH_BYTES] */
@@ -215,13 +238,14 @@ static void publish(qi_threads *threads)
     }
 }
 
-/* CPUs that this thread may run on. The kernel refuses a set that is smaller than its own. */
+/* CPUs that this thread may run on, 0 when out of memory. The kernel refuses a set that is smaller
+ * than its own. */
 static int32_t available_cpus(void)
 {
     int n = 0;
     for (int size = CPU_SETSIZE; n == 0 && size <= 1 << 20; size *= 2) {
         cpu_set_t *set = CPU_ALLOC((size_t)size);
-        if (!set) break;
+        if (!set) return 0;
         const size_t bytes = CPU_ALLOC_SIZE((size_t)size);
         if (sched_getaffinity(0, bytes, set) == 0) n = CPU_COUNT_S(bytes, set);
         CPU_FREE(set);
@@ -260,15 +284,19 @@ qkv_status qi_threads_create(int32_t count, const qkv_parallel *parallel,
     *out = NULL;
     if (parallel->run)
         count = parallel->num_threads;
-    else if (count == 0)
-        count = available_cpus();
+    else if (count == 0 && (count = available_cpus()) == 0)
+        QI_FAIL(QKV_ERR_MEMORY, "context: out of memory");
     QI_REQUIRE(count > 0 && count <= MAX_THREADS, "%snum_threads: expected 1 to %d, got %d",
                parallel->run ? "parallel." : "", MAX_THREADS, (int)count);
 
     qi_threads *threads = allocator->alloc(allocator->user, sizeof *threads, 64);
-    if (!threads) QI_FAIL(QKV_ERR_MEMORY, "context: out of memory for the threads");
+    if (!threads || !watch_forks()) {
+        if (threads) allocator->free(allocator->user, threads, sizeof *threads);
+        QI_FAIL(QKV_ERR_MEMORY, "context: out of memory for the threads");
+    }
     memset(threads, 0, sizeof *threads);
     threads->count = count;
+    threads->num_forks = atomic_load_explicit(&num_forks, memory_order_relaxed);
     threads->parallel = *parallel;
     threads->allocator = *allocator;
     pthread_mutex_init(&threads->turn, NULL);
@@ -295,12 +323,14 @@ fail:
 void qi_threads_destroy(qi_threads *threads)
 {
     if (!threads) return;
-    atomic_store(&threads->stop, 1);
-    if (threads->num_started > 0) publish(threads);
-    for (int32_t i = 0; i < threads->num_started; i++) pthread_join(threads->thread[i], NULL);
-    pthread_cond_destroy(&threads->wake);
-    pthread_mutex_destroy(&threads->lock);
-    pthread_mutex_destroy(&threads->turn);
+    if (qi_threads_are_here(threads)) { /* else there is nobody to wait for */
+        atomic_store(&threads->stop, 1);
+        if (threads->num_started > 0) publish(threads);
+        for (int32_t i = 0; i < threads->num_started; i++) pthread_join(threads->thread[i], NULL);
+        pthread_cond_destroy(&threads->wake);
+        pthread_mutex_destroy(&threads->lock);
+        pthread_mutex_destroy(&threads->turn);
+    }
     const qkv_allocator a = threads->allocator;
     const size_t count = (size_t)threads->count;
     if (threads->thread) a.free(a.user, threads->thread, count * sizeof *threads->thread);
@@ -311,6 +341,11 @@ void qi_threads_destroy(qi_threads *threads)
 int32_t qi_threads_count(const qi_threads *threads)
 {
     return threads->count;
+}
+
+int qi_threads_are_here(const qi_threads *threads)
+{
+    return threads->num_forks == atomic_load_explicit(&num_forks, memory_order_relaxed);
 }
 
 /* The engine's threads call this for each index. */

@@ -95,27 +95,29 @@ static void hash_hex(const void *bytes, size_t size, char out[65])
     qi_sha256_hex(&hash, out);
 }
 
-/* The payload of an open entry, or NULL. */
-static void *read_entry(int fd, const char *key, size_t *size)
+/* The payload of an open entry: 1, 0 for a bad one, -1 out of memory. */
+static int read_entry(int fd, const char *key, void **bytes, size_t *size)
 {
     struct stat st;
     entry_header h;
-    if (fstat(fd, &st) != 0 || !S_ISREG(st.st_mode) || !is_trusted(&st)) return NULL;
-    if (st.st_size < (off_t)sizeof h || !read_all(fd, &h, sizeof h)) return NULL;
+    if (fstat(fd, &st) != 0 || !S_ISREG(st.st_mode) || !is_trusted(&st)) return 0;
+    if (st.st_size < (off_t)sizeof h || !read_all(fd, &h, sizeof h)) return 0;
     if (memcmp(h.magic, magic, sizeof magic) != 0 || memcmp(h.key, key, sizeof h.key) != 0 ||
         h.size != (uint64_t)st.st_size - sizeof h)
-        return NULL;
-    void *bytes = malloc((size_t)h.size + 1);
+        return 0;
+    void *payload = malloc((size_t)h.size + 1);
     char hex[65];
-    if (bytes && read_all(fd, bytes, (size_t)h.size)) {
-        hash_hex(bytes, (size_t)h.size, hex);
+    if (!payload) return -1;
+    if (read_all(fd, payload, (size_t)h.size)) {
+        hash_hex(payload, (size_t)h.size, hex);
         if (memcmp(h.sha256, hex, sizeof h.sha256) == 0) {
+            *bytes = payload;
             *size = (size_t)h.size;
-            return bytes;
+            return 1;
         }
     }
-    free(bytes);
-    return NULL;
+    free(payload);
+    return 0;
 }
 
 int qi_cache_read(const char *dir, const char *key, void **bytes, size_t *size)
@@ -124,10 +126,10 @@ int qi_cache_read(const char *dir, const char *key, void **bytes, size_t *size)
     if (!entry_path(dir, key, path) || !is_trusted_dir(dir)) return 0;
     const int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
     if (fd < 0) return 0;
-    *bytes = read_entry(fd, key, size);
+    const int found = read_entry(fd, key, bytes, size);
     close(fd);
-    if (!*bytes) unlink(path);
-    return *bytes != NULL;
+    if (found == 0) unlink(path);
+    return found;
 }
 
 /* ---- writing ------------------------------------------------------------------------------ */

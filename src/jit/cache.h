@@ -16,8 +16,8 @@
  * QKV_CACHE_DIR is empty, which turns the cache off. */
 int qi_cache_dir(const char *option, char *out, size_t out_bytes);
 
-/* Entry `key` (64 hex digits): 1 and malloc'ed bytes, or 0: absent, cut off, changed, of another
- * format, or not trusted. A bad entry is removed where possible. */
+/* Entry `key` (64 hex digits): 1 and malloc'ed bytes; 0: absent, cut off, changed, of another format,
+ * or not trusted; -1: out of memory. A bad entry is removed where possible. */
 int qi_cache_read(const char *dir, const char *key, void **bytes, size_t *size);
 
 /* Best effort: makes the folder if need be; 1 if the entry stands, 0 and no trace left on a full disk,

@@ -121,7 +121,7 @@ static qkv_status write_sources(const char *folder, const qi_cc_job *job)
     return write_file(folder, "main.c", main, bytes, 4);
 }
 
-/* A whole file, malloc'ed with a zero byte behind it; NULL if it cannot be read. */
+/* A whole file, malloc'ed with a zero byte behind it; NULL and errno if it cannot be read. */
 static char *read_file(const char *folder, const char *name, size_t *bytes)
 {
     char path[2 * QI_PATH_MAX];
@@ -166,13 +166,16 @@ static int run(const qi_cc *cc, const char *folder, const char *level, int *spaw
     for (size_t i = 0; i < sizeof rest / sizeof rest[0]; i++) args[n++] = rest[i];
 
     posix_spawn_file_actions_t actions;
-    posix_spawn_file_actions_init(&actions);
-    posix_spawn_file_actions_addopen(&actions, 0, "/dev/null", O_RDONLY, 0);
-    posix_spawn_file_actions_addopen(&actions, 1, log, O_WRONLY | O_CREAT | O_TRUNC, 0600);
-    posix_spawn_file_actions_adddup2(&actions, 1, 2);
-    pid_t pid;
-    *spawn_error = posix_spawn(&pid, cc->path, &actions, NULL, (char *const *)args, environ);
+    pid_t pid = -1;
+    int error = posix_spawn_file_actions_init(&actions);
+    if (!error) error = posix_spawn_file_actions_addopen(&actions, 0, "/dev/null", O_RDONLY, 0);
+    if (!error)
+        error =
+            posix_spawn_file_actions_addopen(&actions, 1, log, O_WRONLY | O_CREAT | O_TRUNC, 0600);
+    if (!error) error = posix_spawn_file_actions_adddup2(&actions, 1, 2);
+    if (!error) error = posix_spawn(&pid, cc->path, &actions, NULL, (char *const *)args, environ);
     posix_spawn_file_actions_destroy(&actions);
+    *spawn_error = error;
     if (*spawn_error) return -1;
     int status = 0;
     while (waitpid(pid, &status, 0) < 0)
@@ -209,6 +212,8 @@ static qkv_status compile_in(const qi_cc *cc, const char *folder, const qi_cc_jo
                 strerror(spawn_error));
     *image = status == 0 ? read_file(folder, "kernel.so", bytes) : NULL;
     if (*image) return QKV_OK;
+    if (status == 0 && errno == ENOMEM)
+        QI_FAIL(QKV_ERR_MEMORY, "%s: out of memory for the compiled kernel", job->what);
     size_t log_bytes = 0;
     char *log = read_file(folder, "log", &log_bytes), lines[1024] = "";
     if (log) first_lines(log, lines, sizeof lines);

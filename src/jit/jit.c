@@ -6,6 +6,7 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -67,6 +68,43 @@ static void publish(const char *key, void *handle)
     pthread_mutex_unlock(&lock);
 }
 
+/* fork() waits for the lock, so that the child has it. Who was compiling is not there any more: what
+ * they were at is anybody's again. */
+static void hold_modules(void)
+{
+    pthread_mutex_lock(&lock);
+}
+
+static void release_modules(void)
+{
+    pthread_mutex_unlock(&lock);
+}
+
+static void drop_unfinished(void)
+{
+    for (module **m = &modules; *m;) {
+        module *one = *m;
+        if (one->handle) {
+            m = &one->next;
+        } else {
+            *m = one->next;
+            free(one);
+        }
+    }
+    changed = (pthread_cond_t)PTHREAD_COND_INITIALIZER; /* nobody waits here */
+    pthread_mutex_unlock(&lock);
+}
+
+static qkv_status watch_forks(void)
+{
+    static atomic_int watched;
+    if (atomic_exchange(&watched, 1) ||
+        pthread_atfork(hold_modules, release_modules, drop_unfinished) == 0)
+        return QKV_OK;
+    atomic_store(&watched, 0);
+    QI_FAIL(QKV_ERR_MEMORY, "context: out of memory");
+}
+
 /* ---- keys --------------------------------------------------------------------------------- */
 
 static void add_text(qi_sha256 *hash, const char *text)
@@ -117,16 +155,19 @@ static void *load_image(const void *image, size_t bytes, const char **error)
     return handle;
 }
 
-/* From the cache; an entry that does not load counts as none. */
-static void *load_cached(const qi_jit *jit, const char *key)
+/* From the cache: *handle stays NULL where there is no entry, or one that does not load. */
+static qkv_status load_cached(const qi_jit *jit, const qi_cc_job *job, const char *key,
+                              void **handle)
 {
     void *image;
     size_t bytes;
     const char *error;
-    if (!jit->cache_dir[0] || !qi_cache_read(jit->cache_dir, key, &image, &bytes)) return NULL;
-    void *handle = load_image(image, bytes, &error);
+    const int found = jit->cache_dir[0] ? qi_cache_read(jit->cache_dir, key, &image, &bytes) : 0;
+    if (found < 0) QI_FAIL(QKV_ERR_MEMORY, "%s: out of memory", job->what);
+    if (found == 0) return QKV_OK;
+    *handle = load_image(image, bytes, &error);
     free(image);
-    return handle;
+    return QKV_OK;
 }
 
 /* By the compiler. The image goes to the cache under its key and, for machines without this compiler,
@@ -157,15 +198,17 @@ static qkv_status make_module(const qi_jit *jit, const qi_cc_job *job, const cha
                               const char *any_key, const char **how, void **handle)
 {
     *how = "cache";
-    *handle = load_cached(jit, key);
+    *handle = NULL;
+    QI_TRY(load_cached(jit, job, key, handle));
     /* Where nothing can be compiled, what another machine's compiler made is welcome. */
     const int can_compile = jit->policy == QKV_JIT_ALLOW && jit->cc.path[0];
-    if (!*handle && !can_compile) *handle = load_cached(jit, any_key);
+    if (!*handle && !can_compile) QI_TRY(load_cached(jit, job, any_key, handle));
     if (*handle) return QKV_OK;
     if (jit->policy == QKV_JIT_CACHED)
-        QI_FAIL(QKV_ERR_COMPILE,
-                "%s: jit_policy is QKV_JIT_CACHED, and there is no entry for it in the cache (%s)",
-                job->what, jit->cache_dir[0] ? jit->cache_dir : "none");
+        QI_FAIL(
+            QKV_ERR_COMPILE,
+            "%s: jit_policy is QKV_JIT_CACHED, and the cache (%s) has no entry that can be loaded",
+            job->what, jit->cache_dir[0] ? jit->cache_dir : "none");
     *how = "compiled";
     return compile(jit, job, key, any_key, handle);
 }
@@ -205,6 +248,7 @@ qkv_status qi_jit_open(const qkv_context_options *options, qi_jit *out)
     QI_REQUIRE(options->jit_policy >= QKV_JIT_ALLOW && options->jit_policy <= QKV_JIT_NEVER,
                "jit_policy: expected QKV_JIT_ALLOW, QKV_JIT_CACHED or QKV_JIT_NEVER, got %d",
                (int)options->jit_policy);
+    QI_TRY(watch_forks());
     *out = (qi_jit){.policy = options->jit_policy,
                     .progress = options->jit_progress,
                     .user = options->jit_user};

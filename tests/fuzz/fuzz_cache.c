@@ -79,7 +79,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     uint8_t *file = make_file(data, size, &file_size);
     put_file(file, file_size);
     void *payload;
-    if (qi_cache_read(folder, key, &payload, &payload_size)) {
+    if (qi_cache_read(folder, key, &payload, &payload_size) == 1) {
         if (!qi_cache_write(folder, key, payload, payload_size)) abort();
         uint8_t *again = get_file(&again_size);
         if (again_size != file_size || memcmp(again, file, file_size) != 0) abort();

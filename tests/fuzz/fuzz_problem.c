@@ -1,5 +1,6 @@
 /* fuzz_problem.c - libFuzzer: any string is refused with a message or is a problem, and what that
- * prints is the same problem. The first byte chooses the operator. Built and run by tools/fuzz.sh.
+ * prints is the same problem. An operator and a blank may stand in front, as in bench/problems; else
+ * the first byte chooses one. Built and run by tools/fuzz.sh.
  * SPDX-License-Identifier: Apache-2.0 */
 #include <stdlib.h>
 #include <string.h>
@@ -8,16 +9,30 @@
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
+/* The operator, and how many bytes of the input name it. */
+static const char *operator_of(const uint8_t *data, size_t size, size_t *word)
+{
+    const char *op;
+    int num_ops = 0;
+    for (; (op = problem_op(num_ops, NULL, NULL)); num_ops++) {
+        const size_t n = strlen(op);
+        if (size > n && memcmp(data, op, n) == 0 && data[n] == ' ') {
+            *word = n + 1;
+            return op;
+        }
+    }
+    *word = size > 0;
+    return problem_op(size > 0 ? data[0] % num_ops : 0, NULL, NULL);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-    int num_ops = 0;
-    while (problem_op(num_ops, NULL, NULL)) num_ops++;
-    if (size == 0) return 0;
-    const char *op = problem_op(data[0] % num_ops, NULL, NULL);
-    char *text = malloc(size), error[PROBLEM_ERROR] = "";
+    size_t word = 0;
+    const char *op = operator_of(data, size, &word);
+    char *text = malloc(size - word + 1), error[PROBLEM_ERROR] = "";
     if (!text) abort();
-    memcpy(text, data + 1, size - 1);
-    text[size - 1] = '\0';
+    if (size > word) memcpy(text, data + word, size - word);
+    text[size - word] = '\0';
     problem p, again;
     char printed[PROBLEM_TEXT], twice[PROBLEM_TEXT];
     if (problem_parse(op, text, &p, error)) {

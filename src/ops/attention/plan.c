@@ -188,15 +188,16 @@ static qkv_status read_bsr(const qkv_attention *a, const qkv_kv_index *index, ba
 }
 
 /* One level's page table; messages say which where there are several. */
-static qkv_status read_level(const qkv_attention *a, const qkv_kv_index *index, i32 num_levels,
-                             i32 level, qi_kv_view *out)
+static qkv_status read_level(const qkv_attention *a, const qkv_kv_index *in, i32 num_levels,
+                             i32 level, qkv_kv_index *index, qi_kv_view *out)
 {
-    const qkv_status status =
-        qi_kv_index_check(index, a->spec.page_size, a->limits.pool_pages, out);
+    char name[24], message[512];
+    snprintf(name, sizeof name, "levels[%d]", (int)level);
+    QI_TRY(qi_read_struct(index, sizeof *index, in, name));
+    const qkv_status status = qi_kv_index_check(in, a->spec.page_size, a->limits.pool_pages, out);
     if (status == QKV_OK || num_levels == 1) return status;
-    char message[512];
     snprintf(message, sizeof message, "%s", qkv_last_error());
-    QI_FAIL(status, "levels[%d]: %s", (int)level, message);
+    QI_FAIL(status, "%s: %s", name, message);
 }
 
 /* Reads and checks all of a batch. */
@@ -213,9 +214,8 @@ static qkv_status read_batch(const qkv_attention *a, const qkv_attention_batch *
     qkv_kv_index index;
     for (i32 l = 0; l < b.num_levels; l++) {
         const char *at = (const char *)b.levels + (size_t)l * b.levels->struct_size;
-        QI_TRY(
-            read_level(a, (const qkv_kv_index *)(const void *)at, b.num_levels, l, &out->level[l]));
-        QI_TRY(qi_read_struct(&index, sizeof index, at, "levels"));
+        QI_TRY(read_level(a, (const qkv_kv_index *)(const void *)at, b.num_levels, l, &index,
+                          &out->level[l]));
         QI_TRY(read_bsr(a, &index, out));
     }
     QI_TRY(check_limits(a, out));
@@ -344,6 +344,7 @@ qkv_status qkv_attention_plan(qkv_attention *attention, const qkv_attention_batc
     (void)stream;
     qkv_attention *a = attention;
     QI_REQUIRE(a, "attention: expected an operator, got NULL");
+    QI_REQUIRE_CONTEXT(a->ctx);
     const int verbose = qi_verbose(&a->ctx->logger, QI_VERBOSE_PLAN);
     const i64 start = verbose ? qi_now_ns() : 0;
     batch_view view;

@@ -104,12 +104,15 @@ static qkv_status read_scales(qkv_attention *a, const qkv_attention_io *io, atte
 }
 
 /* A tensor of one f32 a query head that must be there, or must not. */
-static qkv_status read_per_head(const qkv_attention *a, const DLTensor *t, const char *name,
-                                int wanted, const char *switch_name, const float **out)
+static qkv_status read_per_head(const qkv_attention *a, const qkv_attention_io *io,
+                                const DLTensor *t, const char *name, int wanted,
+                                const char *switch_name, const float **out)
 {
     QI_REQUIRE(wanted || !t, "%s: expected NULL without %s", name, switch_name);
     if (!wanted) return QKV_OK;
     QI_TRY(qi_expect(t, name, QKV_F32, QI_SHAPE(a->spec.num_qo_heads)));
+    QI_REQUIRE(!qi_overlap(t, io->o), "%s: expected memory apart from o", name);
+    QI_REQUIRE(!io->lse || !qi_overlap(t, io->lse), "%s: expected memory apart from lse", name);
     *out = qi_data(t);
     return QKV_OK;
 }
@@ -252,6 +255,7 @@ qkv_status qkv_attention_run(qkv_attention *attention, const qkv_attention_io *i
     (void)stream;
     qkv_attention *a = attention;
     QI_REQUIRE(a, "attention: expected an operator, got NULL");
+    QI_REQUIRE_CONTEXT(a->ctx);
     QI_REQUIRE(a->planned, "attention: expected a plan before the first run, got none");
     qkv_attention_io layer;
     QI_TRY(qi_read_struct(&layer, sizeof layer, io, "io"));
@@ -274,9 +278,9 @@ qkv_status qkv_attention_run(qkv_attention *attention, const qkv_attention_io *i
     };
     QI_REQUIRE(layer.reserved == 0, "reserved: expected 0, got %u", (unsigned)layer.reserved);
     QI_TRY(read_tensors(a, &layer, &p));
-    QI_TRY(read_per_head(a, layer.sink, "sink", (s->flags & QKV_ATTENTION_HAS_SINK) != 0,
+    QI_TRY(read_per_head(a, &layer, layer.sink, "sink", (s->flags & QKV_ATTENTION_HAS_SINK) != 0,
                          "QKV_ATTENTION_HAS_SINK", &p.sink));
-    QI_TRY(read_per_head(a, layer.alibi_slopes, "alibi_slopes",
+    QI_TRY(read_per_head(a, &layer, layer.alibi_slopes, "alibi_slopes",
                          (s->features & QKV_FEATURE_ALIBI) != 0, "QKV_FEATURE_ALIBI",
                          &p.alibi_slopes));
     QI_TRY(read_overrides(a, &layer, &p));

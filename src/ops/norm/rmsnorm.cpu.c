@@ -80,7 +80,8 @@ QI_INLINE void norm_rows(const rmsnorm_params *p, qi_task task, const qi_dtype t
     qi_task_share(task, p->num_tokens, 1, &begin, &end);
     for (i64 token = begin; token < end; token++) {
         const char *x = (const char *)p->x + token * p->x_stride * bytes;
-        char *residual = (char *)p->residual + token * p->residual_stride * bytes;
+        char *residual =
+            p->residual ? (char *)p->residual + token * p->residual_stride * bytes : NULL;
         char *out = (char *)p->out + token * p->out_stride * bytes;
         float *row = task.scratch;
         const float squares =
