@@ -66,8 +66,9 @@ const qi_kernel qi_attention_levels_kernels[] = {
 
 static qkv_status check_head_dim(const char *name, int32_t dim)
 {
-    QI_REQUIRE(dim >= 8 && dim <= 512 && dim % 8 == 0,
-               "%s: expected a multiple of 8 from 8 to 512, got %d", name, (int)dim);
+    QI_REQUIRE(dim >= 8 && dim <= MAX_HEAD_DIM && dim % 8 == 0,
+               "%s: expected a multiple of 8 from 8 to %d, got %d", name, (int)MAX_HEAD_DIM,
+               (int)dim);
     return QKV_OK;
 }
 
@@ -241,7 +242,8 @@ static int64_t enough_split_rows(const qi_limits *s, const qkv_attention_spec *s
     if (l->max_levels > 1) rows += l->max_levels * l->max_tokens * heads;
     if (s->fixed_cuts) {
         const int64_t decode = s->decode_rows < l->max_qo_len ? s->decode_rows : l->max_qo_len;
-        rows += max_fixed_pieces(s, spec, l) * decode * heads;
+        const int64_t pieces = max_fixed_pieces(s, spec, l); /* times heads may overflow */
+        rows += pieces < MAX_INDEX ? pieces * decode * heads : MAX_INDEX;
     }
     return rows < MAX_INDEX ? rows : MAX_INDEX;
 }
@@ -407,6 +409,8 @@ static qkv_status check_workspace(const qkv_workspace *given, const qkv_workspac
                                   qkv_workspace *out)
 {
     QI_TRY(qi_read_struct(out, sizeof *out, given, "workspace"));
+    QI_REQUIRE(out->reserved == 0, "workspace.reserved: expected 0, got %u",
+               (unsigned)out->reserved);
     const struct {
         const char *name;
         const void *block;
@@ -422,6 +426,10 @@ static qkv_status check_workspace(const qkv_workspace *given, const qkv_workspac
                     parts[i].name, (unsigned long long)parts[i].needed,
                     (unsigned long long)parts[i].bytes);
     }
+    const uintptr_t plan = (uintptr_t)out->plan, scratch = (uintptr_t)out->scratch;
+    QI_REQUIRE(plan < scratch ? scratch - plan >= size->plan_bytes
+                              : plan - scratch >= size->scratch_bytes,
+               "workspace.scratch: expected a block apart from workspace.plan, got an overlap");
     return QKV_OK;
 }
 

@@ -46,6 +46,7 @@ typedef struct attention_params {
  * times query heads of the group. */
 enum {
     MAX_GROUP = 512,   /* query heads of a KV head */
+    MAX_HEAD_DIM = 512,
     DECODE_M = 16,     /* up to this M (or one token) a request is a decode tile */
     PREFILL_M = 384,   /* M of a prefill tile, or one token */
     BLOCK_N = 256,     /* most keys that a prefill tile packs at a time */

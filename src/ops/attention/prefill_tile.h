@@ -118,21 +118,29 @@ QI_INLINE vf pair_rows(vf first, vf second)
 /* V panels: v[(d / TILE_N)][key or pair of keys][d % TILE_N]; missing keys and dims are zero. */
 QI_INLINE void pack_v_as(const prefill *f, const key_block *b, const qi_dtype kv, const int dot)
 {
+    static const float zeros[MAX_HEAD_DIM];
     const i64 head = f->w->kv_head * f->p->v_stride[2];
     const i32 dim = f->p->head_dim_vo, step = dot ? 2 : 1;
     const i64 panel_words = (i64)(f->keys / step) * QI_TILE_N;
-    for (i32 j = 0; j < round_up(b->n, QI_TILE_N); j += step)
+    for (i32 j = 0; j < round_up(b->n, QI_TILE_N); j += step) {
+        const char *rows[2];
+        QI_UNROLL(2)
+        for (i32 i = 0; i < 2; i++)
+            rows[i] =
+                j + i < b->n ? qi_at(f->p->v, kv, b->v_offset[j + i] + head) : (const char *)zeros;
+        float *out = f->v + (i64)(j / step) * QI_TILE_N;
         for (i32 d = 0; d < f->dim_vo_padded; d += QI_VW) {
-            const i32 dims = dim - d < QI_VW ? dim - d : QI_VW;
-            vf x[2] = {vf_set1(0.f), vf_set1(0.f)};
-            for (i32 i = 0; i < step; i++)
-                if (j + i < b->n && dims > 0)
-                    x[i] =
-                        load_words(qi_at(f->p->v, kv, b->v_offset[j + i] + head), d, dims, kv, 0);
-            vf_store(f->v + d / QI_TILE_N * panel_words + (i64)(j / step) * QI_TILE_N +
-                         d % QI_TILE_N,
-                     dot ? pair_rows(x[0], x[1]) : x[0]);
+            vf x = vf_set1(0.f), y = x;
+            if (d + QI_VW <= dim) {
+                x = qi_load(qi_at(rows[0], kv, d), kv);
+                if (dot) y = qi_load(qi_at(rows[1], kv, d), kv);
+            } else if (d < dim) {
+                x = qi_load_n(qi_at(rows[0], kv, d), kv, dim - d);
+                if (dot) y = qi_load_n(qi_at(rows[1], kv, d), kv, dim - d);
+            }
+            vf_store(out + d / QI_TILE_N * panel_words + d % QI_TILE_N, dot ? pair_rows(x, y) : x);
         }
+    }
 }
 
 /* A block of keys and values into panels. */
