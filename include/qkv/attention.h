@@ -103,7 +103,7 @@ typedef struct qkv_workspace_size {
     uint64_t plan_bytes, scratch_bytes, pinned_bytes;
 } qkv_workspace_size;
 
-typedef struct qkv_workspace { /* blocks of at least those sizes, aligned to 64 bytes (CPU) */
+typedef struct qkv_workspace { /* blocks of at least those sizes, apart, aligned to 64 bytes (CPU) */
     uint32_t struct_size, reserved;
     void *plan, *scratch, *pinned;
     uint64_t plan_bytes, scratch_bytes, pinned_bytes;
@@ -175,8 +175,8 @@ typedef struct qkv_attention_io {
     const DLTensor *k; /* [pages, page_size, num_kv_heads, head_dim_qk] by layout; ragged without
                           the pages axis ([tokens, heads, dim] or [heads, tokens, dim]) */
     const DLTensor *v; /* the same with head_dim_vo. NULL: k holds both, [pages, 2, ...] */
-    DLTensor *o;       /* [tokens, num_qo_heads, head_dim_vo]; must not overlap q, k, v. fp8
-                          saturates at its largest value */
+    DLTensor *o;       /* [tokens, num_qo_heads, head_dim_vo]; must not overlap what run
+                          reads, nor itself. fp8 saturates at its largest value */
     DLTensor *lse;     /* f32 [tokens, num_qo_heads], any strides; NULL = not wanted */
     float sm_scale, logits_soft_cap; /* this layer's; 0 = the spec's */
     int32_t set_window;              /* 1: the two below replace the spec's (narrower or equal) */

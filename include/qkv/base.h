@@ -41,7 +41,8 @@ typedef enum qkv_status {
  *   - DLTensors are borrowed for the call; strides may be NULL (contiguous), byte_offset counts;
  *     the last axis must be contiguous, every other stride is free;
  *   - structs begin with struct_size, are zeroed and set by their ..._INIT macro; zero in any
- *     field is its default, and fields beyond what this library knows must be zero;
+ *     field is its default, and fields beyond what this library knows must be zero; struct_size is
+ *     what a compiler gives the struct: whole units of its alignment;
  *   - stream is a CUstream; the CPU backend runs synchronously and ignores it.
  */
 

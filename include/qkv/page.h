@@ -26,8 +26,9 @@ typedef struct qkv_kv_append_options {
  * qkv_kv_append - scatter new keys and values into the pages of their requests.
  *
  *   k_cache, v_cache  [pages, page_size, num_kv_heads, head_dim] by kv_layout, f32|f16|bf16|e4m3|
- *                     e5m2|i8, any outer strides; v_cache NULL: k_cache is [pages, 2, ...] and
- *                     holds both
+ *                     e5m2|i8, any outer strides that give each element its own place; v_cache
+ *                     NULL: k_cache is [pages, 2, ...] and holds both. page_size is at most 2^24.
+ *                     Nothing that is read may lie in what is written
  *   kv_layout         QKV_NHD or QKV_HND
  *   k, v              [nnz, num_kv_heads, head_dim] f32|f16|bf16, rounded to nearest in the cache's
  *                     dtype (8-bit types saturate: 448, 57344, 127); head_dim of k and v may differ

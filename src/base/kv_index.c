@@ -72,6 +72,7 @@ qkv_status qi_kv_index_read(const qkv_kv_index *index, i64 page_size, qi_kv_view
 {
     qkv_kv_index in;
     QI_TRY(qi_read_struct(&in, sizeof in, index, "index"));
+    QI_REQUIRE(in.reserved == 0, "index.reserved: expected 0, got %u", (unsigned)in.reserved);
     qi_kv_view v = {.page_size = page_size, .max_page = -1};
     QI_TRY(read_array(in.qo_indptr, "qo_indptr", QI_ANY, &v.qo_indptr));
     v.num_requests = in.qo_indptr->shape[0] - 1;

@@ -50,12 +50,13 @@ int32_t qkv_version(void)
     return QKV_VERSION_MAJOR * 10000 + QKV_VERSION_MINOR * 100 + QKV_VERSION_PATCH;
 }
 
-qkv_status qi_read_struct(void *to, size_t bytes, const void *from, const char *name)
+qkv_status qi_read_aligned_struct(void *to, size_t bytes, size_t alignment, const void *from,
+                                  const char *name)
 {
     uint32_t size;
     QI_REQUIRE(from, "%s: expected a struct, got NULL", name);
     memcpy(&size, from, sizeof size);
-    QI_REQUIRE(size >= sizeof size && size <= 4096,
+    QI_REQUIRE(size >= sizeof size && size <= 4096 && size % alignment == 0,
                "%s: expected struct_size as set by its INIT macro, got %u", name, (unsigned)size);
     memset(to, 0, bytes);
     memcpy(to, from, size < bytes ? size : bytes);

@@ -29,8 +29,12 @@ __attribute__((format(printf, 4, 5))) qkv_status qi_fail(qkv_status status, cons
 
 /*
  * Reads a versioned struct: copies min(from->struct_size, bytes) bytes of from to the zeroed *to.
- * INVALID if from is NULL, its struct_size is impossible, or a tail unknown here is not zero.
+ * INVALID if from is NULL, its struct_size is none that a compiler gives such a struct (not whole
+ * units of its alignment: a pointer might be cut in two), or a tail unknown here is not zero.
  */
-qkv_status qi_read_struct(void *to, size_t bytes, const void *from, const char *name);
+#define qi_read_struct(to, bytes, from, name)                                                      \
+    qi_read_aligned_struct((to), (bytes), __alignof__(*(to)), (from), (name))
+qkv_status qi_read_aligned_struct(void *to, size_t bytes, size_t alignment, const void *from,
+                                  const char *name);
 
 #endif

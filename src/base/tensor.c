@@ -18,6 +18,20 @@ static void shape_text(char *text, size_t bytes, int ndim, const int64_t *shape)
     snprintf(text + at, bytes - at, "]");
 }
 
+/* More axes than any tensor here has: ndim is not to be trusted, nor that shape has as many. */
+#define MAX_NDIM 8
+
+/* What a tensor of another shape has. */
+static void wrong_shape_text(char *text, size_t bytes, const DLTensor *t)
+{
+    if (t->ndim < 0 || t->ndim > MAX_NDIM)
+        snprintf(text, bytes, "ndim %d", (int)t->ndim);
+    else if (!t->shape && t->ndim > 0)
+        snprintf(text, bytes, "NULL");
+    else
+        shape_text(text, bytes, t->ndim, t->shape);
+}
+
 /* Elements, and elements that strides span: so few that their bytes can be counted, and work on them
  * too. */
 #define MAX_SPAN (INT64_MAX / 16)
@@ -35,7 +49,7 @@ static qkv_status expect_layout(const DLTensor *t, const char *name, int ndim, c
     if (!match) {
         char want[160], got[160];
         shape_text(want, sizeof want, ndim, shape);
-        shape_text(got, sizeof got, t->shape && t->ndim > 0 ? t->ndim : 0, t->shape);
+        wrong_shape_text(got, sizeof got, t);
         QI_FAIL(QKV_ERR_INVALID, "%s: expected shape %s, got %s", name, want, got);
     }
     int64_t span = 1, numel = 1;
@@ -52,6 +66,8 @@ static qkv_status expect_layout(const DLTensor *t, const char *name, int ndim, c
                    "stride %lld on axis %d",
                    name, (long long)t->shape[i], (long long)stride, i);
     }
+    QI_REQUIRE(t->byte_offset <= MAX_SPAN, "%s: expected a byte_offset within 59 bits, got %llu",
+               name, (unsigned long long)t->byte_offset);
     if (empty) return QKV_OK;
     QI_REQUIRE(t->data, "%s: expected data, got NULL", name);
     QI_REQUIRE(!contiguous || ndim == 0 || !t->strides || t->shape[ndim - 1] == 1 ||

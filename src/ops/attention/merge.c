@@ -65,6 +65,7 @@ qkv_status qkv_attention_merge(qkv_context *ctx, DLTensor *o, DLTensor *lse,
     QI_TRY(qi_expect_float(o, "o", QI_SHAPE(QI_ANY, QI_ANY, QI_ANY)));
     QI_REQUIRE(o->shape[2] <= MAX_DIM, "o: expected a dim of at most %d, got %lld", MAX_DIM,
                (long long)o->shape[2]);
+    QI_TRY(qi_expect_distinct(o, "o"));
     QI_REQUIRE(num_states >= 1 && num_states <= QI_MAX_STATES,
                "num_states: expected 1 to %d, got %d", QI_MAX_STATES, (int)num_states);
     QI_REQUIRE(o_states, "o_states: expected an array of tensors, got NULL");
@@ -83,6 +84,7 @@ qkv_status qkv_attention_merge(qkv_context *ctx, DLTensor *o, DLTensor *lse,
     };
     if (lse) {
         QI_TRY(read_lse(lse, "lse", o, params.lse_stride));
+        QI_TRY(qi_expect_distinct(lse, "lse"));
         QI_REQUIRE(!qi_overlap(o, lse), "lse: expected memory apart from o");
         params.lse = qi_data(lse);
     }

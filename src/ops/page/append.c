@@ -85,6 +85,17 @@ static qkv_status read_rows(const DLTensor *rows, const char *name, i64 nnz, app
     return QKV_OK;
 }
 
+/* What is read while rows are written must not be among them. out: k_cache, v_cache, q_out or NULL. */
+static qkv_status expect_unwritten(const DLTensor *t, const char *name,
+                                   const DLTensor *const out[3])
+{
+    static const char *const names[] = {"k_cache", "v_cache", "q_out"};
+    for (int i = 0; t && i < 3; i++)
+        QI_REQUIRE(!out[i] || !qi_overlap(t, out[i]),
+                   "%s: expected memory apart from %s, got an overlap", name, names[i]);
+    return QKV_OK;
+}
+
 /* Everything but where the rows go. */
 static qkv_status read_tensors(DLTensor *k_cache, DLTensor *v_cache, i32 kv_layout,
                                const DLTensor *k, const DLTensor *v, pool_shape *shape,
@@ -101,7 +112,8 @@ static qkv_status read_tensors(DLTensor *k_cache, DLTensor *v_cache, i32 kv_layo
     *shape = (pool_shape){QI_ANY, QI_ANY, QI_ANY};
     QI_TRY(read_cache(caches[0], "k_cache", kv_layout, shape, &p->k));
     QI_TRY(read_cache(caches[1], "v_cache", kv_layout, shape, &p->v));
-    QI_REQUIRE(shape->page_size > 0, "k_cache: expected a page_size of at least 1, got 0");
+    QI_REQUIRE(shape->page_size > 0 && shape->page_size <= 1 << 24,
+               "k_cache: expected a page_size of 1 to 2^24, got %lld", (long long)shape->page_size);
     QI_TRY(read_rows(k, "k", QI_ANY, &p->k));
     QI_TRY(read_rows(v, "v", k->shape[0], &p->v));
     for (int i = 0; i < 2; i++)
@@ -128,8 +140,8 @@ static qkv_status set_changes(append_tensor *t, const char *name, int rotate)
 }
 
 /* q and q_out, as a tensor whose cache has a page a row. */
-static qkv_status read_queries(const qkv_kv_append_options *o, const DLTensor *k, const DLTensor *v,
-                               append_params *p)
+static qkv_status read_queries(const qkv_kv_append_options *o, const DLTensor *const caches[2],
+                               const DLTensor *k, const DLTensor *v, append_params *p)
 {
     QI_REQUIRE(!o->q == !o->q_out, "q, q_out: expected both or neither, got one");
     if (!o->q) return QKV_OK;
@@ -137,10 +149,13 @@ static qkv_status read_queries(const qkv_kv_append_options *o, const DLTensor *k
     QI_TRY(qi_expect_float(o->q, "q", QI_SHAPE(p->nnz, QI_ANY, p->k.head_dim)));
     const i64 heads = o->q->shape[1];
     QI_TRY(expect_stored(o->q_out, "q_out", QI_SHAPE(p->nnz, heads, p->k.head_dim), 0));
+    QI_TRY(qi_expect_distinct(o->q_out, "q_out"));
     QI_REQUIRE(qi_same(o->q_out, o->q) || !qi_overlap(o->q_out, o->q),
                "q_out: expected q itself or memory apart from it");
     for (int i = 0; i < 2; i++)
         QI_REQUIRE(!qi_overlap(o->q_out, i ? v : k), "q_out: expected memory apart from k and v");
+    QI_TRY(expect_unwritten(o->q, "q", (const DLTensor *[]){caches[0], caches[1], NULL}));
+    QI_TRY(expect_unwritten(o->q_out, "q_out", (const DLTensor *[]){caches[0], caches[1], NULL}));
     p->q = (append_tensor){.rows = qi_data(o->q),
                            .row_stride = qi_stride(o->q, 0),
                            .row_head_stride = qi_stride(o->q, 1),
@@ -154,9 +169,10 @@ static qkv_status read_queries(const qkv_kv_append_options *o, const DLTensor *k
     return QKV_OK;
 }
 
-/* Options of either call, once the tensors are known. */
+/* Options of either call, once the tensors are known. out: the caches, and here q_out joins them. */
 static qkv_status read_options(const qkv_kv_append_options *options, const DLTensor *k,
-                               const DLTensor *v, append_params *p, const DLTensor **positions)
+                               const DLTensor *v, append_params *p, const DLTensor **positions,
+                               const DLTensor *out[3])
 {
     qkv_kv_append_options o = {QKV_KV_APPEND_OPTIONS_INIT};
     if (options) QI_TRY(qi_read_struct(&o, sizeof o, options, "options"));
@@ -164,13 +180,32 @@ static qkv_status read_options(const qkv_kv_append_options *options, const DLTen
     QI_TRY(qi_scale_read(&o.k_scale, "k_scale", p->k.num_heads, &p->k.scale));
     QI_TRY(qi_scale_read(&o.v_scale, "v_scale", p->v.num_heads, &p->v.scale));
     if (o.rope) QI_TRY(qi_rope_read(o.rope, "rope", p->k.head_dim, &p->rope));
-    QI_TRY(read_queries(&o, k, v, p));
+    QI_TRY(read_queries(&o, out, k, v, p));
     QI_TRY(qi_scale_read(&o.q_scale, "q_scale", p->q.num_heads, &p->q.scale));
     QI_TRY(set_changes(&p->k, "k", o.rope != NULL));
     QI_TRY(set_changes(&p->v, "v", 0));
     if (p->q.rows) QI_TRY(set_changes(&p->q, "q", 1));
+    out[2] = o.q_out;
+    QI_TRY(expect_unwritten(o.k_scale.tensor, "k_scale", out));
+    QI_TRY(expect_unwritten(o.v_scale.tensor, "v_scale", out));
+    QI_TRY(expect_unwritten(o.q_scale.tensor, "q_scale", out));
     *positions = o.positions;
     return QKV_OK;
+}
+
+/* A page table, checked, in memory that stays as it is. */
+static qkv_status read_index(const qkv_kv_index *index, i64 page_size, const DLTensor *const out[3],
+                             qi_kv_view *view)
+{
+    QI_TRY(qi_kv_index_read(index, page_size, view));
+    qkv_kv_index in;
+    QI_TRY(qi_read_struct(&in, sizeof in, index, "index"));
+    QI_TRY(expect_unwritten(in.qo_indptr, "qo_indptr", out));
+    QI_TRY(expect_unwritten(in.kv_indptr, "kv_indptr", out));
+    QI_TRY(expect_unwritten(in.kv_indices, "kv_indices", out));
+    QI_TRY(expect_unwritten(in.kv_last_page_len, "kv_last_page_len", out));
+    QI_TRY(expect_unwritten(in.block_table, "block_table", out));
+    return expect_unwritten(in.kv_lens, "kv_lens", out);
 }
 
 /* Every new row has a position among its request's keys, and the page there is in the pool. */
@@ -218,6 +253,16 @@ static qkv_status check_slots(const append_params *p, i64 pages)
     return QKV_OK;
 }
 
+/* No element of the caches is another one too. */
+static qkv_status expect_distinct(const DLTensor *k_cache, const DLTensor *v_cache)
+{
+    QI_TRY(qi_expect_distinct(k_cache, "k_cache"));
+    if (!v_cache) return QKV_OK;
+    QI_REQUIRE(!qi_overlap(v_cache, k_cache),
+               "v_cache: expected memory apart from k_cache, got an overlap");
+    return qi_expect_distinct(v_cache, "v_cache");
+}
+
 static qkv_status launch(const qkv_context *ctx, const append_params *p)
 {
     if (p->nnz == 0) return QKV_OK;
@@ -242,12 +287,13 @@ qkv_status qkv_kv_append(qkv_context *ctx, DLTensor *k_cache, DLTensor *v_cache,
     append_params params = {.slots = NULL};
     pool_shape shape;
     QI_TRY(read_tensors(k_cache, v_cache, kv_layout, k, v, &shape, &params));
-    const DLTensor *of_slots;
-    QI_TRY(read_options(options, k, v, &params, &of_slots));
+    const DLTensor *of_slots, *out[3] = {k_cache, v_cache, NULL};
+    QI_TRY(read_options(options, k, v, &params, &of_slots, out));
     QI_REQUIRE(!of_slots, "options.positions: expected NULL, since positions are an argument");
-    QI_TRY(qi_kv_index_read(index, shape.page_size, &params.index));
+    QI_TRY(read_index(index, shape.page_size, out, &params.index));
     if (positions) {
         QI_TRY(qi_expect(positions, "positions", QKV_I32, QI_SHAPE(params.nnz)));
+        QI_TRY(expect_unwritten(positions, "positions", out));
         params.positions = qi_data(positions);
     }
     const i64 appended = params.index.qo_indptr[params.index.num_requests];
@@ -255,6 +301,7 @@ qkv_status qkv_kv_append(qkv_context *ctx, DLTensor *k_cache, DLTensor *v_cache,
                (long long)params.nnz, (long long)appended);
     params.nnz = appended;
     QI_TRY(check_destinations(&params, shape.pages));
+    QI_TRY(expect_distinct(k_cache, v_cache));
     return launch(ctx, &params);
 }
 
@@ -268,18 +315,21 @@ qkv_status qkv_kv_append_slots(qkv_context *ctx, DLTensor *k_cache, DLTensor *v_
     append_params params = {.nnz = 0};
     pool_shape shape;
     QI_TRY(read_tensors(k_cache, v_cache, kv_layout, k, v, &shape, &params));
-    const DLTensor *positions;
-    QI_TRY(read_options(options, k, v, &params, &positions));
+    const DLTensor *positions, *out[3] = {k_cache, v_cache, NULL};
+    QI_TRY(read_options(options, k, v, &params, &positions, out));
     QI_REQUIRE(!positions == (params.rope.num_pairs == 0),
                "options.positions: expected a tensor with rope, and only then");
     if (positions) {
         QI_TRY(qi_expect(positions, "options.positions", QKV_I32, QI_SHAPE(params.nnz)));
+        QI_TRY(expect_unwritten(positions, "options.positions", out));
         params.positions = qi_data(positions);
     }
     const int is64 = slot_mapping && qi_dtype_of(slot_mapping->dtype) == QI_I64;
     QI_TRY(qi_expect(slot_mapping, "slot_mapping", is64 ? QKV_I64 : QKV_I32, QI_SHAPE(params.nnz)));
+    QI_TRY(expect_unwritten(slot_mapping, "slot_mapping", out));
     params.slots = qi_data(slot_mapping);
     params.slots_dtype = is64 ? QI_I64 : QI_I32;
     QI_TRY(check_slots(&params, shape.pages));
+    QI_TRY(expect_distinct(k_cache, v_cache));
     return launch(ctx, &params);
 }

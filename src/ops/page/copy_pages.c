@@ -26,6 +26,7 @@ static qkv_status read_pool(const DLTensor *cache, const char *name, i64 pages, 
     else
         QI_TRY(qi_expect(cache, name, cache->dtype, QI_SHAPE(pages, QI_ANY, QI_ANY, QI_ANY)));
 
+    QI_TRY(qi_expect_distinct(cache, name));
     const i64 size = (i64)qi_dtype_bytes((qi_dtype)qi_dtype_of(cache->dtype));
     *pool = (copy_pool){.data = qi_data(cache),
                         .page_stride = qi_stride(cache, 0) * size,
@@ -58,15 +59,16 @@ static qkv_status check_range(const i32 *numbers, const char *name, i64 n, i64 p
 enum { WINDOW = 1 << 16 }; /* pages whose marks fit the stack */
 
 /* No page twice in dst, and none in both: one bit a page of dst, a window of the pool at a time. */
-static qkv_status check_distinct(const i32 *src, const i32 *dst, i64 n, i64 pages)
+static qkv_status check_distinct(const i32 *src, const i32 *dst, i64 n)
 {
     u64 marks[WINDOW / 64];
-    for (i64 base = 0; base < pages; base += WINDOW) {
-        const i64 size = pages - base < WINDOW ? pages - base : WINDOW;
-        memset(marks, 0, (size_t)(size + 63) / 64 * 8);
+    i64 end = 0; /* of dst's pages: a pool may claim to have any number */
+    for (i64 i = 0; i < n; i++) end = dst[i] >= end ? (i64)dst[i] + 1 : end;
+    for (i64 base = 0; base < end; base += WINDOW) {
+        memset(marks, 0, sizeof marks);
         for (i64 i = 0; i < n; i++) {
             const i64 page = dst[i] - base;
-            if (page < 0 || page >= size) continue;
+            if (page < 0 || page >= WINDOW) continue;
             QI_REQUIRE(!(marks[page / 64] >> page % 64 & 1),
                        "dst: expected no page twice, got %d again (entry %lld)", (int)dst[i],
                        (long long)i);
@@ -74,11 +76,22 @@ static qkv_status check_distinct(const i32 *src, const i32 *dst, i64 n, i64 page
         }
         for (i64 i = 0; i < n; i++) {
             const i64 page = src[i] - base;
-            QI_REQUIRE(page < 0 || page >= size || !(marks[page / 64] >> page % 64 & 1),
+            QI_REQUIRE(page < 0 || page >= WINDOW || !(marks[page / 64] >> page % 64 & 1),
                        "src: expected no page that is in dst too, got %d (entry %lld)", (int)src[i],
                        (long long)i);
         }
     }
+    return QKV_OK;
+}
+
+/* Page numbers are read while pages are written. */
+static qkv_status expect_unwritten(const DLTensor *t, const char *name, const DLTensor *k_cache,
+                                   const DLTensor *v_cache)
+{
+    QI_REQUIRE(!qi_overlap(t, k_cache), "%s: expected memory apart from k_cache, got an overlap",
+               name);
+    QI_REQUIRE(!v_cache || !qi_overlap(t, v_cache),
+               "%s: expected memory apart from v_cache, got an overlap", name);
     return QKV_OK;
 }
 
@@ -90,15 +103,21 @@ qkv_status qkv_kv_copy_pages(qkv_context *ctx, DLTensor *k_cache, DLTensor *v_ca
     copy_pages_params params = {.num_pools = v_cache ? 2 : 1};
     QI_TRY(read_pool(k_cache, "k_cache", QI_ANY, &params.pools[0]));
     const i64 pages = k_cache->shape[0];
-    if (v_cache) QI_TRY(read_pool(v_cache, "v_cache", pages, &params.pools[1]));
+    if (v_cache) {
+        QI_TRY(read_pool(v_cache, "v_cache", pages, &params.pools[1]));
+        QI_REQUIRE(!qi_overlap(v_cache, k_cache),
+                   "v_cache: expected memory apart from k_cache, got an overlap");
+    }
     QI_TRY(qi_expect(src, "src", QKV_I32, QI_SHAPE(QI_ANY)));
     const i64 n = params.num_copies = src->shape[0];
     QI_TRY(qi_expect(dst, "dst", QKV_I32, QI_SHAPE(n)));
+    QI_TRY(expect_unwritten(src, "src", k_cache, v_cache));
+    QI_TRY(expect_unwritten(dst, "dst", k_cache, v_cache));
     params.src = qi_data(src);
     params.dst = qi_data(dst);
     QI_TRY(check_range(params.src, "src", n, pages));
     QI_TRY(check_range(params.dst, "dst", n, pages));
-    QI_TRY(check_distinct(params.src, params.dst, n, pages));
+    QI_TRY(check_distinct(params.src, params.dst, n));
     if (n == 0) return QKV_OK;
 
     const qi_kernel *row;

@@ -85,8 +85,9 @@ qkv_status qkv_rope(qkv_context *ctx, const qkv_rope_spec *spec, DLTensor *q_out
     QI_REQUIRE(!k == !k_out, "k, k_out: expected both or neither, got one");
     if (k) {
         QI_TRY(read_pair(k, "k", k_out, "k_out", q, &params.k));
-        QI_REQUIRE(!qi_overlap(q_out, k) && !qi_overlap(k_out, q) && !qi_overlap(q_out, k_out),
+        QI_REQUIRE(!qi_overlap(k_out, q) && !qi_overlap(q_out, k_out),
                    "k_out: expected q and q_out apart from k and k_out, got an overlap");
+        QI_REQUIRE(!qi_overlap(q_out, k), "q_out: expected memory apart from k, got an overlap");
     }
     QI_TRY(read_positions(positions, indptr, offsets, q->shape[0], &params));
     QI_TRY(expect_unwritten(positions, "positions", q_out, k_out));
