@@ -103,7 +103,7 @@ typedef struct qkv_workspace_size {
     uint64_t plan_bytes, scratch_bytes, pinned_bytes;
 } qkv_workspace_size;
 
-typedef struct qkv_workspace { /* blocks of at least those sizes, apart, aligned to 64 bytes (CPU) */
+typedef struct qkv_workspace { /* blocks of at least those sizes, apart, aligned to 64 (CPU) */
     uint32_t struct_size, reserved;
     void *plan, *scratch, *pinned;
     uint64_t plan_bytes, scratch_bytes, pinned_bytes;

@@ -49,8 +49,8 @@ typedef struct qkv_context_options {
     uint32_t struct_size;
     int32_t num_threads; /* CPU: 0 = all that this process may run on; ignored with parallel.run */
     DLDevice device;     /* {kDLCPU, 0}; a zeroed device means the same */
-    const char *isa;     /* CPU: NULL = the fastest level; else "avx2", "avx512", "avx512_bf16", "amx",
-                            "neon". QKV_DEVICE=cpu:LEVEL in the environment wins over it */
+    const char *isa;     /* CPU: NULL = the fastest level; else "avx2", "avx512", "avx512_bf16",
+                            "amx", "neon". QKV_DEVICE=cpu:LEVEL in the environment wins over it */
     qkv_allocator allocator;
     qkv_parallel parallel;
     int32_t jit_policy;    /* QKV_JIT_... */

@@ -45,7 +45,7 @@ typedef struct attention_params {
 /* Shape of the tiles; the planner and the kernels must agree. M counts rows of one KV head: tokens
  * times query heads of the group. */
 enum {
-    MAX_GROUP = 512,   /* query heads of a KV head */
+    MAX_GROUP = 512, /* query heads of a KV head */
     MAX_HEAD_DIM = 512,
     DECODE_M = 16,     /* up to this M (or one token) a request is a decode tile */
     PREFILL_M = 384,   /* M of a prefill tile, or one token */
