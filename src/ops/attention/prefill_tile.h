@@ -450,7 +450,7 @@ QI_INLINE void prefill_tile(const attention_params *p, const qi_work *w, float *
 
     i32 from, to;
     find_tile_rows(&f, (i32)padded, &from, &to);
-    key_block blocks[2];
+    key_block blocks[2] = {{.n = 0}};
     locate_block(&f, from, to, &blocks[0]);
     prefetch_block(&f, &blocks[0], 0, 1);
 #if defined(__AMX_BF16__)
