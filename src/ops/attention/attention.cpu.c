@@ -138,7 +138,7 @@ static void merge_levels(const attention_params *p, qi_task task)
 
 /* ---- entries ------------------------------------------------------------------------------ */
 
-QI_INLINE void walk_strips(const attention_params *p, qi_task task, tile_function decode)
+QI_INLINE void walk_strips(const attention_params *p, qi_task task, tile_function decode_item)
 {
     float *scratch = (float *)(p->scratch + task.index * p->scratch_stride);
     const int one_level = p->plan.header->num_levels == 1;
@@ -148,7 +148,7 @@ QI_INLINE void walk_strips(const attention_params *p, qi_task task, tile_functio
             if (w->flags & QI_TILE_PREFILL)
                 prefill_any(p, w, scratch);
             else
-                decode(p, w, scratch);
+                decode_item(p, w, scratch);
             if (w->slot >= 0 && one_level) finish_piece(p, w, scratch);
         }
 }

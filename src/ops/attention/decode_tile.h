@@ -65,7 +65,7 @@ typedef struct decode_state {
     float *o;                         /* [ROWS][o_stride], unnormalised */
     float *max;                       /* [QI_VW] lanes [token][row]: the same for every token */
     float *sum;                       /* [QI_VW] partial sums over the lanes' tokens */
-    const float *scale;               /* [QI_VW] logit_scale of the rows */
+    float *scale;                     /* [QI_VW] logit_scale of the rows */
     const tile_row *row;              /* [ROWS] */
     i32 kv_head, first, group;        /* row r is query head (first + r) % group of kv_head */
     i32 num_rows;                     /* that exist */
@@ -205,15 +205,15 @@ static __attribute__((noinline)) void decode_general(const attention_params *p, 
             x[t * ROWS + r] = r < s->num_rows && t < b->n ? rows[r][t] : SOFTMAX ? -INFINITY : 0.f;
 }
 
-/* Four rows of one KV head against one block; next: the block and head to prefetch. keys, values:
- * the block's as f32 [BLOCK][q_stride | o_stride], or NULL: where they are. */
+/* Four rows of one KV head against one block. keys, values: the block's as f32 [BLOCK][q_stride |
+ * o_stride], or NULL: where they are. fetch: what to prefetch meanwhile, or NULL. */
 QI_INLINE void decode_unit(const attention_params *p, const qi_group *g, const decode_state *s,
-                           const decode_block *b, i32 kv_head, const float *keys,
-                           const float *values, decode_fetch *fetch, const i32 dim_qk,
-                           const i32 dim_vo, const qi_dtype kv)
+                           const decode_block *b, const float *keys, const float *values,
+                           decode_fetch *fetch, const i32 dim_qk, const i32 dim_vo,
+                           const qi_dtype kv)
 {
     const i64 q_stride = round_up(dim_qk, QI_VW), o_stride = round_up(dim_vo, QI_VW);
-    const i64 size = (i64)qi_size_of(kv), head = kv_head * p->k_stride[2];
+    const i64 size = (i64)qi_size_of(kv), head = s->kv_head * p->k_stride[2];
     const char *k = p->k, *v = p->v;
     const int general = GENERAL_SCORES(p);
 
@@ -252,7 +252,7 @@ QI_INLINE void decode_unit(const attention_params *p, const qi_group *g, const d
     const char *rows[BLOCK];
     for (int t = 0; t < BLOCK; t++) {
         rows[t] = values ? (const char *)(values + t * o_stride)
-                         : qi_at(v, kv, b->v_offset[t] + kv_head * p->v_stride[2]);
+                         : qi_at(v, kv, b->v_offset[t] + s->kv_head * p->v_stride[2]);
     }
     i32 d = 0;
     if (fetch) fetch_rows(p, fetch, BLOCK - 2 * SCORES, dim_qk * size, dim_vo * size, kv);
@@ -331,93 +331,123 @@ QI_INLINE void find_rows(const attention_params *p, const qi_work *w, const qi_g
     }
 }
 
-/* One work item. Scratch: for each KV head and four of its rows q [ROWS][q_stride], o
- * [ROWS][o_stride], max, sum and scale; then a row, angles, and keys. dim_qk, dim_vo, kv: constants
- * in the specialised rows, p's fields in the general one. own_rows: the general row, whose kv is f32. */
+/* One work item's private memory: for each KV head and four of its rows a decode_state's q
+ * [ROWS][q_stride], o [ROWS][o_stride], max, sum and scale; then a row, angles and, in the general row, a
+ * block's keys and values. */
+typedef struct decode {
+    const attention_params *p;
+    const qi_work *w;
+    const qi_group *g;
+    i32 group, rows, fours, heads;
+    i64 q_stride, o_stride, unit; /* floats */
+    float *states, *row_buffer, *angles, *keys, *values;
+    decode_rows_of r;
+} decode;
+
+QI_INLINE decode_state state_of(const decode *d, i32 head, i32 four, int edge)
+{
+    float *at = d->states + ((i64)head * d->fours + four) * d->unit;
+    float *o = at + ROWS * d->q_stride, *lanes = o + ROWS * d->o_stride;
+    const i32 first = four * ROWS, left = d->rows - first;
+    return (decode_state){.q = at,
+                          .o = o,
+                          .max = lanes,
+                          .sum = lanes + QI_VW,
+                          .scale = lanes + 2 * QI_VW,
+                          .row = d->r.row + first,
+                          .kv_head = d->w->kv_head + head,
+                          .first = first,
+                          .group = d->group,
+                          .num_rows = left < ROWS ? left : ROWS,
+                          .sees_begin = d->r.begin + first,
+                          .sees_end = d->r.end + first,
+                          .edge = edge};
+}
+
+/* Row i of q of every KV head, and a state that has seen no key. */
+QI_INLINE void decode_begin(const decode *d, i32 i, const i32 dim, const qi_dtype kv)
+{
+    const attention_params *p = d->p;
+    if (i < d->rows && i % d->group == 0) load_angles(p, d->r.row[i].position, d->angles);
+    for (i32 h = 0; h < d->heads; h++) {
+        const decode_state s = state_of(d, h, i / ROWS, 0);
+        const i32 r = i % ROWS, qo_head = s.kv_head * d->group + i % d->group;
+        float *q = s.q + r * d->q_stride;
+        if (i < d->rows)
+            load_query(p, &s.row[r], qo_head, q, d->q_stride, d->angles, d->row_buffer);
+        else
+            memset(q, 0, (size_t)d->q_stride * sizeof *q);
+        if (in_pairs(dim, kv)) qi_split_pairs(q, dim);
+        for (i32 lane = r; lane < QI_VW; lane += ROWS) s.scale[lane] = p->logit_scale[qo_head];
+        memset(s.o + r * d->o_stride, 0, (size_t)d->o_stride * sizeof *s.o);
+        vf_store(s.max, vf_set1(-INFINITY));
+        vf_store(s.sum, vf_set1(0.f));
+    }
+}
+
+/* The results of row i of KV head `head`. */
+QI_INLINE void decode_end(const decode *d, i32 head, i32 i, const i32 dim, const qi_dtype kv)
+{
+    const decode_state s = state_of(d, head, i / ROWS, 0);
+    const i32 r = i % ROWS;
+    float *o = s.o + r * d->o_stride, sum = 0.f;
+    if (in_pairs(dim, kv)) qi_join_pairs(o, dim);
+    for (int t = 0; t < TOKENS; t++) sum += s.sum[t * ROWS + r];
+    if (d->w->slot < 0)
+        finish_row(d->p, &d->r.row[i], s.kv_head * d->group + i % d->group, o, s.max[r], sum);
+    else
+        store_partial(d->p, (i64)d->w->slot + head * d->rows + i, o, s.max[r], sum);
+}
+
+/* One work item. dim_qk, dim_vo, kv: constants in the specialised rows, p's fields in the general
+ * one. own_rows: the general row, whose kv is f32. */
 QI_INLINE void decode_tile(const attention_params *p, const qi_work *w, float *scratch,
                            const i32 dim_qk, const i32 dim_vo, const qi_dtype kv,
                            const int own_rows)
 {
-    const qi_group *g = &p->plan.groups[w->group];
-    const i32 group = p->num_qo_heads / p->num_kv_heads;
-    const i32 rows = w->num_rows * group, fours = (rows + ROWS - 1) / ROWS, heads = w->num_kv_heads;
-    const i64 q_stride = round_up(dim_qk, QI_VW), o_stride = round_up(dim_vo, QI_VW);
-    const i64 unit = ROWS * (q_stride + o_stride) + 3 * QI_VW; /* floats of a decode_state */
-    float *row_buffer = scratch + (i64)heads * fours * unit;
-    float *angles = row_buffer + q_stride, *keys = angles + 2 * (i64)dim_qk;
-    float *values = keys + (i64)heads * BLOCK * q_stride;
-
-    decode_rows_of r;
-    find_rows(p, w, g, fours * ROWS, &r);
-    for (i32 i = 0; i < fours * ROWS; i++) {
-        if (i % group == 0 && i < rows) load_angles(p, r.row[i].position, angles);
-        for (i32 h = 0; h < heads; h++) {
-            float *state = scratch + ((i64)h * fours + i / ROWS) * unit;
-            float *q = state + i % ROWS * q_stride, *lanes = state + unit - 3 * QI_VW;
-            const i32 qo_head = (w->kv_head + h) * group + i % group;
-            if (i < rows)
-                load_query(p, &r.row[i], qo_head, q, q_stride, angles, row_buffer);
-            else
-                memset(q, 0, (size_t)q_stride * sizeof *q);
-            if (in_pairs(dim_qk, kv)) qi_split_pairs(q, dim_qk);
-            memset(state + ROWS * q_stride + i % ROWS * o_stride, 0, (size_t)o_stride * sizeof *q);
-            vf_store(lanes, vf_set1(-INFINITY));
-            vf_store(lanes + QI_VW, vf_set1(0.f));
-            for (i32 lane = i % ROWS; lane < QI_VW; lane += ROWS)
-                lanes[2 * QI_VW + lane] = p->logit_scale[qo_head];
-        }
-    }
+    const i32 group = p->num_qo_heads / p->num_kv_heads, rows = w->num_rows * group;
+    decode d = {.p = p,
+                .w = w,
+                .g = &p->plan.groups[w->group],
+                .group = group,
+                .rows = rows,
+                .fours = (rows + ROWS - 1) / ROWS,
+                .heads = w->num_kv_heads,
+                .q_stride = round_up(dim_qk, QI_VW),
+                .o_stride = round_up(dim_vo, QI_VW),
+                .states = scratch};
+    d.unit = ROWS * (d.q_stride + d.o_stride) + 3 * QI_VW;
+    d.row_buffer = scratch + (i64)d.heads * d.fours * d.unit;
+    d.angles = d.row_buffer + d.q_stride;
+    d.keys = d.angles + 2 * (i64)dim_qk;
+    d.values = d.keys + (i64)d.heads * BLOCK * d.q_stride;
+    find_rows(p, w, d.g, d.fours * ROWS, &d.r);
+    for (i32 i = 0; i < d.fours * ROWS; i++) decode_begin(&d, i, dim_qk, kv);
 
     const int load = own_rows && (CHANGES_KEYS(p) || p->dtype_kv != QI_F32);
     decode_block blocks[2] = {{.n = 0}};
-    fill_block(p, g, r.from, r.to, &blocks[0]);
-    for (i32 at = r.from, turn = 0; at < r.to; at += BLOCK, turn ^= 1) {
+    fill_block(p, d.g, d.r.from, d.r.to, &blocks[0]);
+    for (i32 at = d.r.from, turn = 0; at < d.r.to; at += BLOCK, turn ^= 1) {
         const decode_block *b = &blocks[turn], *next = &blocks[turn ^ 1];
-        fill_block(p, g, at + BLOCK, r.to, &blocks[turn ^ 1]);
+        fill_block(p, d.g, at + BLOCK, d.r.to, &blocks[turn ^ 1]);
         if (next->n <= 0) next = b;
-        if (load) load_block(p, w, b, q_stride, o_stride, keys, values, angles, row_buffer);
+        if (load)
+            load_block(p, w, b, d.q_stride, d.o_stride, d.keys, d.values, d.angles, d.row_buffer);
         decode_fetch fetch = {.block = next,
-                              .num_heads = heads,
+                              .num_heads = d.heads,
                               .first_head = w->kv_head,
                               .by_head = p->k_stride[2] > p->k_stride[1]};
-        const int edge = at < r.all_from || at + BLOCK > r.all_to;
-        for (i32 h = 0; h < heads; h++) {
-            for (i32 f = 0; f < fours; f++) {
-                float *state = scratch + ((i64)h * fours + f) * unit;
-                const decode_state s = {.q = state,
-                                        .o = state + ROWS * q_stride,
-                                        .max = state + unit - 3 * QI_VW,
-                                        .sum = state + unit - 2 * QI_VW,
-                                        .scale = state + unit - QI_VW,
-                                        .row = r.row + f * ROWS,
-                                        .kv_head = w->kv_head + h,
-                                        .first = f * ROWS,
-                                        .group = group,
-                                        .num_rows = rows - f * ROWS < ROWS ? rows - f * ROWS : ROWS,
-                                        .sees_begin = r.begin + f * ROWS,
-                                        .sees_end = r.end + f * ROWS,
-                                        .edge = edge};
-                decode_unit(p, g, &s, b, w->kv_head + h,
-                            load ? keys + (i64)h * BLOCK * q_stride : NULL,
-                            load ? values + (i64)h * BLOCK * o_stride : NULL,
+        const int edge = at < d.r.all_from || at + BLOCK > d.r.all_to;
+        for (i32 h = 0; h < d.heads; h++)
+            for (i32 f = 0; f < d.fours; f++) {
+                const decode_state s = state_of(&d, h, f, edge);
+                decode_unit(p, d.g, &s, b, load ? d.keys + (i64)h * BLOCK * d.q_stride : NULL,
+                            load ? d.values + (i64)h * BLOCK * d.o_stride : NULL,
                             f == 0 ? &fetch : NULL, dim_qk, dim_vo, kv);
             }
-        }
     }
-
-    for (i32 h = 0; h < heads; h++)
-        for (i32 i = 0; i < rows; i++) {
-            float *state = scratch + ((i64)h * fours + i / ROWS) * unit;
-            float *o = state + ROWS * q_stride + i % ROWS * o_stride;
-            const float *lanes = state + unit - 3 * QI_VW, max = lanes[i % ROWS];
-            float sum = 0.f;
-            if (in_pairs(dim_vo, kv)) qi_join_pairs(o, dim_vo);
-            for (int t = 0; t < TOKENS; t++) sum += lanes[QI_VW + t * ROWS + i % ROWS];
-            if (w->slot < 0)
-                finish_row(p, &r.row[i], (w->kv_head + h) * group + i % group, o, max, sum);
-            else
-                store_partial(p, (i64)w->slot + h * rows + i, o, max, sum);
-        }
+    for (i32 h = 0; h < d.heads; h++)
+        for (i32 i = 0; i < rows; i++) decode_end(&d, h, i, dim_vo, kv);
 }
 
 #endif
