@@ -14,7 +14,8 @@
  * Bound: memory, n * k * size of w. NOTES.md has the reasons and figures.
  * SPDX-License-Identifier: Apache-2.0 */
 #include "kern/cpu/tile.h"
-#include "ops/gemm/gemm_params.h"
+#include "ops/gemm/gemm_amx.cpu.h"
+#include "ops/gemm/gemm_block.cpu.h"
 
 enum {
     /* many rows */
@@ -23,7 +24,7 @@ enum {
     PIECE = 256, /* k of a packed panel: with a tile's rows of x, what L1 holds */
     MAX_M = 192, /* rows of a block: they share the packing of a panel */
     /* few rows */
-    FEW = 8,
+    FEW = QI_VW == 16 ? 16 : 8,        /* sums of a square's columns that registers hold */
     FEW_VECTORS = QI_VW == 16 ? 1 : 2, /* of one or two rows, where one chain a row is too slow */
     AHEAD_BYTES = 512,                 /* of a row of w, to bring closer */
     /* scratch */
@@ -38,69 +39,6 @@ typedef struct scratch {
     float sums[MAX_SUMS];     /* [padded_m, n] of the block so far, sum_stride apart */
 } scratch;
 _Static_assert(sizeof(scratch) <= QI_TASK_SCRATCH_BYTES, "blocks live in task scratch");
-
-/* The part of the problem at hand: rows [m0, m0 + m) by columns [n0, n0 + n) over [k0, k0 + k). */
-typedef struct block {
-    i64 m0, m, n0, n, k0, k;
-    i64 padded_m; /* with rows of zeros, when few, to a power of 2 */
-    i64 x_stride, sum_stride;
-} block;
-
-QI_INLINE i64 round_up(i64 n, i64 grain)
-{
-    return (n + grain - 1) / grain * grain;
-}
-
-QI_INLINE i64 least(i64 a, i64 b)
-{
-    return a < b ? a : b;
-}
-
-/* The size of equal parts of n > 0, multiples of grain, none above max (itself such a multiple). */
-QI_INLINE i64 even_part(i64 n, i64 max, i64 grain)
-{
-    const i64 parts = (n + max - 1) / max;
-    return round_up((n + parts - 1) / parts, grain);
-}
-
-/* ---- squares of w ---------------------------------------------------------------------------- */
-
-/* The row of w for a column of the block, at k. Columns past the end repeat the last. */
-QI_INLINE const char *w_row(const gemm_params *p, const block *b, i64 column, i64 k,
-                            const qi_dtype wt)
-{
-    const i64 n = b->n0 + least(column, b->n - 1);
-    return qi_at(p->w, wt, n * p->w_stride + b->k0 + k);
-}
-
-/* k of a square: its rows are QI_VW words. A word of bf16 is a pair, split after the transposition.
- */
-QI_INLINE i64 square_k(const qi_dtype wt)
-{
-    return wt == QI_BF16 ? 2 * QI_VW : QI_VW;
-}
-
-/* QI_VW rows of w at [i, i + n), n <= square_k, transposed; for square_column() to read. */
-QI_INLINE void load_square(vf square[QI_VW], const char *const rows[QI_VW], i64 i, i64 n,
-                           const qi_dtype wt)
-{
-    QI_UNROLL(16)
-    for (int j = 0; j < QI_VW; j++) {
-        const char *from = qi_at(rows[j], wt, i);
-        float last[QI_VW] = {0};
-        if (n < square_k(wt)) from = memcpy(last, from, (size_t)n * qi_size_of(wt));
-        square[j] = qi_load(from, wt == QI_BF16 ? QI_F32 : wt);
-    }
-    vf_transpose(square);
-}
-
-/* Elements j of the rows. */
-QI_INLINE vf square_column(const vf square[QI_VW], int j, const qi_dtype wt)
-{
-    if (wt != QI_BF16) return square[j];
-    if (j % 2) return (vf)((vu)square[j / 2] & 0xffff0000u);
-    return (vf)((vu)square[j / 2] << 16);
-}
 
 /* ---- many rows of x: pack, then multiply ----------------------------------------------------- */
 
@@ -187,9 +125,8 @@ QI_INLINE void multiply_square(vf acc[FEW], const float *x, i64 x_stride,
     QI_UNROLL(32)
     for (int j = 0; j < square_k(wt); j++) {
         const vf column = square_column(square, j, wt);
-        QI_UNROLL(8)
-        for (int r = 0; r < rows; r++)
-            acc[r] = acc[r] + vf_splat(x + r * x_stride + i + j) * column;
+        QI_UNROLL(16)
+        for (int r = 0; r < rows; r++) acc[r] = acc[r] + vf_set1(x[r * x_stride + i + j]) * column;
     }
 }
 
@@ -202,7 +139,7 @@ QI_INLINE void stream_rows(const block *b, float *sums, const float *x, const ch
     vf acc[FEW_VECTORS][FEW];
     QI_UNROLL(2)
     for (int v = 0; v < vectors; v++) {
-        QI_UNROLL(8)
+        QI_UNROLL(16)
         for (int r = 0; r < rows; r++) acc[v][r] = vf_set1(0.f);
     }
     for (i64 i = 0; i < k; i += step) {
@@ -218,7 +155,7 @@ QI_INLINE void stream_rows(const block *b, float *sums, const float *x, const ch
         if ((i + step) % PIECE && i + step < k) continue;
         QI_UNROLL(2)
         for (int v = 0; v < vectors; v++) {
-            QI_UNROLL(8)
+            QI_UNROLL(16)
             for (int r = 0; r < rows; r++) {
                 float *sum = sums + r * b->sum_stride + v * QI_VW;
                 vf_store(sum, vf_load(sum) + acc[v][r]);
@@ -250,6 +187,7 @@ QI_INLINE void multiply_few(const gemm_params *p, const block *b, scratch *s, co
     case 1: stream_block(p, b, s, k, 1, FEW_VECTORS, wt); break;
     case 2: stream_block(p, b, s, k, 2, FEW_VECTORS, wt); break;
     case 4: stream_block(p, b, s, k, 4, 1, wt); break;
+    case 8: stream_block(p, b, s, k, 8, 1, wt); break;
     default: stream_block(p, b, s, k, FEW, 1, wt); break;
     }
     multiply_many(p, b, s, k, wt);
@@ -259,7 +197,7 @@ QI_INLINE void multiply_few(const gemm_params *p, const block *b, scratch *s, co
 
 QI_INLINE i64 pad_few(i64 m)
 {
-    return m > FEW ? m : m > 4 ? FEW : m > 2 ? 4 : m;
+    return m > FEW ? m : m > 8 ? FEW : m > 4 ? 8 : m > 2 ? 4 : m;
 }
 
 /* The block's rows of x to scratch. */
@@ -274,15 +212,6 @@ static void widen_x(const gemm_params *p, const block *b, float *out)
         }
     }
     memset(out, 0, (size_t)((b->padded_m - b->m) * b->x_stride) * sizeof *out);
-}
-
-static void store_block(const gemm_params *p, const block *b, const float *sums)
-{
-    for (i64 r = 0; r < b->m; r++) {
-        const i64 at = (b->m0 + r) * p->out_stride + b->n0;
-        qi_narrow((char *)p->out + at * (i64)qi_size_of(p->dtype_out), p->dtype_out,
-                  sums + r * b->sum_stride, b->n);
-    }
 }
 
 /* Rows [m0, m1), at least one, by columns [n0, n1). The fewer the rows, the more of k is in a
@@ -324,6 +253,12 @@ QI_CPU_KERNEL(gemm)
     else
         qi_task_share(task, p->n, COLUMNS, &n0, &n1);
     if (m0 == m1 || n0 == n1) return;
+#if defined(__AMX_BF16__)
+    if (p->dtype_x == QI_BF16 && p->dtype_w == QI_BF16) {
+        multiply_tiles(p, task.scratch, m0, m1, n0, n1);
+        return;
+    }
+#endif
     switch (p->dtype_w) {
     case QI_F32: multiply(p, task.scratch, m0, m1, n0, n1, QI_F32); break;
     case QI_F16: multiply(p, task.scratch, m0, m1, n0, n1, QI_F16); break;
