@@ -70,7 +70,8 @@ static void count_work(bench *b, const attention_problem *a)
     b->bytes = keys * (double)data_bytes(s->dtype_kv, dims * s->num_kv_heads) +
                (double)a->num_tokens * s->num_qo_heads * (double)row;
     b->flops = 2.0 * (double)dims * s->num_qo_heads * pairs;
-    b->bf16 = s->dtype_q.code == QKV_BF16.code && s->dtype_kv.code == QKV_BF16.code;
+    b->bf16 = s->dtype_q.code == QKV_BF16.code &&
+              (s->dtype_kv.code == QKV_BF16.code || s->dtype_kv.bits == 8);
 }
 
 /* ---- inputs -------------------------------------------------------------------------------- */

@@ -54,9 +54,11 @@ int qi_cpu_level_usable(int level)
     const int avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                        __builtin_cpu_supports("avx512dq");
+    const int bf16 = avx512 && __builtin_cpu_supports("avx512bf16") &&
+                     __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
     switch (level) {
-    case QI_CPU_amx: return avx512 && __builtin_cpu_supports("avx512bf16") && amx_usable();
-    case QI_CPU_avx512_bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
+    case QI_CPU_amx: return bf16 && amx_usable();
+    case QI_CPU_avx512_bf16: return bf16;
     case QI_CPU_avx512: return avx512;
     default: return avx2; /* F16C came before AVX2 on every CPU that has it */
     }

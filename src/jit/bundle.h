@@ -15,6 +15,7 @@
     X(variant, "kern/variant.h")                                                                   \
     X(prelude, "kern/cpu/prelude.h")                                                               \
     X(amx, "kern/cpu/amx.h")                                                                       \
+    X(e4m3, "kern/cpu/e4m3.h")                                                                     \
     X(simd, "kern/cpu/simd.h")                                                                     \
     X(tile, "kern/cpu/tile.h")                                                                     \
     X(cpu_rope, "kern/cpu/rope.h")                                                                 \

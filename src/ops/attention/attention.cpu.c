@@ -44,8 +44,8 @@ static void decode_any(const attention_params *p, const qi_work *w, float *scrat
 static void prefill_any(const attention_params *p, const qi_work *w, float *scratch)
 {
 #if defined(__AVX512BF16__) && !defined(QI_VARIANT) /* half the time to compile one */
-    if (p->dtype_q == QI_BF16 && p->dtype_kv == QI_BF16 && !CHANGES_KEYS(p) &&
-        !CHANGES_QUERIES(p) && SOFTMAX) {
+    const int exact = p->dtype_kv == QI_BF16 || qi_size_of(p->dtype_kv) == 1;
+    if (p->dtype_q == QI_BF16 && exact && !CHANGES_KEYS(p) && !CHANGES_QUERIES(p) && SOFTMAX) {
         prefill_tile(p, w, scratch, 1);
         return;
     }

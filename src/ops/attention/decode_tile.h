@@ -16,6 +16,7 @@
 #ifndef QI_ATTENTION_DECODE_TILE_H
 #define QI_ATTENTION_DECODE_TILE_H
 
+#include "kern/cpu/e4m3.h"
 #include "ops/attention/attention_tile.h"
 
 enum {
@@ -24,6 +25,7 @@ enum {
     TOKENS = QI_VW / ROWS,     /* keys in one score vector */
     SCORES = BLOCK / TOKENS,   /* score vectors of a block */
     WIDE = QI_VW == 8 ? 2 : 4, /* vectors of O per pass of P.V: ROWS * WIDE accumulators */
+    TABLE_DIM = 128,           /* the largest dim that by_table() may have */
 };
 
 /* Everything a block of keys needs, and the same for the block to prefetch. */
@@ -71,6 +73,7 @@ typedef struct decode_state {
     i32 num_rows;                     /* that exist */
     const i32 *sees_begin, *sees_end; /* [ROWS] keys that each row sees */
     int edge;                         /* does some row not see every key of the block? */
+    const qi_e4m3_table *table;       /* where by_table() */
 } decode_state;
 
 /* The largest over tokens, in every token's lanes. */
@@ -85,11 +88,30 @@ QI_INLINE vf max_over_tokens(vf v)
     return v;
 }
 
+/* Are rows of e4m3 turned to bf16 by table first? */
+QI_INLINE int by_table(const i32 dim, const qi_dtype kv)
+{
+    return QI_HAS_E4M3_TABLE && kv == QI_E4M3 && dim <= TABLE_DIM && dim % (4 * QI_VW) == 0;
+}
+
+/* A row of e4m3 to bf16 at out; returns out. */
+QI_INLINE const char *widen_row(u16 *out, const char *row, const qi_e4m3_table *table,
+                                const i32 dim)
+{
+#if QI_HAS_E4M3_TABLE
+    QI_UNROLL(2)
+    for (i32 d = 0; d < dim; d += 4 * QI_VW) qi_e4m3_to_bf16(out + d, row + d, table);
+#else
+    (void)row, (void)table, (void)dim;
+#endif
+    return (const char *)out;
+}
+
 /* bf16 is widened fastest as the even and the odd elements of a vector of pairs: one shift, one mask.
  * So q and O stand in that order wherever rows are whole pairs of vectors. */
 QI_INLINE int in_pairs(const i32 dim, const qi_dtype kv)
 {
-    return kv == QI_BF16 && dim % (2 * QI_VW) == 0;
+    return (kv == QI_BF16 && dim % (2 * QI_VW) == 0) || by_table(dim, kv);
 }
 
 /* Elements [d, d + QI_VW) of a row of K or V, as f32, in the order of in_pairs(). */
@@ -215,7 +237,8 @@ QI_INLINE void decode_unit(const attention_params *p, const qi_group *g, const d
     const i64 q_stride = round_up(dim_qk, QI_VW), o_stride = round_up(dim_vo, QI_VW);
     const i64 size = (i64)qi_size_of(kv), head = s->kv_head * p->k_stride[2];
     const char *k = p->k, *v = p->v;
-    const int general = GENERAL_SCORES(p);
+    const int general = GENERAL_SCORES(p), table = by_table(dim_qk, kv);
+    u16 wide[BLOCK * TABLE_DIM]; /* keys, then values, where by table */
 
     vf scores[SCORES];
     const vf scale = vf_load(s->scale);
@@ -227,9 +250,10 @@ QI_INLINE void decode_unit(const attention_params *p, const qi_group *g, const d
             const i32 at = j * TOKENS + t;
             rows[t] =
                 keys ? (const char *)(keys + at * q_stride) : qi_at(k, kv, b->k_offset[at] + head);
+            if (table) rows[t] = widen_row(wide + at * dim_qk, rows[t], s->table, dim_qk);
         }
         if (fetch) fetch_rows(p, fetch, 2, dim_qk * size, dim_vo * size, kv);
-        const vf product = decode_products(rows, s->q, q_stride, dim_qk, kv);
+        const vf product = decode_products(rows, s->q, q_stride, dim_qk, table ? QI_BF16 : kv);
         scores[j] = general ? product : score(p, product, scale);
         if (s->edge && !general) {
             const vi key = b->begin + j * TOKENS + (vi_iota() / ROWS);
@@ -253,13 +277,14 @@ QI_INLINE void decode_unit(const attention_params *p, const qi_group *g, const d
     for (int t = 0; t < BLOCK; t++) {
         rows[t] = values ? (const char *)(values + t * o_stride)
                          : qi_at(v, kv, b->v_offset[t] + s->kv_head * p->v_stride[2]);
+        if (table) rows[t] = widen_row(wide + t * dim_vo, rows[t], s->table, dim_vo);
     }
     i32 d = 0;
     if (fetch) fetch_rows(p, fetch, BLOCK - 2 * SCORES, dim_qk * size, dim_vo * size, kv);
     for (; d + WIDE * QI_VW <= dim_vo; d += WIDE * QI_VW)
-        decode_accumulate(s, o_stride, weight, rows, b->n, d, WIDE, dim_vo, kv);
+        decode_accumulate(s, o_stride, weight, rows, b->n, d, WIDE, dim_vo, table ? QI_BF16 : kv);
     for (; d < dim_vo; d += QI_VW)
-        decode_accumulate(s, o_stride, weight, rows, b->n, d, 1, dim_vo, kv);
+        decode_accumulate(s, o_stride, weight, rows, b->n, d, 1, dim_vo, table ? QI_BF16 : kv);
 }
 
 /* Fills a block with keys from `begin` on, below `end`. Offsets past the last key repeat it: they
@@ -342,6 +367,7 @@ typedef struct decode {
     i64 q_stride, o_stride, unit; /* floats */
     float *states, *row_buffer, *angles, *keys, *values;
     decode_rows_of r;
+    qi_e4m3_table table;
 } decode;
 
 QI_INLINE decode_state state_of(const decode *d, i32 head, i32 four, int edge)
@@ -361,7 +387,8 @@ QI_INLINE decode_state state_of(const decode *d, i32 head, i32 four, int edge)
                           .num_rows = left < ROWS ? left : ROWS,
                           .sees_begin = d->r.begin + first,
                           .sees_end = d->r.end + first,
-                          .edge = edge};
+                          .edge = edge,
+                          .table = &d->table};
 }
 
 /* Row i of q of every KV head, and a state that has seen no key. */
@@ -422,6 +449,9 @@ QI_INLINE void decode_tile(const attention_params *p, const qi_work *w, float *s
     d.keys = d.angles + 2 * (i64)dim_qk;
     d.values = d.keys + (i64)d.heads * BLOCK * d.q_stride;
     find_rows(p, w, d.g, d.fours * ROWS, &d.r);
+#if QI_HAS_E4M3_TABLE
+    if (by_table(dim_qk, kv)) qi_e4m3_fill(&d.table);
+#endif
     for (i32 i = 0; i < d.fours * ROWS; i++) decode_begin(&d, i, dim_qk, kv);
 
     const int load = own_rows && (CHANGES_KEYS(p) || p->dtype_kv != QI_F32);

@@ -7,8 +7,8 @@
  * in place, O = scale * O + P V with the rescale done as the O tile is loaded. Only the columns
  * that some row of the panel sees are computed, rounded to whole tiles.
  *
- * With dot (bf16 q and cache, and an instruction for their products) words are bf16 pairs: of two
- * dims in K and Q, of two keys in V and P; P is rounded to bf16, sums stay f32. At level amx the
+ * With dot (bf16 q, a cache of bf16 or 8 bits, and an instruction for products of bf16) words are bf16
+ * pairs: of two dims in K and Q, of two keys in V and P; P is rounded to bf16, sums stay f32. At level amx the
  * products are taken by the tile unit, 32 rows a panel.
  *
  * Bound: multiply-adds, 2 * (head_dim_qk + head_dim_vo) flops a (row, key) pair; packing costs
@@ -65,9 +65,28 @@ typedef struct prefill {
     float *buffer, *angles;   /* a vector's worth of keys as f32 and a row; cosines and sines */
 } prefill;
 
-/* Words [word, word + n) of one row as a vector: f32 values, or raw bf16 pairs. n <= QI_VW. */
+/* Two vectors to bf16 at out, in order. */
+QI_INLINE void store_bf16(float *out, vf low, vf high)
+{
+#if defined(__AVX512BF16__)
+    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    memcpy(out, &both, sizeof both);
+#else
+    qi_store(out, QI_BF16, low);
+    qi_store((char *)out + QI_VW * 2, QI_BF16, high);
+#endif
+}
+
+/* Words [word, word + n) of one row as a vector: f32 values, or with dot pairs of bf16, which 8-bit types
+ * become exactly. n <= QI_VW. */
 QI_INLINE vf load_words(const char *row, i32 word, i32 n, const qi_dtype kv, const int dot)
 {
+    if (dot && kv != QI_BF16) {
+        float elements[2 * QI_VW] = {0}, words[QI_VW];
+        qi_widen(elements, qi_at(row, kv, 2 * word), kv, 2 * n);
+        store_bf16(words, vf_load(elements), vf_load(elements + QI_VW));
+        return vf_load(words);
+    }
     const qi_dtype t = dot ? QI_F32 : kv; /* a pair of bf16 is a word of 4 bytes */
     return n >= QI_VW ? qi_load(qi_at(row, t, word), t) : qi_load_n(qi_at(row, t, word), t, n);
 }
@@ -205,18 +224,6 @@ QI_INLINE void pack_q(const prefill *f, const int dot)
         else
             load_query(p, row, head, out, f->words_qk, f->angles, f->buffer + QI_VW * stride);
     }
-}
-
-/* Two vectors of weights to bf16 at out, in order. */
-QI_INLINE void store_bf16(float *out, vf low, vf high)
-{
-#if defined(__AVX512BF16__)
-    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-    memcpy(out, &both, sizeof both);
-#else
-    qi_store(out, QI_BF16, low);
-    qi_store((char *)out + QI_VW * 2, QI_BF16, high);
-#endif
 }
 
 /* Products s[0, n) of one row to scores in place. n is a multiple of QI_VW. */
