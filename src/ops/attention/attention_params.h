@@ -48,7 +48,7 @@ enum {
     MAX_GROUP = 512, /* query heads of a KV head */
     MAX_HEAD_DIM = 512,
     DECODE_M = 16,     /* up to this M (or one token) a request is a decode tile */
-    PREFILL_M = 384,   /* M of a prefill tile, or one token */
+    PREFILL_M = 768,   /* M of a prefill tile, or one token */
     BLOCK_N = 256,     /* most keys that a prefill tile packs at a time */
     DECODE_BLOCK = 16, /* keys that a decode tile takes at a time */
     MAX_LEVELS = 16,

@@ -40,8 +40,8 @@ typedef struct key_block {
     i32 begin, n; /* keys [begin, begin + n) of the group's list */
 } key_block;
 
-enum { MAX_ROWS = MAX_GROUP + MAX_TILE_M };
-_Static_assert((int)PREFILL_M <= (int)MAX_GROUP, "rows of a tile: PREFILL_M, or one token's");
+enum { MAX_ROWS = PREFILL_M + MAX_TILE_M };
+_Static_assert((int)MAX_GROUP <= (int)PREFILL_M, "rows of a tile: PREFILL_M, or one token's");
 
 /* The tile's private memory and sizes. */
 typedef struct prefill {
@@ -232,19 +232,19 @@ QI_INLINE void score_row(const attention_params *p, float scale, float *s, i32 n
     for (i32 j = 0; j < n; j += QI_VW) vf_store(s + j, score(p, vf_load(s + j), vf_set1(scale)));
 }
 
-/* Sets the columns of a row outside [begin, end) to -inf: those of the vectors that hold its ends.
- * [*first, *last): the columns of these vectors and the ones between; the others need not be read. */
+/* Sets the columns of a row outside [begin, end) to -inf: those of the pairs of vectors that hold its ends.
+ * [*first, *last): the columns of these and the ones between; the others need not be read. */
 QI_INLINE void drop_unseen(float *s, i32 begin, i32 end, i32 *first, i32 *last)
 {
-    *first = begin / QI_VW * QI_VW;
-    *last = begin < end ? (i32)round_up(end, QI_VW) : *first;
+    *first = begin / QI_TILE_N * QI_TILE_N;
+    *last = begin < end ? (i32)round_up(end, QI_TILE_N) : *first;
     for (i32 j = *first; j < begin; j++) s[j] = -INFINITY;
     for (i32 j = end; j < *last; j++) s[j] = -INFINITY;
 }
 
 /* The columns of a panel's rows that hold scores, and what makes these log2 units. */
 typedef struct panel_rows {
-    i32 first[MAX_TILE_M], last[MAX_TILE_M]; /* multiples of QI_VW */
+    i32 first[MAX_TILE_M], last[MAX_TILE_M]; /* multiples of QI_TILE_N */
     float unit[MAX_TILE_M];
     float scale[MAX_TILE_M + MAX_VW]; /* what O must be scaled by */
 } panel_rows;
@@ -253,12 +253,10 @@ typedef struct panel_rows {
 QI_INLINE vf row_max(const float *s, i32 first, i32 last)
 {
     vf top = vf_set1(-INFINITY), other = top;
-    i32 j = first;
-    for (; j + QI_TILE_N <= last; j += QI_TILE_N) {
+    for (i32 j = first; j < last; j += QI_TILE_N) {
         top = vf_max(top, vf_load(s + j));
         other = vf_max(other, vf_load(s + j + QI_VW));
     }
-    if (j < last) top = vf_max(top, vf_load(s + j));
     return vf_max(top, other);
 }
 
@@ -266,25 +264,24 @@ QI_INLINE vf row_max(const float *s, i32 first, i32 last)
  * the front with dot). Returns their sums by lane. n is a multiple of QI_TILE_N. */
 QI_INLINE vf row_weights(float *s, i32 n, i32 first, i32 last, float unit, float max, const int dot)
 {
-    vf total = vf_set1(0.f);
-    for (i32 j = 0; j < n; j += QI_TILE_N) {
-        vf w[2];
-        QI_UNROLL(2)
-        for (int v = 0; v < 2; v++) {
-            const i32 at = j + v * QI_VW;
-            w[v] = vf_set1(0.f);
-            if (at < first || at >= last) continue;
-            w[v] = vf_exp2(vf_load(s + at) * unit - max);
-            total = total + w[v];
-        }
+    vf total = vf_set1(0.f), other = total;
+    if (first > 0) memset(s, 0, (size_t)(dot ? first / 2 : first) * sizeof *s);
+    for (i32 j = first; j < last; j += QI_TILE_N) {
+        const vf low = vf_exp2(vf_load(s + j) * unit - max);
+        const vf high = vf_exp2(vf_load(s + j + QI_VW) * unit - max);
+        total = total + low;
+        other = other + high;
         if (dot) {
-            store_bf16(s + j / 2, w[0], w[1]);
+            store_bf16(s + j / 2, low, high);
         } else {
-            vf_store(s + j, w[0]);
-            vf_store(s + j + QI_VW, w[1]);
+            vf_store(s + j, low);
+            vf_store(s + j + QI_VW, high);
         }
     }
-    return total;
+    if (last < n)
+        memset(s + (dot ? last / 2 : last), 0,
+               (size_t)(dot ? (n - last) / 2 : n - last) * sizeof *s);
+    return total + other;
 }
 
 /* The softmax of a panel's scores, n columns: in place to weights, with max and sum of each row kept
