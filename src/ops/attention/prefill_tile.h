@@ -194,15 +194,24 @@ static void locate_block(const prefill *f, i32 begin, i32 end, key_block *b)
     }
 }
 
-/* Prefetches part `part` of `parts` of a block: pages lie anywhere, so no hardware does. */
-QI_INLINE void prefetch_block(const prefill *f, const key_block *b, i32 part, i32 parts)
+/* Keys [at, end) of a block that are to be prefetched: pages lie anywhere, so no hardware does. */
+typedef struct key_fetch {
+    const key_block *block;
+    i32 at, end;
+} key_fetch;
+
+/* Prefetches the next n keys and values. Few at a time, or the core waits for what it has asked for. */
+QI_INLINE void fetch_keys(const prefill *f, key_fetch *fetch, i32 n)
 {
     const attention_params *p = f->p;
     const i64 size = (i64)qi_size_of(p->dtype_kv);
     const i64 k_head = f->w->kv_head * p->k_stride[2], v_head = f->w->kv_head * p->v_stride[2];
-    for (i32 j = b->n * part / parts; j < b->n * (part + 1) / parts; j++) {
-        qi_prefetch_row(qi_at(p->k, p->dtype_kv, b->k_offset[j] + k_head), p->head_dim_qk * size);
-        qi_prefetch_row(qi_at(p->v, p->dtype_kv, b->v_offset[j] + v_head), p->head_dim_vo * size);
+    for (; n > 0 && fetch->at < fetch->end; n--, fetch->at++) {
+        const key_block *b = fetch->block;
+        qi_prefetch_row(qi_at(p->k, p->dtype_kv, b->k_offset[fetch->at] + k_head),
+                        p->head_dim_qk * size);
+        qi_prefetch_row(qi_at(p->v, p->dtype_kv, b->v_offset[fetch->at] + v_head),
+                        p->head_dim_vo * size);
     }
 }
 
@@ -367,8 +376,9 @@ QI_INLINE void score_columns(const prefill *f, const key_block *b, i32 index, i3
     drop_unseen(s, begin, end, &rows->first[i], &rows->last[i]);
 }
 
-/* One panel of rows against the packed block of keys. */
-QI_INLINE void prefill_panel(const prefill *f, i32 panel, const key_block *b, const int dot)
+/* One panel of rows against the packed block of keys, while others are fetched. */
+QI_INLINE void prefill_panel(const prefill *f, i32 panel, const key_block *b, key_fetch *fetch,
+                             const int dot)
 {
     const i32 step = dot ? 2 : 1, tile_m = dot ? DOT_TILE_M : QI_TILE_M, row0 = panel * tile_m;
     i32 begin[MAX_TILE_M], end[MAX_TILE_M], lo = b->n, hi = 0;
@@ -386,9 +396,11 @@ QI_INLINE void prefill_panel(const prefill *f, i32 panel, const key_block *b, co
     const float *q = f->q + (i64)row0 * f->words_qk;
     float *o = f->o + (i64)row0 * f->dim_vo_padded;
     panel_rows rows;
-    for (i32 j = 0; j < columns; j += QI_TILE_N)
+    for (i32 j = 0; j < columns; j += QI_TILE_N) {
+        fetch_keys(f, fetch, 1);
         multiply(q, f->words_qk, f->k + (i64)(lo + j) * f->words_qk, f->words_qk, f->scores + j,
                  f->score_stride, NULL, dot);
+    }
     for (i32 i = 0; i < tile_m; i++) {
         const int sees = begin[i] < end[i];
         score_columns(f, b, row0 + i, lo, columns, sees ? begin[i] - lo : 0, sees ? end[i] - lo : 0,
@@ -397,10 +409,12 @@ QI_INLINE void prefill_panel(const prefill *f, i32 panel, const key_block *b, co
     }
     if (SOFTMAX) softmax_rows(f, row0, columns, &rows, dot);
     if (dot && DOT_SCALES_APART) scale_rows(o, f->dim_vo_padded, tile_m, rows.scale);
-    for (i32 d = 0; d < f->dim_vo_padded; d += QI_TILE_N)
+    for (i32 d = 0; d < f->dim_vo_padded; d += QI_TILE_N) {
+        fetch_keys(f, fetch, 1);
         multiply(f->scores, f->score_stride,
                  f->v + (i64)d * (f->keys / step) + (i64)(lo / step) * QI_TILE_N, columns / step,
                  o + d, f->dim_vo_padded, rows.scale, dot);
+    }
 }
 
 /* What each row of the tile is and sees, and what its products are scaled by; [*from, *to): the keys
@@ -456,7 +470,8 @@ QI_INLINE void prefill_tile(const attention_params *p, const qi_work *w, float *
     find_tile_rows(&f, (i32)padded, &from, &to);
     key_block blocks[2] = {{.n = 0}};
     locate_block(&f, from, to, &blocks[0]);
-    prefetch_block(&f, &blocks[0], 0, 1);
+    key_fetch fetch = {&blocks[0], 0, blocks[0].n};
+    fetch_keys(&f, &fetch, BLOCK_N);
 #if defined(__AMX_BF16__)
     if (dot) qi_amx_begin();
 #endif
@@ -471,9 +486,11 @@ QI_INLINE void prefill_tile(const attention_params *p, const qi_work *w, float *
         const key_block *b = &blocks[turn], *next = &blocks[turn ^ 1];
         locate_block(&f, at + f.keys, to, &blocks[turn ^ 1]);
         pack_block(&f, b, dot);
+        fetch = (key_fetch){.block = next};
         for (i32 panel = 0; panel < panels; panel++) {
-            prefetch_block(&f, next, panel, panels);
-            prefill_panel(&f, panel, b, dot);
+            fetch.end = next->n * (panel + 1) / panels;
+            prefill_panel(&f, panel, b, &fetch, dot);
+            fetch_keys(&f, &fetch, BLOCK_N);
         }
     }
 #if defined(__AMX_BF16__)
