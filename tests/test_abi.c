@@ -70,6 +70,9 @@ static void abi_numbers_are_pinned(void **state)
     assert_int_equal(QKV_SILU, 0);
     assert_int_equal(QKV_GELU, 1);
     assert_int_equal(QKV_GELU_TANH, 2);
+    assert_int_equal(QKV_WEIGHT_Q8_0, 0);
+    assert_int_equal(QKV_WEIGHT_Q4_0, 1);
+    assert_int_equal(QKV_WEIGHT_Q4_1, 2);
 }
 
 static void abi_version_is_the_headers(void **state)

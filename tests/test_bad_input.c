@@ -27,6 +27,11 @@ static qkv_status run_gemm(DLTensor *const *t)
     return qkv_gemm(ctx, t[0], t[1], t[2], NULL);
 }
 
+static qkv_status run_gemm_quantized(DLTensor *const *t)
+{
+    return qkv_gemm_quantized(ctx, t[0], t[1], t[2], QKV_WEIGHT_Q4_0, NULL);
+}
+
 /* ---- rope ---------------------------------------------------------------------------------- */
 
 static const qkv_rope_spec rope = {QKV_ROPE_SPEC_INIT};
@@ -120,6 +125,11 @@ static const bad_call calls[] = {
      .args = {ARG("out", F32, SHAPE(3, 5), .output = true),
               ARG("x", F16, SHAPE(3, 16), .also = "w out"),
               ARG("w", BF16, SHAPE(5, 16), .also = "out")}},
+    {.what = "gemm_quantized",
+     .run = run_gemm_quantized,
+     .args = {ARG("out", BF16, SHAPE(3, 5), .output = true),
+              ARG("x", F32, SHAPE(3, 64), .also = "w out"),
+              ARG("w", U8, SHAPE(5, 36), .also = "out")}},
     {.what = "rope",
      .run = run_rope,
      .args = {ARG("q_out", F32, SHAPE(4, 2, 8), .output = true),

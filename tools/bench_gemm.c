@@ -1,30 +1,93 @@
-/* bench_gemm.c - out[m,n] = x[m,k] w[n,k]^T. The weights rotate, as those of a model's layers do.
- * Bytes: w, x and out once. Flops: 2 m n k.
+/* bench_gemm.c - out[m,n] = x[m,k] w[n,k]^T, w of floats or packed. The weights rotate, as those of a
+ * model's layers do. Bytes: w as it is stored, x and out once. Flops: 2 m n k.
  * SPDX-License-Identifier: Apache-2.0 */
 #include <math.h>
+#include <string.h>
 
 #include "bench.h"
 
-enum { NUM_SAMPLES = 256 /* elements of out that are checked in double */ };
+enum {
+    NUM_SAMPLES = 256, /* elements of out that are checked in double */
+    BLOCK = 32,        /* packed weights of one scale */
+};
+
+/* Weights are d * (code - zero), or d * code + min: f16 d, f16 min, codes. */
+typedef struct packing {
+    qkv_weight_format format;
+    int bits, block_bytes, has_min, zero;
+} packing;
+
+static const packing packings[] = {
+    [W_Q8_0 - W_Q8_0] = {QKV_WEIGHT_Q8_0, 8, 34, 0, 0},
+    [W_Q4_0 - W_Q8_0] = {QKV_WEIGHT_Q4_0, 4, 18, 0, 8},
+    [W_Q4_1 - W_Q8_0] = {QKV_WEIGHT_Q4_1, 4, 20, 1, 0},
+};
 
 typedef struct state {
     int64_t m, n, k;
-    DLDataType x_dtype, w_dtype, out_dtype;
-    char *x, *w, *out; /* w: num_sets of them */
+    DLDataType x_dtype, w_dtype, out_dtype; /* w_dtype: u8 of packed weights */
+    const packing *packing;                 /* NULL: w is not packed */
+    int64_t w_columns;                      /* elements of w_dtype in a row */
+    char *x, *w, *out;                      /* w: num_sets of them */
     data_tensor x_t, out_t;
 } state;
+
+/* ---- packed weights -------------------------------------------------------------------------- */
+
+/* Random codes; scales of [2^-6, 2^-5), minima of either sign as large. */
+static void fill_packed(bench *b, const packing *f, char *w, int64_t num_blocks)
+{
+    for (int64_t i = 0; i < num_blocks; i++, w += f->block_bytes) {
+        uint64_t bits[5];
+        for (int j = 0; j < 5; j++) bits[j] = data_u64(&b->random);
+        memcpy(w, bits, (size_t)f->block_bytes);
+        const uint64_t more = data_u64(&b->random);
+        const uint16_t d = 0x2400 | (more & 0x3ff), min = 0x2400 | (more >> 16 & 0x83ff);
+        memcpy(w, &d, sizeof d);
+        if (f->has_min) memcpy(w + 2, &min, sizeof min);
+    }
+}
+
+/* Element k of a row of packed weights: a scaled code, and what is added to it. */
+static double packed_at(const packing *f, const char *row, int64_t k, double *added)
+{
+    const char *block = row + k / BLOCK * f->block_bytes, *codes = block + 2 + 2 * f->has_min;
+    const int64_t i = k % BLOCK;
+    const double d = data_get(block, QKV_F16, 0);
+    *added = f->has_min ? data_get(block, QKV_F16, 1) : -f->zero * d;
+    if (f->bits == 8) return d * (signed char)codes[i];
+    return d * ((unsigned char)codes[i % 16] >> i / 16 * 4 & 15);
+}
+
+static double weight_at(const state *s, const char *row, int64_t k, double *added)
+{
+    if (s->packing) return packed_at(s->packing, row, k, added);
+    *added = 0;
+    return data_get(row, s->w_dtype, k);
+}
+
+/* ---- the operator ---------------------------------------------------------------------------- */
+
+static void read_problem(const bench *b, state *s)
+{
+    const int64_t w = bench_int(b, KEY_W);
+    s->m = bench_int(b, KEY_M);
+    s->n = bench_int(b, KEY_N);
+    s->k = s->w_columns = bench_int(b, KEY_K);
+    s->x_dtype = problem_dtype(b->p, KEY_X);
+    s->out_dtype = problem_dtype(b->p, KEY_OUT);
+    s->w_dtype = w < W_Q8_0 ? problem_dtype(b->p, KEY_W) : QKV_U8;
+    if (w < W_Q8_0) return;
+    s->packing = &packings[w - W_Q8_0];
+    s->w_columns = s->k / BLOCK * s->packing->block_bytes;
+}
 
 static void setup(bench *b)
 {
     state *s = b->state = bench_alloc(b, 1, sizeof *s);
-    s->m = bench_int(b, KEY_M);
-    s->n = bench_int(b, KEY_N);
-    s->k = bench_int(b, KEY_K);
-    s->x_dtype = problem_dtype(b->p, KEY_X);
-    s->w_dtype = problem_dtype(b->p, KEY_W);
-    s->out_dtype = problem_dtype(b->p, KEY_OUT);
-    bench_rows_of(b, "gemm");
-    const double w_bytes = (double)data_bytes(s->w_dtype, s->n * s->k);
+    read_problem(b, s);
+    bench_rows_of(b, s->packing ? "gemm_quantized" : "gemm");
+    const double w_bytes = (double)data_bytes(s->w_dtype, s->n * s->w_columns);
     bench_rotate(b, w_bytes, w_bytes);
     b->bytes = w_bytes + (double)data_bytes(s->x_dtype, s->m * s->k) +
                (double)data_bytes(s->out_dtype, s->m * s->n);
@@ -33,41 +96,51 @@ static void setup(bench *b)
     s->w = bench_alloc(b, (double)b->num_sets * w_bytes, 1);
     s->x = bench_alloc(b, (double)s->m * (double)s->k, data_bytes(s->x_dtype, 1));
     s->out = bench_alloc(b, (double)s->m * (double)s->n, data_bytes(s->out_dtype, 1));
-    data_fill(&b->random, s->w, s->w_dtype, b->num_sets * s->n * s->k, 1);
+    if (s->packing)
+        fill_packed(b, s->packing, s->w, b->num_sets * s->n * s->k / BLOCK);
+    else
+        data_fill(&b->random, s->w, s->w_dtype, b->num_sets * s->n * s->k, 1);
     data_fill(&b->random, s->x, s->x_dtype, s->m * s->k, 1);
     DATA_TENSOR(&s->x_t, s->x, s->x_dtype, s->m, s->k);
     DATA_TENSOR(&s->out_t, s->out, s->out_dtype, s->m, s->n);
 }
 
-static char *weights(const state *s, int64_t set)
+/* A row of w; row n is the first of the next set. */
+static char *weights(const state *s, int64_t set, int64_t row)
 {
-    return s->w + data_bytes(s->w_dtype, set * s->n * s->k);
+    return s->w + data_bytes(s->w_dtype, (set * s->n + row) * s->w_columns);
 }
 
 static void run(bench *b, int64_t set)
 {
     state *s = b->state;
     data_tensor w;
-    DATA_TENSOR(&w, weights(s, set), s->w_dtype, s->n, s->k);
-    tool_check(qkv_gemm(b->ctx, &s->out_t.t, &s->x_t.t, &w.t, NULL), "qkv_gemm");
+    DATA_TENSOR(&w, weights(s, set, 0), s->w_dtype, s->n, s->w_columns);
+    if (s->packing)
+        tool_check(
+            qkv_gemm_quantized(b->ctx, &s->out_t.t, &s->x_t.t, &w.t, s->packing->format, NULL),
+            "qkv_gemm_quantized");
+    else
+        tool_check(qkv_gemm(b->ctx, &s->out_t.t, &s->x_t.t, &w.t, NULL), "qkv_gemm");
 }
 
 static void verify(bench *b)
 {
     state *s = b->state;
     const int64_t set = data_below(&b->random, b->num_sets);
-    const char *w = weights(s, set);
     data_poison(s->out, s->out_dtype, s->m * s->n);
     run(b, set);
     bench_expect_finite(b, s->out, s->out_dtype, s->m * s->n);
     for (int i = 0; i < NUM_SAMPLES; i++) {
         const int64_t row = data_below(&b->random, s->m), column = data_below(&b->random, s->n);
+        const char *w = weights(s, set, column);
         double sum = 0, squares = 0;
         for (int64_t j = 0; j < s->k; j++) {
-            const double product = data_get(s->x, s->x_dtype, row * s->k + j) *
-                                   data_get(w, s->w_dtype, column * s->k + j);
-            sum += product;
-            squares += product * product;
+            double added;
+            const double x = data_get(s->x, s->x_dtype, row * s->k + j);
+            const double product = x * weight_at(s, w, j, &added);
+            sum += product + x * added;
+            squares += product * product + x * added * x * added;
         }
         /* k roundings of partial sums that grow like a random walk */
         const double walk = sqrt((double)s->k) * sqrt(squares);

@@ -145,8 +145,35 @@ static int is_bf16(DLDataType dtype)
     return dtype.code == QKV_BF16.code && dtype.bits == 16;
 }
 
-static uint16_t bits16(DLDataType dtype, double x)
+/* An fp8 whose exponent has this bias is the upper part of a number of 10 mantissa bits; rounded
+ * towards zero, subnormals to zero. */
+static uint16_t fp8_bits(double x, int mantissa_bits, int bias)
 {
+    int e;
+    const double m = frexp(fabs(x), &e) * 2 - 1; /* x = (1 + m) 2^(e - 1) */
+    if (x == 0 || e - 1 + bias < 1) return x < 0 ? 0x80 : 0;
+    const int n = (int)ldexp(m, mantissa_bits) | (e - 1 + bias) << mantissa_bits;
+    return (uint16_t)(n | (x < 0 ? 0x80 : 0));
+}
+
+static double fp8_value(uint8_t h, int mantissa_bits, int bias)
+{
+    const int exponent = (h & 0x7f) >> mantissa_bits, mantissa = h & ((1 << mantissa_bits) - 1);
+    const double m = exponent ? mantissa + (1 << mantissa_bits) : mantissa;
+    return (h & 0x80 ? -1 : 1) * ldexp(m, (exponent ? exponent : 1) - bias - mantissa_bits);
+}
+
+static int is_8bit(DLDataType dtype)
+{
+    return dtype.bits == 8;
+}
+
+/* The bits of a dtype of 8 or 16. */
+static uint16_t narrow_bits(DLDataType dtype, double x)
+{
+    if (dtype.code == QKV_I8.code) return (uint8_t)(int8_t)lrint(x);
+    if (dtype.code == QKV_E4M3.code) return fp8_bits(x, 3, 7);
+    if (dtype.code == QKV_E5M2.code) return fp8_bits(x, 2, 15);
     const float f = (float)x;
     uint32_t bits;
     memcpy(&bits, &f, sizeof bits);
@@ -156,6 +183,12 @@ static uint16_t bits16(DLDataType dtype, double x)
 double data_get(const void *p, DLDataType dtype, int64_t i)
 {
     if (is_f32(dtype)) return (double)((const float *)p)[i];
+    if (is_8bit(dtype)) {
+        const uint8_t byte = ((const uint8_t *)p)[i];
+        return dtype.code == QKV_I8.code     ? (int8_t)byte
+               : dtype.code == QKV_E4M3.code ? fp8_value(byte, 3, 7)
+                                             : fp8_value(byte, 2, 15);
+    }
     const uint16_t h = ((const uint16_t *)p)[i];
     return is_bf16(dtype) ? bf16_value(h) : f16_value(h);
 }
@@ -174,13 +207,15 @@ void data_fill(data_random *r, void *p, DLDataType dtype, int64_t n, double scal
     for (int i = 0; i < TABLE; i++) {
         const double x = ((double)(data_u64(r) >> 11) * 0x1p-52 - 1) * scale;
         wide[i] = (float)x;
-        narrow[i] = is_f32(dtype) ? 0 : bits16(dtype, x);
+        narrow[i] = is_f32(dtype) ? 0 : narrow_bits(dtype, x);
     }
     for (int64_t i = 0; i < n;) {
         uint64_t bits = data_u64(r);
         for (int j = 0; j < 5 && i < n; j++, i++, bits >>= 12) {
             if (is_f32(dtype))
                 ((float *)p)[i] = wide[bits % TABLE];
+            else if (is_8bit(dtype))
+                ((uint8_t *)p)[i] = (uint8_t)narrow[bits % TABLE];
             else
                 ((uint16_t *)p)[i] = narrow[bits % TABLE];
         }

@@ -8,7 +8,8 @@
 
 enum { KIND_INT, KIND_PAIR, KIND_REAL, KIND_CHOICE };
 
-#define DTYPES "f32|f16|bf16"
+#define DTYPES    "f32|f16|bf16"
+#define KV_DTYPES DTYPES "|e4m3|e5m2|i8"
 
 static const struct {
     const char *name;
@@ -30,7 +31,7 @@ static const struct {
     [KEY_PAGE] = {"page", KIND_INT, 0, 1 << 24, NULL, "tokens a page; 0 = ragged, without pages"},
     [KEY_LAYOUT] = {"layout", KIND_CHOICE, 0, 0, "NHD|HND", "order of a page's axes"},
     [KEY_Q] = {"q", KIND_CHOICE, 0, 0, DTYPES, "dtype of q"},
-    [KEY_KV] = {"kv", KIND_CHOICE, 0, 0, DTYPES,
+    [KEY_KV] = {"kv", KIND_CHOICE, 0, 0, KV_DTYPES,
                 "dtype of the cache; that of q or dtype if not given"},
     [KEY_O] = {"o", KIND_CHOICE, 0, 0, DTYPES, "dtype of o; that of q if not given"},
     [KEY_MASK] = {"mask", KIND_CHOICE, 0, 0, "none|causal", "attention mask"},
@@ -47,7 +48,8 @@ static const struct {
     [KEY_N] = {"n", KIND_INT, 1, 1 << 24, NULL, "rows of w"},
     [KEY_K] = {"k", KIND_INT, 1, 1 << 24, NULL, "columns of x and w"},
     [KEY_X] = {"x", KIND_CHOICE, 0, 0, DTYPES, "dtype of x"},
-    [KEY_W] = {"w", KIND_CHOICE, 0, 0, DTYPES, "dtype of w; that of x if not given"},
+    [KEY_W] = {"w", KIND_CHOICE, 0, 0, DTYPES "|q8_0|q4_0|q4_1",
+               "dtype or packed format of w; the dtype of x if not given"},
     [KEY_OUT] = {"out", KIND_CHOICE, 0, 0, DTYPES, "dtype of out; that of x if not given"},
     [KEY_TOKENS] = {"tokens", KIND_INT, 1, 1 << 24, NULL, "rows"},
     [KEY_SIZE] = {"size", KIND_INT, 1, 1 << 20, NULL, "width of a row"},
@@ -279,6 +281,8 @@ static bool check(const problem *p, const bool *has, char error[PROBLEM_ERROR])
         what = "top_p: expected more than 0";
     else if (has[KEY_ROTARY] && v[KEY_HEAD_DIM].first != v[KEY_HEAD_DIM].second)
         what = "head_dim: expected one for q and k";
+    else if (has[KEY_W] && v[KEY_W].first >= W_Q8_0 && v[KEY_K].first % 32)
+        what = "k: expected a multiple of 32 for packed weights";
     else if (has[KEY_KV_HEADS] && v[KEY_PAGE].first == 0)
         what = "page: expected at least 1";
     else if (v[KEY_SHARED].first > 0 &&
@@ -354,6 +358,6 @@ void problem_print(const problem *p, char text[PROBLEM_TEXT])
 
 DLDataType problem_dtype(const problem *p, problem_key key)
 {
-    const int64_t i = p->value[key].first; /* the order of DTYPES */
-    return i == 0 ? QKV_F32 : i == 1 ? QKV_F16 : QKV_BF16;
+    const DLDataType order[] = {QKV_F32, QKV_F16, QKV_BF16, QKV_E4M3, QKV_E5M2, QKV_I8};
+    return order[p->value[key].first]; /* the order of KV_DTYPES */
 }

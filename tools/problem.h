@@ -56,6 +56,7 @@ typedef enum problem_key {
 enum { DIST_FIXED, DIST_UNIFORM, DIST_ZIPF };
 enum { FORM_FLAT, FORM_LEVELS, FORM_DETECT };
 enum { DATA_DRAM, DATA_CACHE };
+enum { W_Q8_0 = 3, W_Q4_0, W_Q4_1 }; /* of KEY_W, after the dtypes */
 enum { STYLE_NEOX, STYLE_INTERLEAVED };
 
 /* first: the number, the choice (in the order above or of the public header), or what stands

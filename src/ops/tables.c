@@ -6,7 +6,9 @@
 /* op, its table */
 #define TABLES(X)                                                                                  \
     X(attention)                                                                                   \
-    X(merge) X(gemm) X(rmsnorm) X(rope) X(gated) X(append) X(copy_pages) X(argmax) X(sample)
+    X(merge)                                                                                       \
+    X(gemm)                                                                                        \
+    X(gemm_quantized) X(rmsnorm) X(rope) X(gated) X(append) X(copy_pages) X(argmax) X(sample)
 
 #define X(op) extern const qi_kernel qi_##op##_kernels[];
 TABLES(X)

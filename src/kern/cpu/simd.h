@@ -333,28 +333,48 @@ QI_INLINE vf vf_swap_pairs(vf v)
 #endif
 }
 
-#if QI_VW == 8 /* AVX2 shuffles within 128-bit lanes cheaply, across them not */
-
-/* Of each lane: {a0 b0 a1 b1}, {a2 b2 a3 b3}; as pairs {a01 b01}, {a23 b23}; the lanes themselves. */
+/* Of each 128-bit lane: {a0 b0 a1 b1}, {a2 b2 a3 b3}; as pairs {a01 b01}, {a23 b23}. */
+#if QI_VW == 16
+#define QI_LANE_LO(a, b) QI_SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)
+#define QI_LANE_HI(a, b)                                                                           \
+    QI_SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)
+#define QI_PAIR_LO(a, b) QI_SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
+#define QI_PAIR_HI(a, b)                                                                           \
+    QI_SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
+#elif QI_VW == 8
 #define QI_LANE_LO(a, b) QI_SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13)
 #define QI_LANE_HI(a, b) QI_SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15)
 #define QI_PAIR_LO(a, b) QI_SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13)
 #define QI_PAIR_HI(a, b) QI_SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15)
-#define QI_LOWER(a, b)   QI_SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11)
-#define QI_UPPER(a, b)   QI_SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15)
+#else
+#define QI_LANE_LO(a, b) QI_SHUFFLE(a, b, 0, 4, 1, 5)
+#define QI_LANE_HI(a, b) QI_SHUFFLE(a, b, 2, 6, 3, 7)
+#define QI_PAIR_LO(a, b) QI_SHUFFLE(a, b, 0, 1, 4, 5)
+#define QI_PAIR_HI(a, b) QI_SHUFFLE(a, b, 2, 3, 6, 7)
+#endif
+
+/* Transposes the 4 x 4 block in each 128-bit lane. */
+QI_INLINE void vf_transpose_lanes(vf r[4])
+{
+    const vf a = QI_LANE_LO(r[0], r[1]), b = QI_LANE_HI(r[0], r[1]);
+    const vf c = QI_LANE_LO(r[2], r[3]), d = QI_LANE_HI(r[2], r[3]);
+    r[0] = QI_PAIR_LO(a, c);
+    r[1] = QI_PAIR_HI(a, c);
+    r[2] = QI_PAIR_LO(b, d);
+    r[3] = QI_PAIR_HI(b, d);
+}
+
+#if QI_VW == 8 /* AVX2 shuffles within 128-bit lanes cheaply, across them not */
+
+/* The lanes themselves. */
+#define QI_LOWER(a, b) QI_SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11)
+#define QI_UPPER(a, b) QI_SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15)
 
 /* Transposes a tile in registers: 4 x 4 blocks within lanes, then the lanes. 24 shuffles. */
 QI_INLINE void vf_transpose(vf r[QI_VW])
 {
-    QI_UNROLL(2)
-    for (int i = 0; i < 8; i += 4) {
-        const vf a = QI_LANE_LO(r[i], r[i + 1]), b = QI_LANE_HI(r[i], r[i + 1]);
-        const vf c = QI_LANE_LO(r[i + 2], r[i + 3]), d = QI_LANE_HI(r[i + 2], r[i + 3]);
-        r[i] = QI_PAIR_LO(a, c);
-        r[i + 1] = QI_PAIR_HI(a, c);
-        r[i + 2] = QI_PAIR_LO(b, d);
-        r[i + 3] = QI_PAIR_HI(b, d);
-    }
+    vf_transpose_lanes(r);
+    vf_transpose_lanes(r + 4);
     QI_UNROLL(4)
     for (int i = 0; i < 4; i++) {
         const vf lower = QI_LOWER(r[i], r[i + 4]);
