@@ -71,6 +71,13 @@ static inline int64_t qi_tasks_for(int64_t work)
     return work < 32768 ? 1 : work / 16384;
 }
 
+/* Is an output of so many bytes stored past the caches? Then it is larger than several L2 caches, and
+ * whoever reads it next would hardly find it there. */
+static inline int qi_streams(int64_t bytes)
+{
+    return bytes >= 8 << 20;
+}
+
 /* What every call that computes or creates asks first: is there a context, and of this process? */
 qkv_status qi_check_context(const qkv_context *ctx);
 #define QI_REQUIRE_CONTEXT(ctx) QI_TRY(qi_check_context(ctx))

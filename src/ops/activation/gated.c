@@ -34,6 +34,8 @@ qkv_status qkv_gated_activation(qkv_context *ctx, DLTensor *out, const DLTensor 
 
     const qi_kernel *row;
     QI_TRY(qi_select(ctx, qi_gated_kernels, NULL, &row));
+    const int64_t bytes =
+        num_tokens * size * (int64_t)qi_dtype_bytes((qi_dtype)qi_dtype_of(gate->dtype));
     const gated_params params = {
         .out = qi_data(out),
         .gate = qi_data(gate),
@@ -45,8 +47,8 @@ qkv_status qkv_gated_activation(qkv_context *ctx, DLTensor *out, const DLTensor 
         .size = size,
         .dtype = (qi_dtype)qi_dtype_of(gate->dtype),
         .kind = kind,
+        .streams = !qi_same(out, gate) && !qi_same(out, up) && qi_streams(bytes),
     };
-    const int64_t bytes = num_tokens * size * 3 * (int64_t)qi_dtype_bytes(params.dtype);
-    qi_launch(ctx, row, qi_tasks_for(bytes), &params);
+    qi_launch(ctx, row, qi_tasks_for(3 * bytes), &params);
     return QKV_OK;
 }

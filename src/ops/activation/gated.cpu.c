@@ -2,7 +2,7 @@
  * so that one long row is shared too. Bound: memory, 3 x size bytes an element; out of a cache, the
  * exponential.
  * SPDX-License-Identifier: Apache-2.0 */
-#include "kern/cpu/simd.h"
+#include "kern/cpu/stream.h"
 #include "ops/activation/gated_params.h"
 
 #define BLOCK 1024
@@ -45,7 +45,7 @@ QI_INLINE vf activate(vf x, const i32 kind)
 }
 
 QI_INLINE void gated_block(const gated_params *p, i64 token, i64 begin, i64 n, const qi_dtype t,
-                           const i32 kind)
+                           const i32 kind, const int streams)
 {
     const char *gate = qi_at(p->gate, t, token * p->gate_stride + begin);
     const char *up = qi_at(p->up, t, token * p->up_stride + begin);
@@ -54,9 +54,13 @@ QI_INLINE void gated_block(const gated_params *p, i64 token, i64 begin, i64 n, c
     for (; i + QI_VW <= n; i += QI_VW) {
         qi_prefetch(qi_at(gate, t, i + AHEAD));
         qi_prefetch(qi_at(up, t, i + AHEAD));
-        qi_prefetch(qi_at(out, t, i + AHEAD));
-        qi_store(out + i * (i64)qi_size_of(t), t,
-                 activate(qi_load(qi_at(gate, t, i), t), kind) * qi_load(qi_at(up, t, i), t));
+        const vf v = activate(qi_load(qi_at(gate, t, i), t), kind) * qi_load(qi_at(up, t, i), t);
+        if (streams) {
+            qi_stream(out + i * (i64)qi_size_of(t), t, v);
+        } else {
+            qi_prefetch(qi_at(out, t, i + AHEAD));
+            qi_store(out + i * (i64)qi_size_of(t), t, v);
+        }
     }
     if (i < n)
         qi_store_n(out + i * (i64)qi_size_of(t), t,
@@ -71,9 +75,14 @@ QI_INLINE void gated_all(const gated_params *p, qi_task task, const qi_dtype t, 
     i64 begin, end;
     qi_task_share(task, p->num_tokens * per_row, 1, &begin, &end);
     for (i64 i = begin; i < end; i++) {
-        const i64 at = i % per_row * BLOCK;
-        gated_block(p, i / per_row, at, p->size - at < BLOCK ? p->size - at : BLOCK, t, kind);
+        const i64 token = i / per_row, at = i % per_row * BLOCK;
+        const i64 n = p->size - at < BLOCK ? p->size - at : BLOCK;
+        if (p->streams && qi_can_stream(qi_at(p->out, t, token * p->out_stride), t))
+            gated_block(p, token, at, n, t, kind, 1);
+        else
+            gated_block(p, token, at, n, t, kind, 0);
     }
+    if (p->streams) qi_stream_end();
 }
 
 QI_INLINE void gated_kind(const gated_params *p, qi_task task, const qi_dtype t)

@@ -15,6 +15,7 @@ typedef struct gated_params {
     i64 num_tokens, size;
     qi_dtype dtype;
     i32 kind;
+    i32 streams; /* out is stored past the caches */
 } gated_params;
 
 #endif

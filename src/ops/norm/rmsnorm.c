@@ -49,6 +49,8 @@ static qkv_status normalise(qkv_context *ctx, DLTensor *out, DLTensor *residual,
 
     const qi_kernel *row;
     QI_TRY(qi_select(ctx, qi_rmsnorm_kernels, NULL, &row));
+    const int64_t row_bytes =
+        hidden_size * (int64_t)qi_dtype_bytes((qi_dtype)qi_dtype_of(x->dtype));
     const rmsnorm_params params = {
         .out = qi_data(out),
         .residual = qi_optional_data(residual),
@@ -63,10 +65,9 @@ static qkv_status normalise(qkv_context *ctx, DLTensor *out, DLTensor *residual,
         .weight_dtype = (qi_dtype)qi_dtype_of(weight->dtype),
         .eps = eps,
         .weight_bias = weight_bias,
+        .streams = !qi_same(out, x) && qi_streams(num_tokens * row_bytes),
     };
-    const int64_t row_bytes =
-        hidden_size * (residual ? 4 : 2) * (int64_t)qi_dtype_bytes(params.dtype);
-    const int64_t tasks = qi_tasks_for(num_tokens * row_bytes);
+    const int64_t tasks = qi_tasks_for(num_tokens * row_bytes * (residual ? 4 : 2));
     qi_launch(ctx, row, tasks < num_tokens ? tasks : num_tokens, &params);
     return QKV_OK;
 }
@@ -82,6 +83,7 @@ qkv_status qkv_add_rmsnorm(qkv_context *ctx, DLTensor *out, DLTensor *residual, 
                            const DLTensor *weight, float eps, float weight_bias, void *stream)
 {
     (void)stream;
+    QI_REQUIRE_CONTEXT(ctx);
     QI_REQUIRE(residual, "residual: expected a tensor, got NULL");
     return normalise(ctx, out, residual, x, weight, eps, weight_bias);
 }

@@ -5,7 +5,7 @@
  * one read and one write of memory a row. Bound: memory, 2 (with residual 4) x hidden_size x size
  * bytes a token.
  * SPDX-License-Identifier: Apache-2.0 */
-#include "kern/cpu/simd.h"
+#include "kern/cpu/stream.h"
 #include "ops/norm/rmsnorm_params.h"
 
 #define CHAINS 4 /* independent sums: FMA latency over throughput, halved */
@@ -58,13 +58,18 @@ QI_INLINE float take_row(float *row, char *residual, const char *x, i64 size, co
 /* out = row * scale * (bias + weight). Brings x of the next row closer meanwhile: rows are read in
  * turns with such computing, too short each for the hardware to run ahead. */
 QI_INLINE void scale_row(char *out, const float *row, float scale, const void *weight, float bias,
-                         i64 size, const char *next, const qi_dtype t, const qi_dtype wt)
+                         i64 size, const char *next, const qi_dtype t, const qi_dtype wt,
+                         const int streams)
 {
     i64 h = 0;
     for (; h + QI_VW <= size; h += QI_VW) {
         qi_prefetch(qi_at(next, t, h));
         const vf w = qi_load(qi_at(weight, wt, h), wt) + bias;
-        qi_store(out + h * (i64)qi_size_of(t), t, vf_load(row + h) * scale * w);
+        const vf v = vf_load(row + h) * scale * w;
+        if (streams)
+            qi_stream(out + h * (i64)qi_size_of(t), t, v);
+        else
+            qi_store(out + h * (i64)qi_size_of(t), t, v);
     }
     const i64 n = size - h;
     if (n > 0) {
@@ -88,8 +93,12 @@ QI_INLINE void norm_rows(const rmsnorm_params *p, qi_task task, const qi_dtype t
             p->residual ? take_row(row, residual, x, size, t) : take_row(row, NULL, x, size, t);
         const float scale = 1.f / sqrtf(squares / (float)size + p->eps);
         const char *next = x + (token + 1 < end ? p->x_stride * bytes : 0);
-        scale_row(out, row, scale, p->weight, p->weight_bias, size, next, t, wt);
+        if (p->streams && qi_can_stream(out, t))
+            scale_row(out, row, scale, p->weight, p->weight_bias, size, next, t, wt, 1);
+        else
+            scale_row(out, row, scale, p->weight, p->weight_bias, size, next, t, wt, 0);
     }
+    if (p->streams) qi_stream_end();
 }
 
 QI_CPU_KERNEL(rmsnorm)

@@ -14,6 +14,7 @@ typedef struct rmsnorm_params {
     i64 num_tokens, hidden_size;
     qi_dtype dtype, weight_dtype;
     float eps, weight_bias;
+    i32 streams; /* out is stored past the caches */
 } rmsnorm_params;
 
 #endif

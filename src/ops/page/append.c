@@ -263,7 +263,7 @@ static qkv_status expect_distinct(const DLTensor *k_cache, const DLTensor *v_cac
     return qi_expect_distinct(v_cache, "v_cache");
 }
 
-static qkv_status launch(const qkv_context *ctx, const append_params *p)
+static qkv_status launch(const qkv_context *ctx, append_params *p)
 {
     if (p->nnz == 0) return QKV_OK;
     const qi_kernel *row;
@@ -271,8 +271,9 @@ static qkv_status launch(const qkv_context *ctx, const append_params *p)
     const append_tensor *k = &p->k, *v = &p->v, *q = &p->q;
     const i64 elements =
         k->num_heads * k->head_dim + v->num_heads * v->head_dim + q->num_heads * q->head_dim;
-    const i64 bytes = (i64)(qi_dtype_bytes(k->dtype) + qi_dtype_bytes(k->cache_dtype));
-    const i64 tasks = qi_tasks_for(p->nnz * elements * bytes);
+    const i64 written = p->nnz * elements * (i64)qi_dtype_bytes(k->cache_dtype);
+    const i64 tasks = qi_tasks_for(written + p->nnz * elements * (i64)qi_dtype_bytes(k->dtype));
+    p->streams = qi_streams(written);
     qi_launch(ctx, row, tasks < p->nnz ? tasks : p->nnz, p);
     return QKV_OK;
 }

@@ -2,6 +2,7 @@
  * asked for. Tasks share the rows. Bound: memory, one read and one write of every row.
  * SPDX-License-Identifier: Apache-2.0 */
 #include "kern/cpu/rope.h"
+#include "kern/cpu/stream.h"
 #include "ops/page/append_params.h"
 
 QI_INLINE void convert_as(char *out, const qi_dtype to, const char *in, const qi_dtype from, i64 n)
@@ -64,6 +65,8 @@ static void append_row(const append_params *p, const append_tensor *t, i64 row, 
     for (i64 head = 0; head < t->num_heads; head++) {
         if (!t->plain)
             change_head(p, t, head, out, in, scratch);
+        else if (t->dtype == t->cache_dtype && p->streams)
+            qi_stream_copy(out, in, t->head_dim * size);
         else if (t->dtype == t->cache_dtype)
             memcpy(out, in, (size_t)(t->head_dim * size));
         else
@@ -120,4 +123,5 @@ QI_CPU_KERNEL(append)
         append_by_slot(p, begin, end, scratch);
     else
         append_by_position(p, begin, end, scratch);
+    if (p->streams) qi_stream_end();
 }

@@ -32,6 +32,7 @@ typedef struct append_params {
     qi_dtype slots_dtype;
     const i32 *positions; /* [nnz], NULL: the last ones of each request (by slot: none) */
     qi_kv_view index;
+    i32 streams; /* rows that are copied as they are pass the caches */
 } append_params;
 
 #endif
