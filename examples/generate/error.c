@@ -4,6 +4,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 
 bool fail(char error[GGUF_ERROR], const char *format, ...)
 {
@@ -22,6 +23,10 @@ bool works(char error[GGUF_ERROR], const char *call, qkv_status status)
 
 void *allocate(size_t bytes)
 {
-    if (bytes > SIZE_MAX - 63) return NULL;
-    return aligned_alloc(64, bytes ? (bytes + 63) / 64 * 64 : 64);
+    const size_t large = (size_t)2 << 20, grain = bytes < large ? 64 : large;
+    if (bytes > SIZE_MAX - large) return NULL;
+    const size_t whole = bytes ? (bytes + grain - 1) / grain * grain : grain;
+    void *p = aligned_alloc(grain, whole);
+    if (p && grain == large) madvise(p, whole, MADV_HUGEPAGE); /* fewer misses; failing is fine */
+    return p;
 }

@@ -14,7 +14,8 @@ bool fail(char error[GGUF_ERROR], const char *format, ...) __attribute__((format
 /* True for QKV_OK; else the library's own message, after the name of the call. */
 bool works(char error[GGUF_ERROR], const char *call, qkv_status status);
 
-/* malloc's like, aligned to 64 bytes: a cache line, and a vector of any ISA level. */
+/* malloc's like, aligned to 64 bytes: a cache line, and a vector of any ISA level; large blocks to
+ * huge pages. */
 void *allocate(size_t bytes);
 
 #endif

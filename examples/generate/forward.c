@@ -25,14 +25,14 @@ struct forward {
      * page is one block, which makes saving it one copy. */
     uint8_t *pool;
 
-    /* Activations, f32. hidden is the residual stream; delta is what the last operator adds to it.
- */
-    float *hidden, *normed, *delta;  /* [max_tokens, hidden_size] */
-    float *qkv;                      /* [max_tokens, qkv_width]: q, k, v side by side */
-    float *mixed;                    /* [max_tokens, qo_width]: attention's output */
-    float *gate_up, *activated;      /* [max_tokens, 2 ffn_size], [max_tokens, ffn_size] */
-    float *head_hidden, *head_delta; /* [max_logits, hidden_size] */
-    float *logits;                   /* [max_logits, vocab_size] */
+    /* Activations, of the model's dtype. hidden is the residual stream; delta is what the last
+     * operator adds to it. */
+    uint8_t *hidden, *normed, *delta;  /* [max_tokens, hidden_size] */
+    uint8_t *qkv;                      /* [max_tokens, qkv_width]: q, k, v side by side */
+    uint8_t *mixed;                    /* [max_tokens, qo_width]: attention's output */
+    uint8_t *gate_up, *activated;      /* [max_tokens, 2 ffn_size], [max_tokens, ffn_size] */
+    uint8_t *head_hidden, *head_mixed; /* [max_logits, ...] of the rows that logits are asked for */
+    float *logits;                     /* [max_logits, vocab_size] */
 };
 
 /* ---- tensors over plain memory ------------------------------------------------------------- */
@@ -71,11 +71,17 @@ static DLTensor *matrix(view *v, const void *data, DLDataType dtype, int64_t row
 }
 
 /* [rows, heads, head_dim], rows stride elements apart. */
-static DLTensor *heads_of(view *v, const float *data, int64_t rows, int64_t heads, int64_t head_dim,
-                          int64_t stride)
+static DLTensor *heads_of(view *v, const void *data, DLDataType dtype, int64_t rows, int64_t heads,
+                          int64_t head_dim, int64_t stride)
 {
-    return view_of(v, data, QKV_F32, 3, (int64_t[]){rows, heads, head_dim},
+    return view_of(v, data, dtype, 3, (int64_t[]){rows, heads, head_dim},
                    (int64_t[]){stride, head_dim, 1});
+}
+
+/* The bytes of n weights, keys or activations. */
+static size_t bytes_of(const model *m, int64_t n)
+{
+    return (size_t)n * (m->dtype.bits / 8);
 }
 
 /* ---- create ---------------------------------------------------------------------------------- */
@@ -88,7 +94,7 @@ static int64_t page_part(const model *m, int32_t page_size)
 
 size_t forward_page_bytes(const model *m, int32_t page_size)
 {
-    return (size_t)(page_part(m, page_size) * 2 * m->config.num_layers) * (m->dtype.bits / 8);
+    return bytes_of(m, page_part(m, page_size) * 2 * m->config.num_layers);
 }
 
 static bool create_attention(forward *f, char error[GGUF_ERROR])
@@ -103,9 +109,9 @@ static bool create_attention(forward *f, char error[GGUF_ERROR])
                                      .page_size = l->page_size,
                                      .kv_layout = QKV_NHD,
                                      .mask = QKV_MASK_CAUSAL,
-                                     .dtype_q = QKV_F32,
+                                     .dtype_q = f->m->dtype,
                                      .dtype_kv = f->m->dtype,
-                                     .dtype_o = QKV_F32};
+                                     .dtype_o = f->m->dtype};
     const qkv_attention_limits limits = {
         QKV_ATTENTION_LIMITS_INIT,
         .max_requests = l->max_requests,
@@ -118,11 +124,22 @@ static bool create_attention(forward *f, char error[GGUF_ERROR])
                  qkv_attention_create(f->ctx, &spec, &limits, NULL, &f->attention));
 }
 
-/* count elements of 4 bytes; *bytes sums what was asked for. */
-static void *buffer(size_t *bytes, int64_t count)
+/* *sum adds up what was asked for. */
+static void *buffer(size_t *sum, size_t bytes)
 {
-    *bytes += (size_t)count * 4;
-    return allocate((size_t)count * 4);
+    *sum += bytes;
+    return allocate(bytes);
+}
+
+/* count elements of 4 bytes. */
+static void *words(size_t *sum, int64_t count)
+{
+    return buffer(sum, (size_t)count * 4);
+}
+
+static void *activations(const forward *f, size_t *sum, int64_t rows, int64_t width)
+{
+    return buffer(sum, bytes_of(f->m, rows * width));
 }
 
 static bool create_buffers(forward *f, char error[GGUF_ERROR])
@@ -133,28 +150,27 @@ static bool create_buffers(forward *f, char error[GGUF_ERROR])
     const size_t page_bytes = forward_page_bytes(f->m, l->page_size);
     if (page_bytes > SIZE_MAX / 2 / (size_t)l->num_pages)
         return fail(error, "out of memory: %d pages of %zu MiB", l->num_pages, page_bytes >> 20);
-    const size_t pool_bytes = page_bytes * (size_t)l->num_pages;
-    size_t bytes = pool_bytes;
-    f->tokens = buffer(&bytes, tokens);
-    f->positions = buffer(&bytes, tokens);
-    f->qo_indptr = buffer(&bytes, requests + 1);
-    f->kv_indptr = buffer(&bytes, requests + 1);
-    f->last_page_len = buffer(&bytes, requests);
-    f->kv_indices = buffer(&bytes, requests * f->pages_per_request);
-    f->hidden = buffer(&bytes, tokens * c->hidden_size);
-    f->normed = buffer(&bytes, tokens * c->hidden_size);
-    f->delta = buffer(&bytes, tokens * c->hidden_size);
-    f->qkv = buffer(&bytes, tokens * f->qkv_width);
-    f->mixed = buffer(&bytes, tokens * f->qo_width);
-    f->gate_up = buffer(&bytes, tokens * 2 * c->ffn_size);
-    f->activated = buffer(&bytes, tokens * c->ffn_size);
-    f->head_hidden = buffer(&bytes, rows * c->hidden_size);
-    f->head_delta = buffer(&bytes, rows * c->hidden_size);
-    f->logits = buffer(&bytes, rows * c->vocab_size);
-    f->pool = allocate(pool_bytes);
+    size_t bytes = 0;
+    f->tokens = words(&bytes, tokens);
+    f->positions = words(&bytes, tokens);
+    f->qo_indptr = words(&bytes, requests + 1);
+    f->kv_indptr = words(&bytes, requests + 1);
+    f->last_page_len = words(&bytes, requests);
+    f->kv_indices = words(&bytes, requests * f->pages_per_request);
+    f->hidden = activations(f, &bytes, tokens, c->hidden_size);
+    f->normed = activations(f, &bytes, tokens, c->hidden_size);
+    f->delta = activations(f, &bytes, tokens, c->hidden_size);
+    f->qkv = activations(f, &bytes, tokens, f->qkv_width);
+    f->mixed = activations(f, &bytes, tokens, f->qo_width);
+    f->gate_up = activations(f, &bytes, tokens, 2 * (int64_t)c->ffn_size);
+    f->activated = activations(f, &bytes, tokens, c->ffn_size);
+    f->head_hidden = activations(f, &bytes, rows, c->hidden_size);
+    f->head_mixed = activations(f, &bytes, rows, f->qo_width);
+    f->logits = words(&bytes, rows * c->vocab_size);
+    f->pool = buffer(&bytes, page_bytes * (size_t)l->num_pages);
     if (!f->tokens || !f->positions || !f->qo_indptr || !f->kv_indptr || !f->last_page_len ||
         !f->kv_indices || !f->hidden || !f->normed || !f->delta || !f->qkv || !f->mixed ||
-        !f->gate_up || !f->activated || !f->head_hidden || !f->head_delta || !f->logits || !f->pool)
+        !f->gate_up || !f->activated || !f->head_hidden || !f->head_mixed || !f->logits || !f->pool)
         return fail(error, "out of memory: KV cache and buffers need %zu MiB (%d pages of %d)",
                     bytes >> 20, l->num_pages, l->page_size);
     f->qo_indptr[0] = f->kv_indptr[0] = 0;
@@ -188,7 +204,7 @@ void forward_destroy(forward *f)
     void *const buffers[] = {
         f->tokens,    f->positions,   f->qo_indptr,  f->kv_indptr, f->last_page_len, f->kv_indices,
         f->hidden,    f->normed,      f->delta,      f->qkv,       f->mixed,         f->gate_up,
-        f->activated, f->head_hidden, f->head_delta, f->logits,    f->pool};
+        f->activated, f->head_hidden, f->head_mixed, f->logits,    f->pool};
     for (size_t i = 0; i < sizeof buffers / sizeof buffers[0]; i++) free(buffers[i]);
     free(f);
 }
@@ -219,44 +235,35 @@ int32_t forward_add(forward *f, const int32_t *tokens, int32_t num_tokens, int32
 
 static void embed(forward *f)
 {
-    const int64_t width = f->m->config.hidden_size;
-    for (int32_t row = 0; row < f->num_tokens; row++) {
-        float *out = f->hidden + row * width;
-        const int64_t at = f->tokens[row] * width;
-        if (f->m->dtype.bits == 32) {
-            memcpy(out, (const float *)f->m->embedding + at, (size_t)width * sizeof *out);
-            continue;
-        }
-        const uint16_t *in = (const uint16_t *)f->m->embedding + at;
-        for (int64_t i = 0; i < width; i++) {
-            const uint32_t bits = (uint32_t)in[i] << 16; /* bf16 is the upper half of f32 */
-            memcpy(&out[i], &bits, sizeof bits);
-        }
-    }
+    const size_t bytes = bytes_of(f->m, f->m->config.hidden_size);
+    const uint8_t *table = f->m->embedding;
+    for (int32_t row = 0; row < f->num_tokens; row++)
+        memcpy(f->hidden + (size_t)row * bytes, table + (size_t)f->tokens[row] * bytes, bytes);
 }
 
 /* out[rows, n] = x[rows, k] * w[n, k]^T */
-static qkv_status linear(forward *f, float *out, int64_t n, const float *x, int64_t k,
-                         const void *w, int64_t rows)
+static qkv_status linear(forward *f, void *out, DLDataType dtype_out, int64_t n, const void *x,
+                         int64_t k, const void *w, int64_t rows)
 {
     view out_view, x_view, w_view;
-    return qkv_gemm(f->ctx, matrix(&out_view, out, QKV_F32, rows, n, n),
-                    matrix(&x_view, x, QKV_F32, rows, k, k),
+    return qkv_gemm(f->ctx, matrix(&out_view, out, dtype_out, rows, n, n),
+                    matrix(&x_view, x, f->m->dtype, rows, k, k),
                     matrix(&w_view, w, f->m->dtype, n, k, k), NULL);
 }
 
 /* hidden += delta (unless this is the first norm of all), normed = rmsnorm(hidden). */
-static qkv_status norm(forward *f, float *normed, float *hidden, const float *delta,
+static qkv_status norm(forward *f, void *normed, void *hidden, const void *delta,
                        const float *weight, int64_t rows)
 {
     const int64_t width = f->m->config.hidden_size;
+    const DLDataType dtype = f->m->dtype;
     view out, residual, x, w;
-    matrix(&out, normed, QKV_F32, rows, width, width);
-    matrix(&residual, hidden, QKV_F32, rows, width, width);
+    matrix(&out, normed, dtype, rows, width, width);
+    matrix(&residual, hidden, dtype, rows, width, width);
     vector(&w, weight, QKV_F32, width);
     const float eps = f->m->config.norm_eps;
     if (!delta) return qkv_rmsnorm(f->ctx, &out.tensor, &residual.tensor, &w.tensor, eps, 0, NULL);
-    matrix(&x, delta, QKV_F32, rows, width, width);
+    matrix(&x, delta, dtype, rows, width, width);
     return qkv_add_rmsnorm(f->ctx, &out.tensor, &residual.tensor, &x.tensor, &w.tensor, eps, 0,
                            NULL);
 }
@@ -267,52 +274,64 @@ static qkv_status norm(forward *f, float *normed, float *hidden, const float *de
         if (try_ != QKV_OK) return try_;                                                           \
     } while (0)
 
-/* normed -> delta: projections, rotation, keys and values to their pages, attention. */
+/* normed -> mixed: projections, rotation, keys and values to their pages, attention. */
 static qkv_status attend(forward *f, int32_t index, const qkv_kv_index *kv)
 {
     const model_config *c = &f->m->config;
     const model_layer *layer = &f->m->layers[index];
+    const DLDataType dtype = f->m->dtype;
     const int64_t rows = f->num_tokens, dim = c->head_dim, kv_heads = c->num_kv_heads;
-    const int64_t part = page_part(f->m, f->limits.page_size);
-    TRY(linear(f, f->qkv, f->qkv_width, f->normed, c->hidden_size, layer->qkv, rows));
+    const int64_t part = page_part(f->m, f->limits.page_size), kv_width = kv_heads * dim;
+    TRY(linear(f, f->qkv, dtype, f->qkv_width, f->normed, c->hidden_size, layer->qkv, rows));
 
     view q, k, v, o, positions, k_pages, v_pages;
-    heads_of(&q, f->qkv, rows, c->num_qo_heads, dim, f->qkv_width);
-    heads_of(&k, f->qkv + f->qo_width, rows, kv_heads, dim, f->qkv_width);
-    heads_of(&v, f->qkv + f->qo_width + kv_heads * dim, rows, kv_heads, dim, f->qkv_width);
-    heads_of(&o, f->mixed, rows, c->num_qo_heads, dim, f->qo_width);
+    const uint8_t *keys = f->qkv + bytes_of(f->m, f->qo_width);
+    heads_of(&q, f->qkv, dtype, rows, c->num_qo_heads, dim, f->qkv_width);
+    heads_of(&k, keys, dtype, rows, kv_heads, dim, f->qkv_width);
+    heads_of(&v, keys + bytes_of(f->m, kv_width), dtype, rows, kv_heads, dim, f->qkv_width);
+    heads_of(&o, f->mixed, dtype, rows, c->num_qo_heads, dim, f->qo_width);
     vector(&positions, f->positions, QKV_I32, rows);
     const int64_t shape[] = {f->limits.num_pages, f->limits.page_size, kv_heads, dim};
-    const int64_t strides[] = {part * 2 * c->num_layers, kv_heads * dim, dim, 1};
-    const uint8_t *pages = f->pool + (size_t)(index * 2 * part) * (f->m->dtype.bits / 8);
-    view_of(&k_pages, pages, f->m->dtype, 4, shape, strides);
-    view_of(&v_pages, pages + (size_t)part * (f->m->dtype.bits / 8), f->m->dtype, 4, shape,
-            strides);
+    const int64_t strides[] = {part * 2 * c->num_layers, kv_width, dim, 1};
+    const uint8_t *pages = f->pool + bytes_of(f->m, index * 2 * part);
+    view_of(&k_pages, pages, dtype, 4, shape, strides);
+    view_of(&v_pages, pages + bytes_of(f->m, part), dtype, 4, shape, strides);
 
-    TRY(qkv_rope(f->ctx, &c->rope, &q.tensor, &q.tensor, &k.tensor, &k.tensor, &positions.tensor,
-                 NULL, NULL, NULL));
+    const qkv_kv_append_options rotated = {QKV_KV_APPEND_OPTIONS_INIT, .rope = &c->rope,
+                                           .q = &q.tensor, .q_out = &q.tensor};
     TRY(qkv_kv_append(f->ctx, &k_pages.tensor, &v_pages.tensor, QKV_NHD, &k.tensor, &v.tensor, kv,
-                      NULL, NULL, NULL));
+                      &positions.tensor, &rotated, NULL));
     const qkv_attention_io io = {QKV_ATTENTION_IO_INIT, .q = &q.tensor, .k = &k_pages.tensor,
                                  .v = &v_pages.tensor, .o = &o.tensor};
-    TRY(qkv_attention_run(f->attention, &io, NULL));
-    return linear(f, f->delta, c->hidden_size, f->mixed, f->qo_width, layer->output, rows);
+    return qkv_attention_run(f->attention, &io, NULL);
 }
 
 /* normed -> delta: down(silu(gate) * up). */
-static qkv_status feed_forward(forward *f, const model_layer *layer)
+static qkv_status feed_forward(forward *f, const model_layer *layer, int64_t rows)
 {
-    const int64_t rows = f->num_tokens, hidden = f->m->config.hidden_size;
+    const int64_t hidden = f->m->config.hidden_size;
     const int64_t ffn = f->m->config.ffn_size;
+    const DLDataType dtype = f->m->dtype;
     view gate, up, out;
-    TRY(linear(f, f->gate_up, 2 * ffn, f->normed, hidden, layer->gate_up, rows));
-    matrix(&gate, f->gate_up, QKV_F32, rows, ffn, 2 * ffn);
-    matrix(&up, f->gate_up + ffn, QKV_F32, rows, ffn, 2 * ffn);
-    matrix(&out, f->activated, QKV_F32, rows, ffn, ffn);
+    TRY(linear(f, f->gate_up, dtype, 2 * ffn, f->normed, hidden, layer->gate_up, rows));
+    matrix(&gate, f->gate_up, dtype, rows, ffn, 2 * ffn);
+    matrix(&up, f->gate_up + bytes_of(f->m, ffn), dtype, rows, ffn, 2 * ffn);
+    matrix(&out, f->activated, dtype, rows, ffn, ffn);
     TRY(qkv_gated_activation(f->ctx, &out.tensor, &gate.tensor, &up.tensor, QKV_SILU, NULL));
-    return linear(f, f->delta, hidden, f->activated, ffn, layer->down, rows);
+    return linear(f, f->delta, dtype, hidden, f->activated, ffn, layer->down, rows);
 }
 
+/* What follows attention in a layer, row by row: hidden gets its output, delta the rest's. */
+static qkv_status finish_layer(forward *f, const model_layer *layer, uint8_t *hidden,
+                               const uint8_t *mixed, int64_t rows)
+{
+    TRY(linear(f, f->delta, f->m->dtype, f->m->config.hidden_size, mixed, f->qo_width,
+               layer->output, rows));
+    TRY(norm(f, f->normed, hidden, f->delta, layer->ffn_norm, rows));
+    return feed_forward(f, layer, rows);
+}
+
+/* All layers but what follows the last one's attention: few rows need that. */
 static qkv_status run_layers(forward *f)
 {
     const int64_t requests = f->num_requests, rows = f->num_tokens;
@@ -326,12 +345,10 @@ static qkv_status run_layers(forward *f)
     TRY(qkv_attention_plan(f->attention, &batch, NULL));
     embed(f);
     for (int32_t i = 0; i < f->m->config.num_layers; i++) {
-        const model_layer *layer = &f->m->layers[i];
-        const float *delta = i ? f->delta : NULL;
-        TRY(norm(f, f->normed, f->hidden, delta, layer->attention_norm, rows));
+        if (i > 0) TRY(finish_layer(f, &f->m->layers[i - 1], f->hidden, f->mixed, rows));
+        TRY(norm(f, f->normed, f->hidden, i > 0 ? f->delta : NULL, f->m->layers[i].attention_norm,
+                 rows));
         TRY(attend(f, i, &kv));
-        TRY(norm(f, f->normed, f->hidden, f->delta, layer->ffn_norm, rows));
-        TRY(feed_forward(f, layer));
     }
     return QKV_OK;
 }
@@ -341,19 +358,26 @@ bool forward_run(forward *f, char error[GGUF_ERROR])
     return works(error, "forward", run_layers(f));
 }
 
+/* The last layer's rest and the head, for head_hidden and head_mixed. */
+static qkv_status run_head(forward *f, int64_t rows)
+{
+    const model *m = f->m;
+    TRY(finish_layer(f, &m->layers[m->config.num_layers - 1], f->head_hidden, f->head_mixed, rows));
+    TRY(norm(f, f->normed, f->head_hidden, f->delta, m->output_norm, rows));
+    return linear(f, f->logits, QKV_F32, m->config.vocab_size, f->normed, m->config.hidden_size,
+                  m->head, rows);
+}
+
 float *forward_logits(forward *f, const int32_t *rows, int32_t num_rows, char error[GGUF_ERROR])
 {
-    const int64_t width = f->m->config.hidden_size, vocab = f->m->config.vocab_size;
+    const size_t hidden_bytes = bytes_of(f->m, f->m->config.hidden_size);
+    const size_t mixed_bytes = bytes_of(f->m, f->qo_width);
     for (int32_t i = 0; i < num_rows; i++) {
-        const size_t bytes = (size_t)width * sizeof(float);
-        memcpy(f->head_hidden + i * width, f->hidden + rows[i] * width, bytes);
-        memcpy(f->head_delta + i * width, f->delta + rows[i] * width, bytes);
+        const size_t to = (size_t)i, from = (size_t)rows[i];
+        memcpy(f->head_hidden + to * hidden_bytes, f->hidden + from * hidden_bytes, hidden_bytes);
+        memcpy(f->head_mixed + to * mixed_bytes, f->mixed + from * mixed_bytes, mixed_bytes);
     }
-    qkv_status status =
-        norm(f, f->head_delta, f->head_hidden, f->head_delta, f->m->output_norm, num_rows);
-    if (status == QKV_OK)
-        status = linear(f, f->logits, vocab, f->head_delta, width, f->m->head, num_rows);
-    return works(error, "output head", status) ? f->logits : NULL;
+    return works(error, "output head", run_head(f, num_rows)) ? f->logits : NULL;
 }
 
 /* ---- pages to and from the host ----------------------------------------------------------------

@@ -1,8 +1,8 @@
 /* forward.h - the transformer over a paged KV cache: one batch of rows through all layers.
  *
  * A step is a batch: for each request some new tokens (a chunk of its prompt, or the last token it
- * produced), where they stand, and the pages that hold its keys. Activations are f32; weights and
- * KV cache are of the model's dtype.
+ * produced), where they stand, and the pages that hold its keys. Weights, KV cache and activations
+ * are of the model's dtype, logits f32.
  *
  * What comes out for a row depends on that request alone: every operator used here gives a row the
  * same bits whatever it is batched with, and attention is never split (max_split_rows).
@@ -38,11 +38,12 @@ void forward_begin(forward *f);
 int32_t forward_add(forward *f, const int32_t *tokens, int32_t num_tokens, int32_t position,
                     const int32_t *pages);
 
-/* Computes the step: keys and values go to the pages, the last layer's output stays for
- * forward_logits. */
+/* Computes the step: keys and values go to the pages, what the last layer's attention gives stays
+ * for forward_logits. */
 bool forward_run(forward *f, char error[GGUF_ERROR]);
 
-/* f32 [num_rows, vocab_size] for some rows of the step, or NULL; overwritten by the next call. */
+/* f32 [num_rows, vocab_size] for some rows of the step, each once in a call, or NULL; overwritten by
+ * the next call. */
 float *forward_logits(forward *f, const int32_t *rows, int32_t num_rows, char error[GGUF_ERROR]);
 
 /* Copies pages out to, or back from, [num_pages] blocks of forward_page_bytes. */

@@ -74,8 +74,8 @@ bool report_write(const engine *e, console *terminal, char error[GGUF_ERROR])
     qsort(between.ms, between.count, sizeof(double), compare);
     console_say(terminal, "time to first token   mean %.1f ms, p50 %.1f, max %.1f", mean(&first),
                 percentile(&first, 0.5), percentile(&first, 1));
-    console_say(terminal, "time between tokens   mean %.1f ms, p99 %.1f", mean(&between),
-                percentile(&between, 0.99));
+    console_say(terminal, "time between tokens   mean %.2f ms, p50 %.2f, p99 %.2f", mean(&between),
+                percentile(&between, 0.5), percentile(&between, 0.99));
     console_say(terminal,
                 "prefill               %.0f tokens/s (%lld tokens, in steps with prompts)",
                 per_second(c->prompt_tokens, c->prompt_ms), (long long)c->prompt_tokens);
