@@ -27,13 +27,15 @@ enum {
     TILES_MAX_X = 512 * 1024, /* elements of x that stay in L2, if rows fit */
     TILES_MAX_K = 2048,       /* of rows of x that are copied */
     EDGE_STRIDE = TILES_MAX_K + TILE_K,
-    TILES_MAX_SUMS = 70 * 1024,
+    X_STRIDE = SLAB_K + TILE_K,
+    TILES_MAX_SUMS = 140 * 1024,
     /* few rows */
     TILES_AHEAD = 512, /* bytes of a row of w to bring closer */
 };
 
 typedef struct tile_scratch {
     u16 slabs[2][SLAB_K / TILE_K * STEP]; /* or few rows of x, packed */
+    u16 x[TILES_MAX_M * X_STRIDE];        /* of the block along the slab, where it is copied */
     u16 edge[PANEL * EDGE_STRIDE];        /* the last rows of x, zeros after them */
     u16 tail[TILES_MAX_M * TILE_K]; /* the last k % TILE_K of the rows of x, zeros after them */
     float sums[TILES_MAX_SUMS];     /* [padded m, n] of the block so far */
@@ -67,6 +69,13 @@ QI_INLINE i64 slab_end(const slab *s)
 QI_INLINE i64 num_steps(const slab *s)
 {
     return (s->k + TILE_K - 1) / TILE_K;
+}
+
+/* Is x copied along each slab? Rows a multiple of 4 KB apart share a few sets of the caches, and a
+ * block's would not stay: from memory a step takes 220 cycles instead of 75. */
+QI_INLINE int copies_x(const gemm_params *p, const block *b)
+{
+    return b->m > PANEL && p->x_stride * 2 % 4096 == 0;
 }
 
 /* The slab at (c, k0) of the block. */
@@ -201,6 +210,9 @@ static void multiply_slab(const gemm_params *p, const block *b, tile_scratch *t,
         if (s->k < TILE_K) {
             a = (const char *)(t->tail + r * TILE_K);
             a_row = 2 * TILE_K;
+        } else if (copies_x(p, b)) {
+            a = (const char *)(t->x + r * X_STRIDE);
+            a_row = X_STRIDE * 2;
         } else if (b->m <= PANEL || b->m - r < tiles * TILE) {
             a = (const char *)(t->edge + s->k0);
             a_row = EDGE_STRIDE * 2;
@@ -295,9 +307,8 @@ static i64 stream_tiles(const gemm_params *p, const block *b, tile_scratch *t)
 
 static void multiply_tile_block(const gemm_params *p, const block *b, tile_scratch *t)
 {
-    const i64 whole = b->k / TILE_K * TILE_K, edge = b->m > PANEL && b->m % TILE == 0 ? 0
-                                                     : b->m <= PANEL                  ? b->m
-                                                                     : b->m % PANEL;
+    const i64 whole = b->k / TILE_K * TILE_K;
+    const i64 edge = b->m <= PANEL ? b->m : copies_x(p, b) || b->m % TILE == 0 ? 0 : b->m % PANEL;
     if (edge) copy_x(p, b, b->m - edge, edge, round_up(edge, TILE), 0, whole, t->edge, EDGE_STRIDE);
     if (whole < b->k) copy_x(p, b, 0, b->m, b->padded_m, whole, b->k - whole, t->tail, TILE_K);
     const i64 panels = (b->m + PANEL - 1) / PANEL;
@@ -315,9 +326,19 @@ static void multiply_tile_block(const gemm_params *p, const block *b, tile_scrat
     while (pack.at < 2 * pack.steps) pack_tile(&pack);
     for (slab next; s.k > 0; s = next, turn ^= 1) {
         next = next_slab(b, &s);
+        if (copies_x(p, b) && s.c == first && s.k >= TILE_K)
+            copy_x(p, b, 0, b->m, b->padded_m, s.k0, s.k, t->x, X_STRIDE);
         start_packing(p, b, &pack, &next, t->slabs[turn ^ 1], panels * num_steps(&s));
         multiply_slab(p, b, t, &s, t->slabs[turn], b->k0 + s.k0 > 0, &pack);
     }
+}
+
+/* Columns of a block: more where they share the copying of x, else so few that the sums stay near. Rows
+ * of sums do not meet in the same cache sets. */
+static i64 columns_of(const gemm_params *p, const block *b, i64 block_m)
+{
+    const i64 sums = copies_x(p, b) ? TILES_MAX_SUMS : TILES_MAX_SUMS / 2;
+    return (sums / block_m - TILE) / PANEL * PANEL;
 }
 
 /* Rows [m0, m1), at least one, by columns [n0, n1). */
@@ -325,13 +346,12 @@ static void multiply_tiles(const gemm_params *p, tile_scratch *t, i64 m0, i64 m1
 {
     const i64 max_m = p->k <= TILES_MAX_X / TILES_MAX_M ? TILES_MAX_M : TILES_MAX_M / 2;
     const i64 block_m = even_part(m1 - m0, max_m, PANEL);
-    /* rows of sums do not meet in the same cache sets */
-    const i64 block_n = (TILES_MAX_SUMS / block_m - TILE) / PANEL * PANEL;
     block b = {0};
     qi_amx_begin();
     for (b.m0 = m0; b.m0 < m1; b.m0 += block_m) {
         b.m = least(m1 - b.m0, block_m);
         b.padded_m = round_up(b.m, PANEL);
+        const i64 block_n = columns_of(p, &b, block_m);
         for (b.n0 = n0; b.n0 < n1; b.n0 += block_n) {
             b.n = least(n1 - b.n0, block_n);
             b.sum_stride = round_up(b.n, PANEL) + TILE;

@@ -13,8 +13,9 @@ const qi_kernel qi_rmsnorm_kernels[] = {
     {0},
 };
 
-/* A row in f32 must fit a task's scratch. */
-#define MAX_HIDDEN_SIZE (QI_TASK_SCRATCH_BYTES / 4)
+enum { MAX_HIDDEN_SIZE = 131072 };
+_Static_assert(MAX_HIDDEN_SIZE * sizeof(float) <= QI_TASK_SCRATCH_BYTES,
+               "a row in f32 is task scratch");
 
 static qkv_status normalise(qkv_context *ctx, DLTensor *out, DLTensor *residual, const DLTensor *x,
                             const DLTensor *weight, float eps, float weight_bias)
