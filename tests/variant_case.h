@@ -466,7 +466,7 @@ static inline void case_check(const variant_case *c, const ref_variant *variant,
     const qkv_attention_spec *s = &c->spec;
     const bool bf16 = test_multiplies_bf16(device) && s->dtype_q.code == 4 && s->dtype_kv.code == 4;
     const double e = 0x1p-24, o_eps = test_eps(s->dtype_o), gain = fmax(variant->gain, 1);
-    const double tiny = s->dtype_o.code == 2 && s->dtype_o.bits == 16 ? 0x1p-25 : 0;
+    const double tiny = test_tiny(s->dtype_o);
     const double o_scale = c->o_scale > 0 ? (double)c->o_scale : 1;
     for (int64_t i = 0; i < (int64_t)c->tokens * s->num_qo_heads; i++) {
         const ref_row *row = &c->ref_rows[i];
