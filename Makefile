@@ -9,7 +9,7 @@ PROBLEMS ?= bench/problems/smoke.txt
 SECONDS ?= 600
 
 CTEST = ctest --output-on-failure --no-label-summary -j $(JOBS) --test-dir
-C_FILES = $(shell git ls-files --cached --others --exclude-standard '*.[ch]')
+C_FILES = $(shell git ls-files --cached --others --exclude-standard '*.[ch]' '*.cu' '*.cuh')
 
 # $(call configure_and_build,FOLDER,CMAKE OPTIONS): the log of a configuration is shown if it fails.
 configure_and_build = @cmake -S . -B $(1) $(2) >$(1).log 2>&1 && rm $(1).log || { cat $(1).log; exit 1; }; \

@@ -31,17 +31,17 @@ check_tree() {
   check src/device/* -- 'qkv/[a-z_]+\.h|(base|device)/.*|kern/abi\.h'
   check src/jit/* -- 'qkv/[a-z_]+\.h|(base|device|jit)/.*|kern/abi\.h'
   check src/core/* -- 'qkv/[a-z_]+\.h|(base|device|jit|core)/.*|kern/abi\.h'
-  check src/kern/**/*.h -- 'kern/.*'
+  check src/kern/**/*.h src/kern/**/*.cuh -- 'kern/.*'
   check src/ops/*.c -- 'core/launch\.h'
   for op in src/ops/*/; do
     op=${op#src/}
     op=${op%/}
-    local kernels=("src/$op"/*.cpu.[ch] "src/$op"/*_tile.h)
+    local kernels=("src/$op"/*.cpu.[ch] "src/$op"/*_tile.h "src/$op"/*.cu "src/$op"/*.cuh)
     local hosts=()
     for file in "src/$op"/*.[ch]; do
       [[ " ${kernels[*]} " == *" $file "* ]] || hosts+=("$file")
     done
-    check "${kernels[@]}" -- "kern/.*|$op/[a-z_]+(_params|_tile|\\.cpu)\\.h|qi_variant\\.h"
+    check "${kernels[@]}" -- "kern/.*|$op/[a-z_]+((_params|_tile|\\.cpu)\\.h|\\.cuh)|qi_variant\\.h"
     check "${hosts[@]}" -- "qkv/[a-z_]+\\.h|base/.*|core/launch\\.h|kern/(abi|plan|kv_view|rope|rope_turns|scale)\\.h|$op/.*"
   done
   check tools/*.[ch] examples/*.c examples/*/*.[ch] -- 'qkv/[a-z_]+\.h|[a-z_]+\.h'

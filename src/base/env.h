@@ -9,7 +9,8 @@
       "QKV_VERBOSE")        /* error,dispatch,plan,run or all: lines to the log                */  \
     X(DEVICE, "QKV_DEVICE") /* cpu or cpu:LEVEL: the CPU level of every context */                 \
     X(CACHE_DIR, "QKV_CACHE_DIR") /* folder of compiled variants; empty: none */                   \
-    X(CC, "QKV_CC")               /* the C compiler that variants go through */
+    X(CC, "QKV_CC")               /* the C compiler that variants go through */                    \
+    X(NVRTC, "QKV_NVRTC")         /* path of the libnvrtc to use */
 
 enum {
 #define X(id, name) QI_ENV_##id,

@@ -14,6 +14,7 @@ static qkv_status read_array(const DLTensor *t, const char *name, i64 n, const i
 /* Offsets must not fall, and begin at or above 0. */
 static qkv_status check_indptr(const i32 *indptr, i64 requests, const char *name)
 {
+    if (!qi_host_reads()) return QKV_OK;
     QI_REQUIRE(indptr[0] >= 0, "%s: expected a first entry >= 0, got %d (entry 0)", name,
                (int)indptr[0]);
     for (i64 r = 0; r < requests; r++)
@@ -32,6 +33,7 @@ static qkv_status read_csr(const qkv_kv_index *index, qi_kv_view *v)
     QI_TRY(read_array(index->kv_indices, "kv_indices", QI_ANY, &v->kv_indices));
     QI_TRY(read_array(index->kv_last_page_len, "kv_last_page_len", v->num_requests,
                       &v->kv_last_page_len));
+    if (!qi_host_reads()) return QKV_OK;
     const i64 listed = index->kv_indices->shape[0], end = v->kv_indptr[v->num_requests];
     QI_REQUIRE(end <= listed,
                "kv_indices: expected at least %lld entries, as kv_indptr says, got %lld",
@@ -57,6 +59,7 @@ static qkv_status read_block_table(const qkv_kv_index *index, qi_kv_view *v)
     static const i32 none; /* a table without columns may have no data, but marks the form */
     v->block_table = qi_data(table) ? qi_data(table) : &none;
     v->block_table_stride = qi_stride(table, 0);
+    if (!qi_host_reads()) return QKV_OK;
     for (i64 r = 0; r < v->num_requests; r++) {
         QI_REQUIRE(v->kv_lens[r] >= 0, "kv_lens: expected >= 0, got %d (request %lld)",
                    (int)v->kv_lens[r], (long long)r);
@@ -78,8 +81,8 @@ qkv_status qi_kv_index_read(const qkv_kv_index *index, i64 page_size, qi_kv_view
     v.num_requests = in.qo_indptr->shape[0] - 1;
     QI_REQUIRE(v.num_requests >= 0, "qo_indptr: expected at least 1 entry, got 0");
     QI_TRY(check_indptr(v.qo_indptr, v.num_requests, "qo_indptr"));
-    QI_REQUIRE(v.qo_indptr[0] == 0, "qo_indptr: expected a first entry of 0, got %d (entry 0)",
-               (int)v.qo_indptr[0]);
+    QI_REQUIRE(!qi_host_reads() || v.qo_indptr[0] == 0,
+               "qo_indptr: expected a first entry of 0, got %d (entry 0)", (int)v.qo_indptr[0]);
 
     const int csr = in.kv_indptr || in.kv_indices || in.kv_last_page_len;
     const int dense = in.block_table || in.kv_lens;
@@ -96,7 +99,8 @@ qkv_status qi_kv_index_read(const qkv_kv_index *index, i64 page_size, qi_kv_view
         QI_TRY(read_csr(&in, &v));
     else
         QI_TRY(read_block_table(&in, &v));
-    for (i64 r = 0; r < v.num_requests; r++) v.num_pages_listed += qi_kv_num_pages(&v, r);
+    for (i64 r = 0; qi_host_reads() && r < v.num_requests; r++)
+        v.num_pages_listed += qi_kv_num_pages(&v, r);
     *out = v;
     return QKV_OK;
 }

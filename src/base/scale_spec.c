@@ -16,7 +16,7 @@ qkv_status qi_scale_read(const qkv_scale *in, const char *name, int64_t heads, q
                    (long long)heads, (long long)n);
         s.tensor = qi_data(in->tensor);
         s.step = n > 1;
-        for (int64_t i = 0; i < n; i++)
+        for (int64_t i = 0; qi_host_reads() && i < n; i++)
             QI_REQUIRE(s.tensor[i] > 0.f && isfinite(s.tensor[i]),
                        "%s: expected > 0, got %g (head %lld)", name, (double)s.tensor[i],
                        (long long)i);

@@ -36,13 +36,39 @@ static void wrong_shape_text(char *text, size_t bytes, const DLTensor *t)
  * too. */
 #define MAX_SPAN (INT64_MAX / 16)
 
+static _Thread_local DLDevice here = {kDLCPU, 0};
+
+void qi_tensors_on(DLDevice device)
+{
+    here = device;
+}
+
+int qi_host_reads(void)
+{
+    return here.device_type == kDLCPU;
+}
+
+/* On the CPU, pinned memory is memory; a GPU reads that, and managed memory, where it is. */
+static qkv_status expect_here(const DLTensor *t, const char *name)
+{
+    const DLDeviceType type = t->device.device_type;
+    if (here.device_type == kDLCPU) {
+        QI_REQUIRE(type == kDLCPU || type == kDLCUDAHost || type == kDLCUDAManaged,
+                   "%s: expected a tensor on the CPU, got device type %d", name, (int)type);
+        return QKV_OK;
+    }
+    QI_REQUIRE((type == kDLCUDA && t->device.device_id == here.device_id) || type == kDLCUDAHost ||
+                   type == kDLCUDAManaged,
+               "%s: expected a tensor on CUDA device %d, got device type %d, device_id %d", name,
+               (int)here.device_id, (int)type, (int)t->device.device_id);
+    return QKV_OK;
+}
+
 /* contiguous: so must the last axis be. */
 static qkv_status expect_layout(const DLTensor *t, const char *name, int ndim, const int64_t *shape,
                                 int contiguous)
 {
-    QI_REQUIRE(t->device.device_type == kDLCPU,
-               "%s: expected a tensor on the CPU, got device type %d", name,
-               (int)t->device.device_type);
+    QI_TRY(expect_here(t, name));
     int match = t->ndim == ndim && (t->shape || ndim == 0);
     for (int i = 0; match && i < ndim; i++)
         match = t->shape[i] >= 0 && (shape[i] == QI_ANY || shape[i] == t->shape[i]);

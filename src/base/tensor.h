@@ -13,8 +13,15 @@
         __VA_ARGS__                                                                                \
     }
 
+/* The device that tensors of this thread are expected on from here on. */
+void qi_tensors_on(DLDevice device);
+
+/* May the host read the elements of tensors there? On a GPU, whose work is only enqueued, values are not
+ * checked; its kernels leave out what would fall outside of a tensor. */
+int qi_host_reads(void);
+
 /*
- * Requires a tensor of this dtype and shape on the CPU, with data unless it is empty, a sane size and
+ * Requires a tensor of this dtype and shape on the device at hand, with data unless it is empty, a sane size and
  * strides (not negative, within 59 bits) and a contiguous last axis. The message names it.
  *   qi_expect(out, "out", QKV_BF16, QI_SHAPE(num_tokens, QI_ANY))
  */

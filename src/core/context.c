@@ -34,6 +34,27 @@ static qkv_status env_level(const char **level)
     return QKV_OK;
 }
 
+static qkv_status open_cpu(const qkv_context_options *o, qkv_context *ctx)
+{
+    const char *level;
+    QI_TRY(env_level(&level));
+    QI_TRY(qi_cpu_find_level(level ? level : o->isa, &ctx->cpu_level));
+    QI_TRY(qi_jit_open(o, 0, &ctx->jit));
+    snprintf(ctx->device_name, sizeof ctx->device_name, "cpu:%s",
+             qi_cpu_level_name(ctx->cpu_level));
+    return QKV_OK;
+}
+
+static qkv_status open_cuda(const qkv_context_options *o, qkv_context *ctx)
+{
+    QI_TRY(qi_cuda_open(o->device.device_id, &ctx->cuda));
+    QI_TRY(qi_jit_open(o, ctx->cuda.driver, &ctx->jit));
+    qi_nvrtc_level(ctx->jit.nvrtc, ctx->cuda.major, ctx->cuda.minor, ctx->cuda_level);
+    snprintf(ctx->device_name, sizeof ctx->device_name, "cuda:%d:%s", ctx->cuda.ordinal,
+             ctx->cuda_level);
+    return QKV_OK;
+}
+
 qkv_status qkv_context_create(const qkv_context_options *options, qkv_context **out)
 {
     qkv_status status;
@@ -42,10 +63,11 @@ qkv_status qkv_context_create(const qkv_context_options *options, qkv_context **
     qkv_context_options o = {QKV_CONTEXT_OPTIONS_INIT};
     if (options) QI_TRY(qi_read_struct(&o, sizeof o, options, "options"));
     if (o.device.device_type == 0) o.device.device_type = kDLCPU;
-    if (o.device.device_type != kDLCPU)
-        QI_FAIL(QKV_ERR_UNSUPPORTED, "device: expected kDLCPU, got device type %d",
+    const int cuda = o.device.device_type == kDLCUDA;
+    if (!cuda && o.device.device_type != kDLCPU)
+        QI_FAIL(QKV_ERR_UNSUPPORTED, "device: expected kDLCPU or kDLCUDA, got device type %d",
                 (int)o.device.device_type);
-    QI_REQUIRE(o.device.device_id == 0, "device: expected device_id 0 on the CPU, got %d",
+    QI_REQUIRE(cuda || o.device.device_id == 0, "device: expected device_id 0 on the CPU, got %d",
                (int)o.device.device_id);
     QI_REQUIRE(o.num_threads >= 0, "num_threads: expected >= 0, got %d", (int)o.num_threads);
     QI_REQUIRE(o.parallel.reserved == 0, "parallel.reserved: expected 0, got %d",
@@ -54,37 +76,36 @@ qkv_status qkv_context_create(const qkv_context_options *options, qkv_context **
                "allocator: expected alloc and free, or neither; got one");
     if (!o.allocator.alloc)
         o.allocator = (qkv_allocator){.alloc = default_alloc, .free = default_free};
-    const char *level;
-    QI_TRY(env_level(&level));
-    int cpu_level;
-    QI_TRY(qi_cpu_find_level(level ? level : o.isa, &cpu_level));
     QI_REQUIRE(o.reserved == 0, "reserved: expected 0, got %d", (int)o.reserved);
-    qi_jit jit;
-    QI_TRY(qi_jit_open(&o, &jit));
 
     qkv_context *ctx = o.allocator.alloc(o.allocator.user, sizeof *ctx, 64);
     if (!ctx) QI_FAIL(QKV_ERR_MEMORY, "context: out of memory");
     *ctx = (qkv_context){
         .device = o.device,
-        .cpu_level = cpu_level,
         .allocator = o.allocator,
         .logger = {.log = o.log, .user = o.log_user},
-        .jit = jit,
     };
-    snprintf(ctx->device_name, sizeof ctx->device_name, "cpu:%s", qi_cpu_level_name(cpu_level));
-    QI_TRY_OR(qi_threads_create(o.num_threads, &o.parallel, &ctx->allocator, &ctx->threads), fail);
+    qi_functions_init(&ctx->functions);
+    QI_TRY_OR(cuda ? open_cuda(&o, ctx) : open_cpu(&o, ctx), fail);
+    QI_TRY_OR(qi_threads_create(cuda ? 1 : o.num_threads, cuda ? &(qkv_parallel){0} : &o.parallel,
+                                &ctx->allocator, &ctx->threads),
+              fail);
     *out = ctx;
     return QKV_OK;
 
 fail:
-    ctx->allocator.free(ctx->allocator.user, ctx, sizeof *ctx);
+    qi_cuda_close(&ctx->cuda);
+    qi_functions_free(&ctx->functions);
+    o.allocator.free(o.allocator.user, ctx, sizeof *ctx);
     return status;
 }
 
 void qkv_context_destroy(qkv_context *ctx)
 {
     if (!ctx) return;
+    if (qi_threads_are_here(ctx->threads)) qi_cuda_close(&ctx->cuda); /* the parent's driver else */
     qi_threads_destroy(ctx->threads);
+    qi_functions_free(&ctx->functions);
     const qkv_allocator a = ctx->allocator;
     a.free(a.user, ctx, sizeof *ctx);
 }
@@ -96,5 +117,7 @@ const char *qkv_context_device_name(const qkv_context *ctx)
 
 int32_t qkv_context_num_threads(const qkv_context *ctx)
 {
-    return ctx ? qi_threads_count(ctx->threads) : 0;
+    if (!ctx) return 0;
+    return ctx->device.device_type == kDLCUDA ? 2 * ctx->cuda.num_sms
+                                              : qi_threads_count(ctx->threads);
 }

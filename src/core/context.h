@@ -4,17 +4,22 @@
 #define QI_CORE_CONTEXT_H
 
 #include "base/log.h"
+#include "core/functions.h"
 #include "device/cpu.h"
+#include "device/cuda.h"
 #include "jit/jit.h"
 
 struct qkv_context {
     DLDevice device;
-    int cpu_level; /* index into QI_CPU_LEVELS */
-    qi_threads *threads;
+    int cpu_level;       /* index into QI_CPU_LEVELS */
+    qi_threads *threads; /* with CUDA none but the caller's */
+    qi_cuda_device cuda; /* with kDLCUDA */
+    char cuda_level[QI_ARCH_BYTES];
+    qi_functions functions; /* loaded onto the GPU */
     qkv_allocator allocator;
     qi_logger logger;
     qi_jit jit;
-    char device_name[32];
+    char device_name[64];
 };
 
 #endif

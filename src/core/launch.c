@@ -11,6 +11,7 @@ qkv_status qi_check_context(const qkv_context *ctx)
     QI_REQUIRE(qi_threads_are_here(ctx->threads),
                "ctx: expected a context that this process created, got one from before fork(): its "
                "threads and locks are the parent's");
+    qi_tensors_on(ctx->device);
     return QKV_OK;
 }
 
@@ -44,10 +45,67 @@ void qi_launch(const qkv_context *ctx, const qi_kernel *row, int64_t max_tasks, 
     qi_parallel(ctx->threads, count, row->cpu[ctx->cpu_level], params);
 }
 
+void qi_write_defines(const qi_cuda_kernel *k, const i32 *constants, char *text, size_t bytes)
+{
+    size_t at = 0;
+    text[0] = '\0';
+    for (const char *name = k->constants; name && *name && at < bytes; constants++) {
+        const int length = (int)strcspn(name, " ");
+        at += (size_t)snprintf(text + at, bytes - at, "#define %.*s %d\n", length, name,
+                               (int)*constants);
+        name += length + (name[length] == ' ');
+    }
+}
+
+static int num_constants(const qi_cuda_kernel *k)
+{
+    int n = k->constants && *k->constants;
+    for (const char *c = k->constants; c && *c; c++) n += *c == ' ';
+    return n;
+}
+
+enum { MAX_NAMES = 4 };
+
+qkv_status qi_compile_cuda(const qkv_context *ctx, const qi_source *source,
+                           const char *const *names, int num_names, cu_function *out)
+{
+    const qi_jit_job job = {.what = source->what,
+                            .device = kDLCUDA,
+                            .level = ctx->cuda_level,
+                            .defines = source->defines,
+                            .header = source->header,
+                            .main = source->main};
+    void *kernels[MAX_NAMES];
+    QI_TRY(qi_jit_get(&ctx->jit, &ctx->logger, &job, names, num_names, kernels));
+    for (int i = 0; i < num_names; i++) QI_TRY(qi_cuda_function(&ctx->cuda, kernels[i], &out[i]));
+    return QKV_OK;
+}
+
+/* Compiles or loads a kernel that the context does not have yet. */
+static qkv_status make_function(const qkv_context *ctx, const qi_kernel *row,
+                                const qi_function_key *key, cu_function *out)
+{
+    char defines[1024];
+    qi_write_defines(&row->cuda, key->constants, defines, sizeof defines);
+    const qi_source source = {
+        .what = row->name, .main = row->cuda.file, .defines = defines, .header = ""};
+    QI_TRY(qi_compile_cuda(ctx, &source, &row->cuda.entry, 1, out));
+    return qi_functions_add((qi_functions *)&ctx->functions, key, *out);
+}
+
+qkv_status qi_launch_cuda(const qkv_context *ctx, const qi_kernel *row, const i32 *constants,
+                          const qi_grid *grid, const void *params, void *stream)
+{
+    qi_function_key key = {.row = row};
+    memcpy(key.constants, constants, (size_t)num_constants(&row->cuda) * sizeof *constants);
+    cu_function function = qi_functions_find((qi_functions *)&ctx->functions, &key);
+    if (!function) QI_TRY(make_function(ctx, row, &key, &function));
+    return qi_cuda_launch(&ctx->cuda, function, grid, params, stream);
+}
+
 qkv_status qi_compile(const qkv_context *ctx, const qi_source *source, const char *const *names,
                       int num_names, qi_cpu_kernel *out)
 {
-    enum { MAX_NAMES = 4 };
     char symbols[MAX_NAMES][64];
     const char *pointers[MAX_NAMES];
     void *functions[MAX_NAMES];
@@ -56,11 +114,12 @@ qkv_status qi_compile(const qkv_context *ctx, const qi_source *source, const cha
         snprintf(symbols[i], sizeof symbols[i], "qi_%s_%s", names[i], level);
         pointers[i] = symbols[i];
     }
-    const qi_cc_job job = {.what = source->what,
-                           .level = level,
-                           .defines = source->defines,
-                           .header = source->header,
-                           .main = source->main};
+    const qi_jit_job job = {.what = source->what,
+                            .device = kDLCPU,
+                            .level = level,
+                            .defines = source->defines,
+                            .header = source->header,
+                            .main = source->main};
     QI_TRY(qi_jit_get(&ctx->jit, &ctx->logger, &job, pointers, num_names, functions));
     memcpy(out, functions, (size_t)num_names * sizeof *out); /* C has no cast for this */
     return QKV_OK;

@@ -1,38 +1,71 @@
-/* bundle.h - kernel sources inside the library: what the JIT compiles again. bundle.c has the
- * assembler include the files as they are.
+/* bundle.h - kernel sources inside the library: what the JIT compiles. bundle.c has the assembler
+ * include the files as they are.
  * SPDX-License-Identifier: Apache-2.0 */
 #ifndef QI_JIT_BUNDLE_H
 #define QI_JIT_BUNDLE_H
 
 #include <stddef.h>
 
-/* Identifier and path below src/ of each file; CMakeLists.txt makes bundle.c depend on them. */
-#define QI_BUNDLE(X)                                                                               \
+#include <dlpack/dlpack.h>
+
+/* Identifier and path below src/ of each file, for both kinds of device, the CPU, and CUDA;
+ * CMakeLists.txt makes bundle.c depend on them. */
+#define QI_BUNDLE_SHARED(X)                                                                        \
     X(abi, "kern/abi.h")                                                                           \
     X(plan, "kern/plan.h")                                                                         \
     X(rope, "kern/rope.h")                                                                         \
-    X(rope_turns, "kern/rope_turns.h")                                                             \
+    X(scale, "kern/scale.h")                                                                       \
     X(variant, "kern/variant.h")                                                                   \
+    X(attention_params, "ops/attention/attention_params.h")
+
+#define QI_BUNDLE_CPU(X)                                                                           \
+    X(rope_turns, "kern/rope_turns.h")                                                             \
     X(prelude, "kern/cpu/prelude.h")                                                               \
     X(amx, "kern/cpu/amx.h")                                                                       \
     X(e4m3, "kern/cpu/e4m3.h")                                                                     \
     X(simd, "kern/cpu/simd.h")                                                                     \
     X(tile, "kern/cpu/tile.h")                                                                     \
     X(cpu_rope, "kern/cpu/rope.h")                                                                 \
-    X(attention_params, "ops/attention/attention_params.h")                                        \
     X(attention_tile, "ops/attention/attention_tile.h")                                            \
     X(decode_tile, "ops/attention/decode_tile.h")                                                  \
     X(hooks, "ops/attention/hooks.cpu.h")                                                          \
     X(prefill_tile, "ops/attention/prefill_tile.h")                                                \
     X(attention, "ops/attention/attention.cpu.c")
 
+#define QI_BUNDLE_CUDA(X)                                                                          \
+    X(kv_view, "kern/kv_view.h")                                                                   \
+    X(cuda_ptx, "kern/cuda/ptx.cuh")                                                               \
+    X(cuda_prelude, "kern/cuda/prelude.cuh")                                                       \
+    X(cuda_rope, "kern/cuda/rope.cuh")                                                             \
+    X(rmsnorm_params, "ops/norm/rmsnorm_params.h")                                                 \
+    X(rmsnorm, "ops/norm/rmsnorm.cu")                                                              \
+    X(gated_params, "ops/activation/gated_params.h")                                               \
+    X(gated, "ops/activation/gated.cu")                                                            \
+    X(rope_params, "ops/rope/rope_params.h")                                                       \
+    X(rope_kernel, "ops/rope/rope.cu")                                                             \
+    X(append_params, "ops/page/append_params.h")                                                   \
+    X(append, "ops/page/append.cu")                                                                \
+    X(copy_pages_params, "ops/page/copy_pages_params.h")                                           \
+    X(copy_pages, "ops/page/copy_pages.cu")                                                        \
+    X(merge_params, "ops/attention/merge_params.h")                                                \
+    X(merge, "ops/attention/merge.cu")                                                             \
+    X(cuda_hooks, "ops/attention/hooks.cuh")                                                       \
+    X(cuda_rows, "ops/attention/rows.cuh")                                                         \
+    X(cuda_attention, "ops/attention/attention.cu")                                                \
+    X(gemm_params, "ops/gemm/gemm_params.h")                                                       \
+    X(gemm, "ops/gemm/gemm.cu")                                                                    \
+    X(sampling_params, "ops/sampling/sampling_params.h")                                           \
+    X(philox, "kern/philox.h")                                                                     \
+    X(argmax, "ops/sampling/argmax.cu")                                                            \
+    X(sample, "ops/sampling/sample.cu")
+
 typedef struct qi_bundle_file {
     const char *path;
-    const char *text;
+    const char *text; /* a zero byte follows */
     size_t bytes;
 } qi_bundle_file;
 
-/* File i; 0 past the last. */
-int qi_bundle(int i, qi_bundle_file *out);
+/* File i of those for a kind of device; 0 past the last. */
+int qi_bundle(DLDeviceType device, int i, qi_bundle_file *out);
 
 #endif

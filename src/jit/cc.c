@@ -98,7 +98,7 @@ static void remove_folder(const char *folder)
                                          "kern/cpu",     "ops/attention", "kern",      "ops"};
     char path[2 * QI_PATH_MAX];
     qi_bundle_file file;
-    for (int i = 0; qi_bundle(i, &file); i++) {
+    for (int i = 0; qi_bundle(kDLCPU, i, &file); i++) {
         snprintf(path, sizeof path, "%s/%s", folder, file.path);
         unlink(path);
     }
@@ -109,10 +109,10 @@ static void remove_folder(const char *folder)
     rmdir(folder);
 }
 
-static qkv_status write_sources(const char *folder, const qi_cc_job *job)
+static qkv_status write_sources(const char *folder, const qi_jit_job *job)
 {
     qi_bundle_file file;
-    for (int i = 0; qi_bundle(i, &file); i++)
+    for (int i = 0; qi_bundle(kDLCPU, i, &file); i++)
         QI_TRY(write_file(folder, file.path, &file.text, &file.bytes, 1));
     const size_t header_bytes = strlen(job->header);
     QI_TRY(write_file(folder, "qi_variant.h", &job->header, &header_bytes, 1));
@@ -183,25 +183,7 @@ static int run(const qi_cc *cc, const char *folder, const char *level, int *spaw
     return status;
 }
 
-/* The first lines of the compiler's words that speak of errors, else the first at all. */
-static void first_lines(const char *log, char *out, size_t bytes)
-{
-    enum { LINES = 6 };
-    const char *at = strstr(log, "error");
-    while (at && at > log && at[-1] != '\n') at--;
-    if (!at) at = log;
-    size_t used = 0;
-    for (int line = 0; line < LINES && *at; line++) {
-        const size_t n = strcspn(at, "\n");
-        const int wrote =
-            snprintf(out + used, bytes - used, "%s%.*s", line ? "\n" : "", (int)n, at);
-        if (wrote < 0 || (size_t)wrote >= bytes - used) return;
-        used += (size_t)wrote;
-        at += n + (at[n] == '\n');
-    }
-}
-
-static qkv_status compile_in(const qi_cc *cc, const char *folder, const qi_cc_job *job,
+static qkv_status compile_in(const qi_cc *cc, const char *folder, const qi_jit_job *job,
                              void **image, size_t *bytes)
 {
     QI_TRY(write_sources(folder, job));
@@ -216,13 +198,13 @@ static qkv_status compile_in(const qi_cc *cc, const char *folder, const qi_cc_jo
         QI_FAIL(QKV_ERR_MEMORY, "%s: out of memory for the compiled kernel", job->what);
     size_t log_bytes = 0;
     char *log = read_file(folder, "log", &log_bytes), lines[1024] = "";
-    if (log) first_lines(log, lines, sizeof lines);
+    if (log) qi_first_lines(log, lines, sizeof lines);
     free(log);
     QI_FAIL(QKV_ERR_COMPILE, "%s: %s failed: %s", job->what, cc->path,
             lines[0] ? lines : "it said nothing");
 }
 
-qkv_status qi_cc_compile(const qi_cc *cc, const qi_cc_job *job, void **image, size_t *bytes)
+qkv_status qi_cc_compile(const qi_cc *cc, const qi_jit_job *job, void **image, size_t *bytes)
 {
     if (!cc->path[0])
         QI_FAIL(QKV_ERR_COMPILE,

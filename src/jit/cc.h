@@ -6,6 +6,7 @@
 #include <stddef.h>
 
 #include "base/status.h"
+#include "jit/job.h"
 
 enum { QI_PATH_MAX = 1024 };
 
@@ -18,17 +19,8 @@ typedef struct qi_cc {
 /* wanted: a path or a name to look for in PATH; NULL = $QKV_CC, else the first of cc, gcc, clang. */
 void qi_cc_find(const char *wanted, qi_cc *out);
 
-/* What a compilation needs beside the bundled sources. */
-typedef struct qi_cc_job {
-    const char *what;    /* "variant alibi": for messages */
-    const char *level;   /* ISA level */
-    const char *defines; /* #define lines that stand before the main file */
-    const char *header;  /* text of "qi_variant.h" */
-    const char *main;    /* path of the bundled file to compile */
-} qi_cc_job;
-
 /* Compiles into *image, malloc'ed. COMPILE: no compiler, or its first lines. */
-qkv_status qi_cc_compile(const qi_cc *cc, const qi_cc_job *job, void **image, size_t *bytes);
+qkv_status qi_cc_compile(const qi_cc *cc, const qi_jit_job *job, void **image, size_t *bytes);
 
 /* The flags of a level, NULL if it has none here. */
 const char *qi_cc_flags(const char *level);

@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include "base/sha256.h"
+#include "device/cuda.h"
 #include "jit/bundle.h"
 #include "jit/cache.h"
 
@@ -112,26 +113,26 @@ static void add_text(qi_sha256 *hash, const char *text)
     qi_sha256_add(hash, text, strlen(text) + 1); /* the zero keeps neighbours apart */
 }
 
-static void make_key(const qi_cc_job *job, const char *compiler, char key[65])
+static void make_key(const qi_jit_job *job, const char *compiler, char key[65])
 {
     qi_sha256 hash;
     qi_sha256_init(&hash);
     qi_bundle_file file;
-    for (int i = 0; qi_bundle(i, &file); i++) {
+    for (int i = 0; qi_bundle(job->device, i, &file); i++) {
         add_text(&hash, file.path);
         qi_sha256_add(&hash, file.text, file.bytes);
     }
-    const char *flags = qi_cc_flags(job->level);
+    const char *flags = job->device == kDLCUDA ? QI_NVRTC_FLAGS : qi_cc_flags(job->level);
     const char *const parts[] = {QI_KERNEL_FLAGS, flags ? flags : "", job->level, job->defines,
                                  job->header,     job->main,          compiler};
     for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++) add_text(&hash, parts[i]);
     qi_sha256_hex(&hash, key);
 }
 
-/* ---- images ------------------------------------------------------------------------------- */
+/* ---- what differs between devices ---------------------------------------------------------- */
 
 /* The descriptor stays open: the loader takes two libraries of one path, here its number, for one. */
-static void *load_image(const void *image, size_t bytes, const char **error)
+static void *load_library(const void *image, size_t bytes, const char **error)
 {
     char path[64];
     *error = "memory could not be had";
@@ -155,8 +156,33 @@ static void *load_image(const void *image, size_t bytes, const char **error)
     return handle;
 }
 
+static void *load_image(DLDeviceType device, const void *image, size_t bytes, const char **error)
+{
+    return device == kDLCUDA ? qi_cuda_load_image(image, error) : load_library(image, bytes, error);
+}
+
+static void *find_symbol(DLDeviceType device, void *handle, const char *symbol)
+{
+    return device == kDLCUDA ? qi_cuda_find(handle, symbol) : dlsym(handle, symbol);
+}
+
+/* Empty: there is no compiler. */
+static const char *compiler_of(const qi_jit *jit, DLDeviceType device)
+{
+    return device == kDLCUDA ? qi_nvrtc_identity(jit->nvrtc) : jit->cc.identity;
+}
+
+static qkv_status run_compiler(const qi_jit *jit, const qi_jit_job *job, void **image,
+                               size_t *bytes)
+{
+    return job->device == kDLCUDA ? qi_nvrtc_compile(jit->nvrtc, job, image, bytes, NULL)
+                                  : qi_cc_compile(&jit->cc, job, image, bytes);
+}
+
+/* ---- images ------------------------------------------------------------------------------- */
+
 /* From the cache: *handle stays NULL where there is no entry, or one that does not load. */
-static qkv_status load_cached(const qi_jit *jit, const qi_cc_job *job, const char *key,
+static qkv_status load_cached(const qi_jit *jit, const qi_jit_job *job, const char *key,
                               void **handle)
 {
     void *image;
@@ -165,26 +191,27 @@ static qkv_status load_cached(const qi_jit *jit, const qi_cc_job *job, const cha
     const int found = jit->cache_dir[0] ? qi_cache_read(jit->cache_dir, key, &image, &bytes) : 0;
     if (found < 0) QI_FAIL(QKV_ERR_MEMORY, "%s: out of memory", job->what);
     if (found == 0) return QKV_OK;
-    *handle = load_image(image, bytes, &error);
+    *handle = load_image(job->device, image, bytes, &error);
     free(image);
     return QKV_OK;
 }
 
 /* By the compiler. The image goes to the cache under its key and, for machines without this compiler,
  * under the key that names none. */
-static qkv_status compile(const qi_jit *jit, const qi_cc_job *job, const char *key,
+static qkv_status compile(const qi_jit *jit, const qi_jit_job *job, const char *key,
                           const char *any_key, void **handle)
 {
     const int64_t start = qi_now_ns();
+    const int can = compiler_of(jit, job->device)[0] != '\0';
     void *image;
     size_t bytes;
-    if (jit->progress && jit->cc.path[0]) jit->progress(jit->user, job->what, -1.0);
-    const qkv_status status = qi_cc_compile(&jit->cc, job, &image, &bytes);
-    if (jit->progress && jit->cc.path[0])
+    if (jit->progress && can) jit->progress(jit->user, job->what, -1.0);
+    const qkv_status status = run_compiler(jit, job, &image, &bytes);
+    if (jit->progress && can)
         jit->progress(jit->user, job->what, (double)(qi_now_ns() - start) * 1e-9);
     if (status != QKV_OK) return status;
     const char *error;
-    *handle = load_image(image, bytes, &error);
+    *handle = load_image(job->device, image, bytes, &error);
     if (*handle && jit->cache_dir[0]) {
         qi_cache_write(jit->cache_dir, key, image, bytes);
         qi_cache_write(jit->cache_dir, any_key, image, bytes);
@@ -194,14 +221,14 @@ static qkv_status compile(const qi_jit *jit, const qi_cc_job *job, const char *k
     return QKV_OK;
 }
 
-static qkv_status make_module(const qi_jit *jit, const qi_cc_job *job, const char *key,
+static qkv_status make_module(const qi_jit *jit, const qi_jit_job *job, const char *key,
                               const char *any_key, const char **how, void **handle)
 {
     *how = "cache";
     *handle = NULL;
     QI_TRY(load_cached(jit, job, key, handle));
     /* Where nothing can be compiled, what another machine's compiler made is welcome. */
-    const int can_compile = jit->policy == QKV_JIT_ALLOW && jit->cc.path[0];
+    const int can_compile = jit->policy == QKV_JIT_ALLOW && compiler_of(jit, job->device)[0];
     if (!*handle && !can_compile) QI_TRY(load_cached(jit, job, any_key, handle));
     if (*handle) return QKV_OK;
     if (jit->policy == QKV_JIT_CACHED)
@@ -213,13 +240,13 @@ static qkv_status make_module(const qi_jit *jit, const qi_cc_job *job, const cha
     return compile(jit, job, key, any_key, handle);
 }
 
-qkv_status qi_jit_get(const qi_jit *jit, const qi_logger *logger, const qi_cc_job *job,
+qkv_status qi_jit_get(const qi_jit *jit, const qi_logger *logger, const qi_jit_job *job,
                       const char *const *symbols, int num_symbols, void **functions)
 {
     if (jit->policy == QKV_JIT_NEVER)
         QI_FAIL(QKV_ERR_COMPILE, "%s: jit_policy is QKV_JIT_NEVER", job->what);
     char key[65], any_key[65];
-    make_key(job, jit->cc.identity, key);
+    make_key(job, compiler_of(jit, job->device), key);
     make_key(job, "", any_key);
     const int64_t start = qi_now_ns();
     const char *how = "loaded";
@@ -235,7 +262,7 @@ qkv_status qi_jit_get(const qi_jit *jit, const qi_logger *logger, const qi_cc_jo
         qi_log(logger, "jit,%s,%s,%s,ms=%.2f", job->what, job->level, how,
                (double)(qi_now_ns() - start) * 1e-6);
     for (int i = 0; i < num_symbols; i++) {
-        functions[i] = dlsym(handle, symbols[i]);
+        functions[i] = find_symbol(job->device, handle, symbols[i]);
         if (!functions[i])
             QI_FAIL(QKV_ERR_INTERNAL, "%s: expected the symbol %s in the compiled kernel",
                     job->what, symbols[i]);
@@ -243,7 +270,7 @@ qkv_status qi_jit_get(const qi_jit *jit, const qi_logger *logger, const qi_cc_jo
     return QKV_OK;
 }
 
-qkv_status qi_jit_open(const qkv_context_options *options, qi_jit *out)
+qkv_status qi_jit_open(const qkv_context_options *options, int cuda_driver, qi_jit *out)
 {
     QI_REQUIRE(options->jit_policy >= QKV_JIT_ALLOW && options->jit_policy <= QKV_JIT_NEVER,
                "jit_policy: expected QKV_JIT_ALLOW, QKV_JIT_CACHED or QKV_JIT_NEVER, got %d",
@@ -253,6 +280,9 @@ qkv_status qi_jit_open(const qkv_context_options *options, qi_jit *out)
                     .progress = options->jit_progress,
                     .user = options->jit_user};
     qi_cache_dir(options->cache_dir, out->cache_dir, sizeof out->cache_dir);
-    qi_cc_find(options->compiler, &out->cc);
+    if (cuda_driver)
+        out->nvrtc = qi_nvrtc_find(cuda_driver);
+    else
+        qi_cc_find(options->compiler, &out->cc);
     return QKV_OK;
 }

@@ -9,22 +9,25 @@
 
 #include "base/log.h"
 #include "jit/cc.h"
+#include "jit/nvrtc.h"
 #include "qkv/context.h"
 
 /* What a context's options say. Paths are resolved once. */
 typedef struct qi_jit {
     int32_t policy;
     char cache_dir[QI_PATH_MAX]; /* empty: none */
-    qi_cc cc;
+    qi_cc cc;                    /* for the CPU */
+    const qi_nvrtc *nvrtc;       /* for CUDA; NULL: none */
     qkv_jit_progress_fn progress;
     void *user;
 } qi_jit;
 
-qkv_status qi_jit_open(const qkv_context_options *options, qi_jit *out);
+/* cuda_driver: the version that a GPU's driver is for, 0 for the CPU. */
+qkv_status qi_jit_open(const qkv_context_options *options, int cuda_driver, qi_jit *out);
 
 /* The function `symbol` of the kernel that the job describes. COMPILE: the policy forbids it, there is
  * no compiler, it failed, or its output cannot be loaded. */
-qkv_status qi_jit_get(const qi_jit *jit, const qi_logger *logger, const qi_cc_job *job,
+qkv_status qi_jit_get(const qi_jit *jit, const qi_logger *logger, const qi_jit_job *job,
                       const char *const *symbols, int num_symbols, void **functions);
 
 #endif

@@ -3,6 +3,20 @@
 #ifndef QI_KERN_ABI_H
 #define QI_KERN_ABI_H
 
+#if defined(__CUDACC_RTC__) /* NVRTC has no headers */
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef signed char i8;
+typedef short i16;
+typedef int i32;
+typedef long long i64;
+#define _Static_assert static_assert
+
+#else
+
 #include <stdint.h>
 
 typedef uint8_t u8;
@@ -13,6 +27,8 @@ typedef int8_t i8;
 typedef int16_t i16;
 typedef int32_t i32;
 typedef int64_t i64;
+
+#endif
 
 /* Bytes of private memory that a CPU task may use as it likes; 64-byte aligned, never cleared. */
 #define QI_TASK_SCRATCH_BYTES (1536 * 1024)

@@ -15,8 +15,9 @@ static inline qi_philox4 qi_philox(qi_philox4 counter, u32 key0, u32 key1)
 {
     for (int round = 0; round < 10; round++) {
         const u64 a = (u64)0xd2511f53u * counter.v[0], b = (u64)0xcd9e8d57u * counter.v[2];
-        counter = (qi_philox4){{(u32)(b >> 32) ^ counter.v[1] ^ key0, (u32)b,
-                                (u32)(a >> 32) ^ counter.v[3] ^ key1, (u32)a}};
+        const qi_philox4 next = {{(u32)(b >> 32) ^ counter.v[1] ^ key0, (u32)b,
+                                  (u32)(a >> 32) ^ counter.v[3] ^ key1, (u32)a}};
+        counter = next;
         key0 += 0x9e3779b9u;
         key1 += 0xbb67ae85u;
     }
@@ -26,8 +27,8 @@ static inline qi_philox4 qi_philox(qi_philox4 counter, u32 key0, u32 key1)
 /* 64 random bits: draw number offset of the stream of a seed. */
 static inline u64 qi_philox_u64(u64 seed, u64 offset)
 {
-    const qi_philox4 r = qi_philox((qi_philox4){{(u32)offset, (u32)(offset >> 32), 0, 0}},
-                                   (u32)seed, (u32)(seed >> 32));
+    const qi_philox4 counter = {{(u32)offset, (u32)(offset >> 32), 0, 0}};
+    const qi_philox4 r = qi_philox(counter, (u32)seed, (u32)(seed >> 32));
     return (u64)r.v[1] << 32 | r.v[0];
 }
 

@@ -1,0 +1,224 @@
+/* cuda.c - see cuda.h.
+ * SPDX-License-Identifier: Apache-2.0 */
+#include "device/cuda.h"
+
+#include <string.h>
+
+#include "base/status.h"
+
+/* Makes the device current until leave(): most often it is already, and the driver's get is cheap. */
+static int enter(const qi_cuda_device *device, cu_context *before)
+{
+    const int result = qi_cuda.context_current(before);
+    if (result != CU_SUCCESS || *before == device->context) return result;
+    return qi_cuda.context_set(device->context);
+}
+
+static void leave(const qi_cuda_device *device, cu_context before)
+{
+    if (before != device->context) qi_cuda.context_set(before);
+}
+
+/* One driver call with the device current. */
+#define ON_DEVICE(device, call)                                                                    \
+    do {                                                                                           \
+        cu_context before_;                                                                        \
+        QI_CUDA_TRY(enter((device), &before_));                                                    \
+        const int result_ = (call);                                                                \
+        leave((device), before_);                                                                  \
+        if (result_ != CU_SUCCESS) return qi_cuda_check(result_, #call, __FILE__, __LINE__);       \
+    } while (0)
+
+static qkv_status read_attributes(qi_cuda_device *d)
+{
+    const struct {
+        int *value, attribute;
+    } wanted[] = {{&d->major, CU_DEVICE_MAJOR},
+                  {&d->minor, CU_DEVICE_MINOR},
+                  {&d->num_sms, CU_DEVICE_NUM_SMS},
+                  {&d->l2_bytes, CU_DEVICE_L2_BYTES},
+                  {&d->shared_bytes, CU_DEVICE_MAX_SHARED_BYTES_PER_BLOCK_OPTIN}};
+    for (size_t i = 0; i < sizeof wanted / sizeof wanted[0]; i++)
+        QI_CUDA_TRY(qi_cuda.device_attribute(wanted[i].value, wanted[i].attribute, d->device));
+    QI_CUDA_TRY(qi_cuda.device_name(d->name, (int)sizeof d->name, d->device));
+    QI_CUDA_TRY(qi_cuda.driver_version(&d->driver));
+    return QKV_OK;
+}
+
+qkv_status qi_cuda_open(int ordinal, qi_cuda_device *out)
+{
+    QI_TRY(qi_cuda_load());
+    const int result = qi_cuda.init(0);
+    if (result == CU_NOT_INITIALIZED)
+        QI_FAIL(QKV_ERR_DEVICE,
+                "device: the CUDA driver cannot be used in this process: it was forked from one "
+                "that had used it (start such processes by spawn)");
+    int count = 0;
+    if (result != CU_SUCCESS && result != CU_NO_DEVICE)
+        return qi_cuda_check(result, "cuInit", __FILE__, __LINE__);
+    if (result == CU_SUCCESS) QI_CUDA_TRY(qi_cuda.device_count(&count));
+    if (ordinal < 0 || ordinal >= count)
+        QI_FAIL(QKV_ERR_UNSUPPORTED, "device: expected a device_id below %d CUDA devices, got %d",
+                count, ordinal);
+    qi_cuda_device d = {.ordinal = ordinal};
+    QI_CUDA_TRY(qi_cuda.device_get(&d.device, ordinal));
+    QI_TRY(read_attributes(&d));
+    if (d.major < 8)
+        QI_FAIL(QKV_ERR_UNSUPPORTED,
+                "device: expected compute capability 8.0 or newer, got %d.%d (%s)", d.major,
+                d.minor, d.name);
+    QI_CUDA_TRY(qi_cuda.primary_retain(&d.context, d.device));
+    *out = d;
+    return QKV_OK;
+}
+
+void qi_cuda_close(qi_cuda_device *device)
+{
+    if (device->context) qi_cuda.primary_release(device->device);
+    device->context = NULL;
+}
+
+/* ---- memory ------------------------------------------------------------------------------- */
+
+qkv_status qi_cuda_alloc(const qi_cuda_device *device, size_t bytes, void **out)
+{
+    cu_ptr ptr = 0;
+    *out = NULL;
+    ON_DEVICE(device, qi_cuda.memory_alloc(&ptr, bytes ? bytes : 1));
+    memcpy(out, &ptr, sizeof *out);
+    return QKV_OK;
+}
+
+static cu_ptr ptr_of(const void *memory)
+{
+    return (cu_ptr)(uintptr_t)memory;
+}
+
+/* Failures are of no use to who frees. */
+static int free_on(const qi_cuda_device *device, void *memory, int pinned)
+{
+    cu_context before;
+    const int result = enter(device, &before);
+    if (result != CU_SUCCESS) return result;
+    if (pinned)
+        qi_cuda.host_free(memory);
+    else
+        qi_cuda.memory_free(ptr_of(memory));
+    leave(device, before);
+    return CU_SUCCESS;
+}
+
+void qi_cuda_free(const qi_cuda_device *device, void *memory)
+{
+    if (memory) free_on(device, memory, 0);
+}
+
+qkv_status qi_cuda_alloc_pinned(const qi_cuda_device *device, size_t bytes, void **out)
+{
+    *out = NULL;
+    ON_DEVICE(device, qi_cuda.host_alloc(out, bytes ? bytes : 1, 0));
+    return QKV_OK;
+}
+
+void qi_cuda_free_pinned(const qi_cuda_device *device, void *memory)
+{
+    if (memory) free_on(device, memory, 1);
+}
+
+/* ---- kernels ------------------------------------------------------------------------------ */
+
+void *qi_cuda_load_image(const void *image, const char **error)
+{
+    cu_library library = NULL;
+    const int result = qi_cuda.library_load(&library, image, NULL, NULL, 0, NULL, NULL, 0);
+    if (result == CU_SUCCESS) return library;
+    if (qi_cuda.error_string(result, error) != CU_SUCCESS) *error = "no text for it";
+    return NULL;
+}
+
+void *qi_cuda_find(void *library, const char *name)
+{
+    cu_kernel kernel = NULL;
+    return qi_cuda.library_kernel(&kernel, library, name) == CU_SUCCESS ? kernel : NULL;
+}
+
+qkv_status qi_cuda_function(const qi_cuda_device *device, void *kernel, cu_function *out)
+{
+    int fixed = 0; /* what the kernel has without asking for more at launch */
+    ON_DEVICE(device, qi_cuda.kernel_function(out, kernel));
+    ON_DEVICE(device, qi_cuda.function_get(&fixed, CU_FUNCTION_SHARED_BYTES, *out));
+    ON_DEVICE(device, qi_cuda.function_set(*out, CU_FUNCTION_MAX_DYNAMIC_SHARED_BYTES,
+                                           device->shared_bytes - fixed));
+    return QKV_OK;
+}
+
+qkv_status qi_cuda_launch(const qi_cuda_device *device, cu_function function, const qi_grid *grid,
+                          const void *params, void *stream)
+{
+    cu_launch_attribute overlap = {.id = CU_LAUNCH_PROGRAMMATIC, .value = {.flag = 1}};
+    const cu_launch_config config = {
+        .grid = {grid->x, grid->y ? grid->y : 1, grid->z ? grid->z : 1},
+        .block = {grid->threads, 1, 1},
+        .shared_bytes = grid->shared_bytes,
+        .stream = stream,
+        .attributes = &overlap,
+        .num_attributes = grid->overlaps_before != 0,
+    };
+    void *arguments[] = {(void *)(uintptr_t)params}; /* read, though not declared so */
+    ON_DEVICE(device, qi_cuda.launch(&config, function, arguments, NULL));
+    return QKV_OK;
+}
+
+/* ---- streams ------------------------------------------------------------------------------ */
+
+qkv_status qi_cuda_capturing(const qi_cuda_device *device, void *stream, int *capturing)
+{
+    ON_DEVICE(device, qi_cuda.stream_capturing(stream, capturing));
+    *capturing = *capturing != CU_CAPTURE_NONE;
+    return QKV_OK;
+}
+
+qkv_status qi_cuda_event_create(const qi_cuda_device *device, cu_event *out)
+{
+    ON_DEVICE(device, qi_cuda.event_create(out, CU_EVENT_NO_TIMING));
+    return QKV_OK;
+}
+
+void qi_cuda_event_destroy(const qi_cuda_device *device, cu_event event)
+{
+    cu_context before;
+    if (!event || enter(device, &before) != CU_SUCCESS) return;
+    qi_cuda.event_destroy(event);
+    leave(device, before);
+}
+
+qkv_status qi_cuda_event_record(const qi_cuda_device *device, cu_event event, void *stream)
+{
+    ON_DEVICE(device, qi_cuda.event_record(event, stream));
+    return QKV_OK;
+}
+
+qkv_status qi_cuda_event_wait(const qi_cuda_device *device, cu_event event)
+{
+    ON_DEVICE(device, qi_cuda.event_synchronize(event));
+    return QKV_OK;
+}
+
+qkv_status qi_cuda_copy(const qi_cuda_device *device, void *dst, const void *src, size_t bytes,
+                        void *stream)
+{
+    ON_DEVICE(device, qi_cuda.copy_async(ptr_of(dst), ptr_of(src), bytes, stream));
+    return QKV_OK;
+}
+
+qkv_status qi_cuda_zero(const qi_cuda_device *device, void *dst, size_t bytes, void *stream)
+{
+    ON_DEVICE(device, qi_cuda.memset_async(ptr_of(dst), 0, bytes, stream));
+    return QKV_OK;
+}
+
+qkv_status qi_cuda_wait(const qi_cuda_device *device, void *stream)
+{
+    ON_DEVICE(device, qi_cuda.stream_synchronize(stream));
+    return QKV_OK;
+}

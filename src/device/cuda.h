@@ -1,0 +1,65 @@
+/* cuda.h - an NVIDIA GPU: its primary context, which frameworks share, memory, modules and launches.
+ * Every function makes the device current on this thread for its own time only.
+ * SPDX-License-Identifier: Apache-2.0 */
+#ifndef QI_DEVICE_CUDA_H
+#define QI_DEVICE_CUDA_H
+
+#include "device/cuda_api.h"
+
+typedef struct qi_cuda_device {
+    cu_context context; /* the primary one */
+    int ordinal, device;
+    int major, minor; /* compute capability */
+    int num_sms, shared_bytes, l2_bytes;
+    int driver; /* 1000 major + 10 minor of the CUDA that the driver brings */
+    char name[64];
+} qi_cuda_device;
+
+/* Opens device `ordinal`. UNSUPPORTED: no driver, no such device, older than sm_80. DEVICE: the driver
+ * refuses, as it does in a process forked after its parent used it. */
+qkv_status qi_cuda_open(int ordinal, qi_cuda_device *out);
+void qi_cuda_close(qi_cuda_device *device);
+
+/* Memory of the device; and of the host, pinned. */
+qkv_status qi_cuda_alloc(const qi_cuda_device *device, size_t bytes, void **out);
+void qi_cuda_free(const qi_cuda_device *device, void *memory);
+qkv_status qi_cuda_alloc_pinned(const qi_cuda_device *device, size_t bytes, void **out);
+void qi_cuda_free_pinned(const qi_cuda_device *device, void *memory);
+
+/* A compiled image (cubin or PTX), which serves every device of its architecture; *error is the driver's
+ * text for NULL. */
+void *qi_cuda_load_image(const void *image, const char **error);
+/* The kernel of that name, NULL if there is none. */
+void *qi_cuda_find(void *library, const char *name);
+
+/* Loads a kernel onto the device and allows it all of the shared memory. */
+qkv_status qi_cuda_function(const qi_cuda_device *device, void *kernel, cu_function *out);
+
+typedef struct qi_grid {
+    u32 x, y, z;         /* blocks; 0 counts as 1 */
+    u32 threads;         /* of a block */
+    u32 shared_bytes;    /* dynamic */
+    i32 overlaps_before; /* may begin before what precedes it in the stream has ended: the kernel
+                            waits for that itself (griddepcontrol.wait) */
+} qi_grid;
+
+/* Enqueues one launch; params is the kernel's only parameter. */
+qkv_status qi_cuda_launch(const qi_cuda_device *device, cu_function function, const qi_grid *grid,
+                          const void *params, void *stream);
+
+/* Is the stream being captured into a graph? */
+qkv_status qi_cuda_capturing(const qi_cuda_device *device, void *stream, int *capturing);
+
+/* A mark in a stream; waiting for one that was never recorded returns at once. */
+qkv_status qi_cuda_event_create(const qi_cuda_device *device, cu_event *out);
+void qi_cuda_event_destroy(const qi_cuda_device *device, cu_event event);
+qkv_status qi_cuda_event_record(const qi_cuda_device *device, cu_event event, void *stream);
+qkv_status qi_cuda_event_wait(const qi_cuda_device *device, cu_event event);
+
+/* Enqueues copies and waits, for plans. */
+qkv_status qi_cuda_copy(const qi_cuda_device *device, void *dst, const void *src, size_t bytes,
+                        void *stream);
+qkv_status qi_cuda_zero(const qi_cuda_device *device, void *dst, size_t bytes, void *stream);
+qkv_status qi_cuda_wait(const qi_cuda_device *device, void *stream);
+
+#endif
