@@ -14,21 +14,33 @@
 TABLES(X)
 #undef X
 
+static const struct {
+    const char *op;
+    const qi_kernel *table;
+} tables[] = {
+#define X(op) {#op, qi_##op##_kernels},
+    TABLES(X)
+#undef X
+};
+
+const qi_kernel *qi_kernel_row(int i, const char **op)
+{
+    for (size_t t = 0; t < sizeof tables / sizeof tables[0]; t++)
+        for (const qi_kernel *k = tables[t].table; k->name; k++)
+            if (i-- == 0) {
+                *op = tables[t].op;
+                return k;
+            }
+    return NULL;
+}
+
 void qkv_enumerate_kernels(void (*visit)(void *user, const qkv_kernel_info *info), void *user)
 {
-    static const struct {
-        const char *op;
-        const qi_kernel *table;
-    } tables[] = {
-#define X(op) {#op, qi_##op##_kernels},
-        TABLES(X)
-#undef X
-    };
-    if (!visit) return;
-    for (size_t i = 0; i < sizeof tables / sizeof tables[0]; i++)
-        for (const qi_kernel *k = tables[i].table; k->name; k++)
-            visit(user, &(qkv_kernel_info){.struct_size = sizeof(qkv_kernel_info),
-                                           .device_type = k->device,
-                                           .op = tables[i].op,
-                                           .row = k->name});
+    const char *op;
+    const qi_kernel *k;
+    for (int i = 0; visit && (k = qi_kernel_row(i, &op)); i++)
+        visit(user, &(qkv_kernel_info){.struct_size = sizeof(qkv_kernel_info),
+                                       .device_type = k->device,
+                                       .op = op,
+                                       .row = k->name});
 }

@@ -11,14 +11,27 @@ _Static_assert((int)GATED_SILU == QKV_SILU && (int)GATED_GELU == QKV_GELU &&
                "the kernel's kinds are those of qkv/activation.h");
 
 const qi_kernel qi_gated_kernels[] = {
-    {"gated.any", kDLCPU, NULL, QI_CPU_ENTRIES(gated)},
+    QI_CPU_ROW("gated.any", NULL, gated),
+    QI_CUDA_ROW("gated.cuda", NULL, "ops/activation/gated.cu", "gated", "DTYPE VEC KIND THREADS"),
     {0},
 };
+
+static qkv_status launch_cuda(const qkv_context *ctx, const qi_kernel *row, const gated_params *p,
+                              void *stream)
+{
+    enum { THREADS = 256 };
+    const i32 vec = QI_VECTOR(16 / (i32)qi_dtype_bytes(p->dtype), p->size, p->gate_stride,
+                              p->up_stride, p->out_stride, QI_ADDRESS(p->gate, p->dtype),
+                              QI_ADDRESS(p->up, p->dtype), QI_ADDRESS(p->out, p->dtype));
+    const i32 constants[] = {(i32)p->dtype, vec, p->kind, THREADS};
+    const qi_grid grid = {.x = qi_blocks(p->num_tokens * (p->size / vec), THREADS),
+                          .threads = THREADS};
+    return qi_launch_cuda(ctx, row, constants, &grid, p, stream);
+}
 
 qkv_status qkv_gated_activation(qkv_context *ctx, DLTensor *out, const DLTensor *gate,
                                 const DLTensor *up, int32_t kind, void *stream)
 {
-    (void)stream;
     QI_REQUIRE_CONTEXT(ctx);
     QI_TRY(qi_expect_float(gate, "gate", QI_SHAPE(QI_ANY, QI_ANY)));
     const int64_t num_tokens = gate->shape[0], size = gate->shape[1];
@@ -49,6 +62,7 @@ qkv_status qkv_gated_activation(qkv_context *ctx, DLTensor *out, const DLTensor 
         .kind = kind,
         .streams = !qi_same(out, gate) && !qi_same(out, up) && qi_streams(bytes),
     };
+    if (row->device == kDLCUDA) return launch_cuda(ctx, row, &params, stream);
     qi_launch(ctx, row, qi_tasks_for(3 * bytes), &params);
     return QKV_OK;
 }

@@ -49,16 +49,20 @@ static const char *reject_d128(const void *desc)
 
 /* Fastest first; the first row whose reject() returns NULL wins; the reference is last. */
 const qi_kernel qi_attention_kernels[] = {
-    {"attention.d64", kDLCPU, reject_d64, QI_CPU_ENTRIES(attention_d64)},
-    {"attention.d128", kDLCPU, reject_d128, QI_CPU_ENTRIES(attention_d128)},
-    {"attention.any", kDLCPU, reject_variant, QI_CPU_ENTRIES(attention_any)},
-    {"attention.variant", kDLCPU, reject_builtin, {NULL}}, /* compiled by create */
+    QI_CPU_ROW("attention.d64", reject_d64, attention_d64),
+    QI_CPU_ROW("attention.d128", reject_d128, attention_d128),
+    QI_CPU_ROW("attention.any", reject_variant, attention_any),
+    {.name = "attention.variant",
+     .device = kDLCPU,
+     .reject = reject_builtin}, /* compiled by create */
+    QI_CUDA_ROW("attention.cuda", NULL, "ops/attention/attention.cu", "attention", "THREADS"),
     {0},
 };
 
 /* Merges the partial rows of several levels. */
 const qi_kernel qi_attention_levels_kernels[] = {
-    {"attention.levels", kDLCPU, NULL, QI_CPU_ENTRIES(attention_levels)},
+    QI_CPU_ROW("attention.levels", NULL, attention_levels),
+    QI_CUDA_ROW("attention.cuda", NULL, "ops/attention/attention.cu", "attention_levels", ""),
     {0},
 };
 
@@ -175,7 +179,7 @@ static qkv_status read_limits(const qkv_context *ctx, const qkv_attention_spec *
     if (l->max_qo_len == 0 || l->max_qo_len > l->max_tokens) l->max_qo_len = (int32_t)l->max_tokens;
     QI_REQUIRE(l->max_workers >= 0 && l->max_workers <= 4096,
                "max_workers: expected 0 to 4096, got %d", (int)l->max_workers);
-    if (l->max_workers == 0) l->max_workers = qi_threads_count(ctx->threads);
+    if (l->max_workers == 0) l->max_workers = qkv_context_num_threads(ctx);
     QI_REQUIRE(l->max_kv_len > 0 && l->max_kv_len <= MAX_LENGTH,
                "max_kv_len: expected 1 to 2^30, got %lld", (long long)l->max_kv_len);
     if (spec->page_size == 0) l->max_pages = 0;
@@ -255,8 +259,10 @@ enum { FIXED_CUT = 2048 };
 /* What the scheduler needs, from a spec and limits with their defaults filled in. Costs are in
  * units of one multiply-add over a whole head: reading a key costs about 3 of them a byte of its
  * elements on the CPUs measured (docs/performance.md), starting a tile about 200. */
-static qi_limits schedule_limits(const qkv_attention_spec *spec, qkv_attention_limits *limits)
+static qi_limits schedule_limits(const qkv_context *ctx, const qkv_attention_spec *spec,
+                                 qkv_attention_limits *limits)
 {
+    const int cuda = ctx->device.device_type == kDLCUDA;
     const int32_t group = spec->num_qo_heads / spec->num_kv_heads;
     const int fixed = (spec->flags & QKV_ATTENTION_BATCH_INVARIANT) != 0;
     qi_limits s = {
@@ -264,7 +270,7 @@ static qi_limits schedule_limits(const qkv_attention_spec *spec, qkv_attention_l
         .num_kv_heads = spec->num_kv_heads,
         .group_size = group,
         .decode_rows = decode_rows(group),
-        .tile_rows = prefill_rows(group),
+        .tile_rows = prefill_rows(group, cuda ? CUDA_PREFILL_M : PREFILL_M),
         .causal = spec->mask == QKV_MASK_CAUSAL,
         .window_left = spec->window_left,
         .window_right = spec->window_right,
@@ -275,7 +281,7 @@ static qi_limits schedule_limits(const qkv_attention_spec *spec, qkv_attention_l
         .cost_visit = 200,
         .cost_key = 3 * (int32_t)qi_dtype_bytes((qi_dtype)qi_dtype_of(spec->dtype_kv)),
         .cost_pair = 1,
-        .cost_strip = 4000, /* some 5 us: what waking a thread costs */
+        .cost_strip = cuda ? 0 : 4000, /* some 5 us: what waking a thread costs */
     };
     const int64_t enough = enough_split_rows(&s, spec, limits);
     if (limits->max_split_rows == 0 || limits->max_split_rows > enough)
@@ -338,6 +344,7 @@ static void bind_workspace(qkv_attention *a, qi_arena *plan, qi_arena *scratch)
     a->mask_indptr = qi_arena_take(plan, s->mask == QKV_MASK_CUSTOM ? requests : 0, sizeof(i64));
     a->rope_turns = qi_arena_take(plan, (uint64_t)a->rope.num_pairs, sizeof(double));
     a->head_scales = qi_arena_take(plan, 3 * (uint64_t)s->num_qo_heads, sizeof(float));
+    if (a->ctx->device.device_type == kDLCUDA) return; /* blocks have shared memory */
     const i32 group = a->schedule.group_size;
     i64 floats = decode_scratch_floats(group, s->num_kv_heads, s->head_dim_qk, s->head_dim_vo,
                                        widens_rows(a));
@@ -359,7 +366,7 @@ static qkv_status prepare(qkv_context *ctx, const qkv_attention_spec *spec,
     QI_TRY(read_spec(spec, &a->spec, &a->rope));
     QI_TRY(qi_variant_read(a->spec.variant, &a->variant));
     QI_TRY(read_limits(ctx, &a->spec, limits, &a->limits));
-    a->schedule = schedule_limits(&a->spec, &a->limits);
+    a->schedule = schedule_limits(ctx, &a->spec, &a->limits);
     QI_TRY(qi_select(ctx, qi_attention_kernels, &a->spec, &a->row));
     QI_TRY(qi_select(ctx, qi_attention_levels_kernels, &a->spec, &a->levels_row));
     QI_REQUIRE(!(a->variant.no_softmax && a->spec.flags & QKV_ATTENTION_HAS_SINK),
@@ -369,7 +376,11 @@ static qkv_status prepare(qkv_context *ctx, const qkv_attention_spec *spec,
                (long long)work);
     qi_arena plan = {NULL, 0}, scratch = {NULL, 0};
     bind_workspace(a, &plan, &scratch);
-    *size = (qkv_workspace_size){.plan_bytes = plan.used, .scratch_bytes = scratch.used};
+    *size = (qkv_workspace_size){
+        .plan_bytes = plan.used,
+        .scratch_bytes = scratch.used,
+        .pinned_bytes = ctx->device.device_type == kDLCUDA ? plan.used : 0,
+    };
     return QKV_OK;
 }
 
@@ -416,8 +427,10 @@ static qkv_status check_workspace(const qkv_workspace *given, const qkv_workspac
         const void *block;
         uint64_t bytes, needed;
     } parts[] = {{"plan", out->plan, out->plan_bytes, size->plan_bytes},
-                 {"scratch", out->scratch, out->scratch_bytes, size->scratch_bytes}};
-    for (int i = 0; i < 2; i++) {
+                 {"scratch", out->scratch, out->scratch_bytes, size->scratch_bytes},
+                 {"pinned", out->pinned, out->pinned_bytes, size->pinned_bytes}};
+    for (int i = 0; i < 3; i++) {
+        if (i == 2 && parts[i].needed == 0) continue; /* the CPU's */
         QI_REQUIRE(parts[i].block && (uintptr_t)parts[i].block % QI_ARENA_ALIGN == 0,
                    "workspace.%s: expected a block aligned to %u bytes, got %p", parts[i].name,
                    QI_ARENA_ALIGN, parts[i].block);
@@ -436,6 +449,7 @@ static qkv_status check_workspace(const qkv_workspace *given, const qkv_workspac
 /* Puts the kernels that a variant was compiled to in place of the row's. */
 static qkv_status compile_variant(qkv_context *ctx, qkv_attention *a)
 {
+    if (ctx->device.device_type == kDLCUDA) return qi_attention_cuda_compile(a);
     if (a->variant.num_params < 0) return QKV_OK;
     qi_cpu_kernel entries[2];
     QI_TRY(qi_variant_compile(ctx, &a->spec, &a->variant, entries));
@@ -473,11 +487,15 @@ qkv_status qkv_attention_create(qkv_context *ctx, const qkv_attention_spec *spec
     *a = prepared;
     a->spec.variant = NULL; /* and rope: the caller's, copied */
     a->spec.rope = NULL;
-    if (a->variant.num_params >= 0) {
+    const int cuda = ctx->device.device_type == kDLCUDA;
+    if (a->variant.num_params >= 0 && !cuda) {
         a->row = &a->compiled[0];
         a->levels_row = &a->compiled[1];
     }
-    if (!workspace) {
+    qkv_status status = QKV_OK;
+    if (!workspace && cuda) {
+        QI_TRY_OR(qi_attention_cuda_alloc(a, &size, &w), fail);
+    } else if (!workspace) {
         a->owned = w = (qkv_workspace){
             QKV_WORKSPACE_INIT, .plan = mem->alloc(mem->user, size.plan_bytes, 4096),
             .scratch = mem->alloc(mem->user, size.scratch_bytes, 4096),
@@ -488,11 +506,17 @@ qkv_status qkv_attention_create(qkv_context *ctx, const qkv_attention_spec *spec
                     (unsigned long long)size.plan_bytes, (unsigned long long)size.scratch_bytes);
         }
     }
-    bind_workspace(a, &(qi_arena){.base = w.plan}, &(qi_arena){.base = w.scratch});
+    bind_workspace(a, &(qi_arena){.base = cuda ? w.pinned : w.plan},
+                   &(qi_arena){.base = w.scratch});
     memset(a->plan.header, 0, sizeof *a->plan.header);
     if (a->rope.num_pairs > 0) qi_rope_turns(&a->rope, a->rope_turns);
+    if (cuda) QI_TRY_OR(qi_attention_cuda_bind(a, &w), fail);
     *out = a;
     return QKV_OK;
+
+fail:
+    qkv_attention_destroy(a);
+    return status;
 }
 
 void qkv_attention_destroy(qkv_attention *attention)
@@ -500,6 +524,11 @@ void qkv_attention_destroy(qkv_attention *attention)
     if (!attention) return;
     const qkv_allocator *mem = &attention->ctx->allocator;
     const qkv_workspace *w = &attention->owned;
+    if (attention->ctx->device.device_type == kDLCUDA) {
+        qi_attention_cuda_free(attention);
+        mem->free(mem->user, attention, sizeof *attention);
+        return;
+    }
     if (w->scratch) mem->free(mem->user, w->scratch, w->scratch_bytes);
     if (w->plan) mem->free(mem->user, w->plan, w->plan_bytes);
     mem->free(mem->user, attention, sizeof *attention);

@@ -5,6 +5,7 @@
 
 #include "kern/plan.h"
 #include "kern/rope.h"
+#include "kern/scale.h"
 
 typedef struct attention_params {
     qi_plan plan;
@@ -42,28 +43,52 @@ typedef struct attention_params {
     i64 scratch_stride;
 } attention_params;
 
+enum { MAX_ARG_WORDS = 160 }; /* 8 bytes each: 32 parameters, every one a tensor of 4 axes */
+
+/* What a GPU's kernels take: a captured launch keeps its parameters, so all that is not a tensor's goes by
+ * value. Of `at`, plan has device addresses, and the three scales, variant and scratch are NULL. */
+typedef struct attention_cuda_params {
+    attention_params at;
+    qi_scale q_scale, k_scale, v_scale, o_scale;
+    float sm_scale;
+    i32 reserved;
+    i64 args[MAX_ARG_WORDS]; /* variant_params */
+} attention_cuda_params;
+_Static_assert(sizeof(attention_cuda_params) <= 4096, "a kernel's parameters");
+
 /* Shape of the tiles; the planner and the kernels must agree. M counts rows of one KV head: tokens
  * times query heads of the group. */
 enum {
     MAX_GROUP = 512, /* query heads of a KV head */
     MAX_HEAD_DIM = 512,
-    DECODE_M = 16,     /* up to this M (or one token) a request is a decode tile */
-    PREFILL_M = 768,   /* M of a prefill tile, or one token */
-    BLOCK_N = 256,     /* most keys that a prefill tile packs at a time */
-    DECODE_BLOCK = 16, /* keys that a decode tile takes at a time */
+    DECODE_M = 16,       /* up to this M (or one token) a request is a decode tile */
+    PREFILL_M = 768,     /* M of a prefill tile, or one token */
+    CUDA_PREFILL_M = 64, /* the same on a GPU */
+    BLOCK_N = 256,       /* most keys that a prefill tile packs at a time */
+    DECODE_BLOCK = 16,   /* keys that a decode tile takes at a time */
     MAX_LEVELS = 16,
     MAX_VW = 16,
     MAX_TILE_M = 32, /* largest vector and panel of rows of any level */
 };
+
+/* The reference kernel of GPUs: query rows and keys that a block has in shared memory at a time. */
+#define ATTENTION_CHUNK        16
+#define ATTENTION_KEYS(qk, vo) ((qk) + (vo) <= 512 ? 32 : 16)
+#define ATTENTION_SHARED_BYTES(qk, vo)                                                             \
+    (4 * (ATTENTION_CHUNK * ((qk) + ATTENTION_KEYS(qk, vo)) +                                      \
+          ATTENTION_KEYS(qk, vo) * ((qk) + 1 + (vo))) +                                            \
+     ATTENTION_TILE_BYTES)
+#define ATTENTION_TILE_BYTES 4096
 
 static inline i32 decode_rows(i32 group_size)
 {
     return group_size < DECODE_M ? DECODE_M / group_size : 1;
 }
 
-static inline i32 prefill_rows(i32 group_size)
+/* tile_m: PREFILL_M or CUDA_PREFILL_M. */
+static inline i32 prefill_rows(i32 group_size, i32 tile_m)
 {
-    return group_size < PREFILL_M ? PREFILL_M / group_size : 1;
+    return group_size < tile_m ? tile_m / group_size : 1;
 }
 
 static inline i64 round_up(i64 n, i64 unit)
@@ -92,7 +117,7 @@ static inline i64 decode_scratch_floats(i32 group_size, i32 num_kv_heads, i32 di
 
 static inline i64 prefill_scratch_floats(i32 group_size, i32 dim_qk, i32 dim_vo)
 {
-    const i64 m = (i64)prefill_rows(group_size) * group_size + MAX_TILE_M;
+    const i64 m = (i64)prefill_rows(group_size, PREFILL_M) * group_size + MAX_TILE_M;
     const i64 keys = block_keys(dim_qk, dim_vo), vo = round_up(dim_vo, 2 * MAX_VW);
     const i64 qk = round_up(dim_qk, MAX_VW);
     return m * (qk + vo + 2) + keys * (qk + vo) + MAX_TILE_M * (keys + MAX_VW) + 8 * MAX_VW +

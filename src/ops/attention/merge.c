@@ -9,7 +9,9 @@
 QI_CPU_DECLARE(merge);
 
 const qi_kernel qi_merge_kernels[] = {
-    {"merge.any", kDLCPU, NULL, QI_CPU_ENTRIES(merge)},
+    QI_CPU_ROW("merge.any", NULL, merge),
+    QI_CUDA_ROW("merge.cuda", NULL, "ops/attention/merge.cu", "merge",
+                "DTYPE_O DTYPE_STATE VEC THREADS"),
     {0},
 };
 
@@ -56,11 +58,23 @@ static qkv_status read_state(const DLTensor *o, const DLTensor *lse, int32_t s,
     return QKV_OK;
 }
 
+static qkv_status launch_cuda(const qkv_context *ctx, const qi_kernel *row, const merge_params *p,
+                              void *stream)
+{
+    enum { THREADS = 128, WARP = 32 };
+    i32 vec = QI_VECTOR(8, p->dim, p->o_stride[0], p->o_stride[1], QI_ADDRESS(p->o, p->dtype_o));
+    for (i32 s = 0; s < p->num_states; s++)
+        vec = QI_VECTOR(vec, p->states[s].o_stride[0], p->states[s].o_stride[1],
+                        QI_ADDRESS(p->states[s].o, p->dtype_state));
+    const i32 constants[] = {(i32)p->dtype_o, (i32)p->dtype_state, vec, THREADS};
+    const qi_grid grid = {.x = qi_blocks(p->tokens * p->heads, THREADS / WARP), .threads = THREADS};
+    return qi_launch_cuda(ctx, row, constants, &grid, p, stream);
+}
+
 qkv_status qkv_attention_merge(qkv_context *ctx, DLTensor *o, DLTensor *lse,
                                const DLTensor *const *o_states, const DLTensor *const *lse_states,
                                int32_t num_states, uint32_t flags, void *stream)
 {
-    (void)stream;
     QI_REQUIRE_CONTEXT(ctx);
     QI_TRY(qi_expect_float(o, "o", QI_SHAPE(QI_ANY, QI_ANY, QI_ANY)));
     QI_REQUIRE(o->shape[2] <= MAX_DIM, "o: expected a dim of at most %d, got %lld", MAX_DIM,
@@ -96,6 +110,7 @@ qkv_status qkv_attention_merge(qkv_context *ctx, DLTensor *o, DLTensor *lse,
 
     const qi_kernel *row;
     QI_TRY(qi_select(ctx, qi_merge_kernels, NULL, &row));
+    if (row->device == kDLCUDA) return launch_cuda(ctx, row, &params, stream);
     qi_launch(ctx, row, qi_tasks_for(rows * (params.dim + 1) * 4 * (num_states + 1)), &params);
     return QKV_OK;
 }

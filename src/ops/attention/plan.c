@@ -81,6 +81,16 @@ static qkv_status check_nesting(const qkv_attention *a, const batch_view *batch)
     return QKV_OK;
 }
 
+/* Like qi_expect, for what kernels read where it is. */
+static qkv_status expect_kernels_read(const qkv_attention *a, const DLTensor *t, const char *name,
+                                      DLDataType dtype, int ndim, const int64_t *shape)
+{
+    qi_tensors_on(a->ctx->device);
+    const qkv_status status = qi_expect(t, name, dtype, ndim, shape);
+    qi_tensors_on((DLDevice){kDLCPU, 0});
+    return status;
+}
+
 /* The custom mask: bits of the last level's keys. */
 static qkv_status read_mask(const qkv_attention *a, const qkv_attention_batch *b, batch_view *batch)
 {
@@ -90,7 +100,7 @@ static qkv_status read_mask(const qkv_attention *a, const qkv_attention_batch *b
                    "mask_bits, mask_indptr: expected NULL without QKV_MASK_CUSTOM");
         return QKV_OK;
     }
-    QI_TRY(qi_expect(b->mask_bits, "mask_bits", QKV_U8, QI_SHAPE(QI_ANY)));
+    QI_TRY(expect_kernels_read(a, b->mask_bits, "mask_bits", QKV_U8, QI_SHAPE(QI_ANY)));
     QI_TRY(qi_expect(b->mask_indptr, "mask_indptr", QKV_I64, QI_SHAPE(last->num_requests + 1)));
     const i64 *indptr = qi_data(b->mask_indptr);
     for (i64 r = 0; r < last->num_requests; r++) {
@@ -175,12 +185,13 @@ static qkv_status read_bsr(const qkv_attention *a, const qkv_kv_index *index, ba
         (int)a->limits.max_row_blocks, (long long)(bsr->num_lists * bsr->num_blocks));
     bsr->indptr = qi_data(indptr);
     bsr->indptr_stride = qi_stride(indptr, 0);
+    QI_TRY(expect_kernels_read(a, index->bsr_indices, "bsr_indices", QKV_I32, QI_SHAPE(QI_ANY)));
     QI_TRY(qi_expect(index->bsr_indices, "bsr_indices", QKV_I32, QI_SHAPE(QI_ANY)));
     bsr->indices = qi_data(index->bsr_indices);
     if (index->bsr_mask) {
         const i64 bits = (i64)bsr->rows * bsr->cols;
-        QI_TRY(qi_expect(index->bsr_mask, "bsr_mask", QKV_U8,
-                         QI_SHAPE(index->bsr_indices->shape[0], (bits + 7) / 8)));
+        QI_TRY(expect_kernels_read(a, index->bsr_mask, "bsr_mask", QKV_U8,
+                                   QI_SHAPE(index->bsr_indices->shape[0], (bits + 7) / 8)));
         bsr->mask = qi_data(index->bsr_mask);
         bsr->mask_stride = qi_stride(index->bsr_mask, 0);
     }
@@ -299,6 +310,7 @@ static void copy_batch(qkv_attention *a, const batch_view *batch, const group_li
         a->max_page_request = v->max_page_request;
         a->max_page_entry = v->max_page_entry;
     }
+    a->num_listed = listed;
     memcpy(plan->qo_indptr, last->qo_indptr, (size_t)(requests + 1) * sizeof(i32));
     for (i32 r = 0; r < requests; r++) {
         const i32 begin = last->qo_indptr[r], end = last->qo_indptr[r + 1];
@@ -341,14 +353,16 @@ static void swap_spare(qkv_attention *a)
 qkv_status qkv_attention_plan(qkv_attention *attention, const qkv_attention_batch *batch,
                               void *stream)
 {
-    (void)stream;
     qkv_attention *a = attention;
     QI_REQUIRE(a, "attention: expected an operator, got NULL");
     QI_REQUIRE_CONTEXT(a->ctx);
     const int verbose = qi_verbose(&a->ctx->logger, QI_VERBOSE_PLAN);
     const i64 start = verbose ? qi_now_ns() : 0;
+    const int cuda = a->ctx->device.device_type == kDLCUDA;
     batch_view view;
     group_list list;
+    if (cuda) QI_TRY(qi_attention_cuda_begin_plan(a, stream));
+    qi_tensors_on((DLDevice){kDLCPU, 0}); /* index arrays are the host's */
     QI_TRY(read_batch(a, batch, &view));
     QI_TRY(make_groups(a, &view, &list));
 
@@ -358,6 +372,7 @@ qkv_status qkv_attention_plan(qkv_attention *attention, const qkv_attention_batc
     const qi_lengths lengths = lengths_of(&view, &list);
     qi_schedule((qi_lanes){.id = 0, .count = 1}, &lengths, &a->schedule, &a->plan);
     a->planned = 1;
+    if (cuda) QI_TRY(qi_attention_cuda_upload(a, &lengths, stream));
     if (verbose) log_plan(a, qi_now_ns() - start);
     return QKV_OK;
 }

@@ -78,28 +78,36 @@ static qkv_status check_window(const char *name, int32_t want, int32_t planned)
 }
 
 /* Folds sm_scale and all scales into one factor a head for logits, sums of v and outputs. */
-static qkv_status read_scales(qkv_attention *a, const qkv_attention_io *io, attention_params *p)
+static void fold_scales(qkv_attention *a, const qi_scale scales[4], float sm_scale,
+                        attention_params *p)
 {
     const qkv_attention_spec *s = &a->spec;
-    qi_scale q, k, v, o;
-    QI_TRY(qi_scale_read(&io->q_scale, "q_scale", s->num_qo_heads, &q));
-    QI_TRY(qi_scale_read(&io->k_scale, "k_scale", s->num_kv_heads, &k));
-    QI_TRY(qi_scale_read(&io->v_scale, "v_scale", s->num_kv_heads, &v));
-    QI_TRY(qi_scale_read(&io->o_scale, "o_scale", s->num_qo_heads, &o));
-    QI_REQUIRE(io->sm_scale >= 0.f && isfinite(io->sm_scale),
-               "sm_scale: expected > 0, or 0 for the spec's, got %g", (double)io->sm_scale);
-    const float sm_scale = io->sm_scale > 0.f ? io->sm_scale : s->sm_scale;
+    const qi_scale *q = &scales[0], *k = &scales[1], *v = &scales[2], *o = &scales[3];
     float *logit = a->head_scales, *value = logit + s->num_qo_heads,
           *output = value + s->num_qo_heads;
     for (int32_t h = 0; h < s->num_qo_heads; h++) {
         const int32_t kv_head = h / (s->num_qo_heads / s->num_kv_heads);
-        logit[h] = sm_scale * qi_scale_at(&q, h) * qi_scale_at(&k, kv_head);
-        value[h] = qi_scale_at(&v, kv_head);
-        output[h] = 1.f / qi_scale_at(&o, h);
+        logit[h] = sm_scale * qi_scale_at(q, h) * qi_scale_at(k, kv_head);
+        value[h] = qi_scale_at(v, kv_head);
+        output[h] = 1.f / qi_scale_at(o, h);
     }
     p->logit_scale = logit;
     p->value_scale = value;
     p->output_scale = output;
+}
+
+/* The scales of q, k, v and o, and the layer's sm_scale. */
+static qkv_status read_scales(const qkv_attention *a, const qkv_attention_io *io,
+                              qi_scale scales[4], float *sm_scale)
+{
+    const qkv_attention_spec *s = &a->spec;
+    QI_TRY(qi_scale_read(&io->q_scale, "q_scale", s->num_qo_heads, &scales[0]));
+    QI_TRY(qi_scale_read(&io->k_scale, "k_scale", s->num_kv_heads, &scales[1]));
+    QI_TRY(qi_scale_read(&io->v_scale, "v_scale", s->num_kv_heads, &scales[2]));
+    QI_TRY(qi_scale_read(&io->o_scale, "o_scale", s->num_qo_heads, &scales[3]));
+    QI_REQUIRE(io->sm_scale >= 0.f && isfinite(io->sm_scale),
+               "sm_scale: expected > 0, or 0 for the spec's, got %g", (double)io->sm_scale);
+    *sm_scale = io->sm_scale > 0.f ? io->sm_scale : s->sm_scale;
     return QKV_OK;
 }
 
@@ -252,7 +260,6 @@ static void log_run(const qkv_attention *a, const attention_params *p, i64 ns)
 
 qkv_status qkv_attention_run(qkv_attention *attention, const qkv_attention_io *io, void *stream)
 {
-    (void)stream;
     qkv_attention *a = attention;
     QI_REQUIRE(a, "attention: expected an operator, got NULL");
     QI_REQUIRE_CONTEXT(a->ctx);
@@ -286,12 +293,20 @@ qkv_status qkv_attention_run(qkv_attention *attention, const qkv_attention_io *i
     QI_TRY(read_overrides(a, &layer, &p));
     QI_TRY(qi_variant_pack(&a->variant, &layer, &a->args));
     p.variant = &a->args;
-    QI_TRY(read_scales(a, &layer, &p));
+    qi_scale scales[4];
+    float sm_scale;
+    QI_TRY(read_scales(a, &layer, scales, &sm_scale));
     set_plan_params(a, &p);
     if (a->num_tokens == 0) return QKV_OK;
 
     const int verbose = qi_verbose(&a->ctx->logger, QI_VERBOSE_RUN);
     const i64 start = verbose ? qi_now_ns() : 0;
+    if (a->ctx->device.device_type == kDLCUDA) {
+        QI_TRY(qi_attention_cuda_run(a, &p, scales, sm_scale, stream));
+        if (verbose) log_run(a, &p, qi_now_ns() - start); /* the host's time */
+        return QKV_OK;
+    }
+    fold_scales(a, scales, sm_scale, &p);
     qi_launch(a->ctx, a->row, a->plan.header->num_strips, &p);
     if (a->plan.header->num_levels > 1)
         qi_launch(a->ctx, a->levels_row, a->plan.header->num_strips, &p);

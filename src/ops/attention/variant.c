@@ -8,6 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+_Static_assert(sizeof(variant_args) == MAX_ARG_WORDS * sizeof(i64), "room for every argument");
+
 /* ---- the table ---------------------------------------------------------------------------- */
 
 /* Words that C or C++ keep for themselves. */
@@ -155,6 +157,26 @@ qkv_status qi_variant_compile(const qkv_context *ctx, const qkv_attention_spec *
     const qi_source source = {
         .what = what, .main = "ops/attention/attention.cpu.c", .defines = dims, .header = header};
     const qkv_status status = qi_compile(ctx, &source, names, 2, entries);
+    free(header);
+    return status;
+}
+
+qkv_status qi_variant_compile_cuda(const qkv_context *ctx, const qkv_attention_spec *spec,
+                                   const variant_table *table, const qi_kernel *row,
+                                   const char *defines, const char *const names[2],
+                                   cu_function out[2])
+{
+    char what[VARIANT_MAX_NAME + 16], *header = NULL;
+    qi_source source = {
+        .what = row->name, .main = row->cuda.file, .defines = defines, .header = ""};
+    if (table->num_params >= 0) {
+        snprintf(what, sizeof what, "variant %s", table->name);
+        header = write_header(table, spec->variant->source);
+        if (!header) QI_FAIL(QKV_ERR_MEMORY, "variant: out of memory");
+        source.what = what;
+        source.header = header;
+    }
+    const qkv_status status = qi_compile_cuda(ctx, &source, names, 2, out);
     free(header);
     return status;
 }

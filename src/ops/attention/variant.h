@@ -4,6 +4,7 @@
 #define QI_ATTENTION_VARIANT_H
 
 #include "core/launch.h"
+#include "ops/attention/attention_params.h"
 #include "qkv/attention.h"
 
 enum { VARIANT_MAX_PARAMS = 32, VARIANT_MAX_NDIM = 4, VARIANT_MAX_NAME = 63 };
@@ -36,6 +37,12 @@ qkv_status qi_variant_read(const qkv_variant *variant, variant_table *out);
  * levels. COMPILE: see core/launch.h. */
 qkv_status qi_variant_compile(const qkv_context *ctx, const qkv_attention_spec *spec,
                               const variant_table *table, qi_cpu_kernel entries[2]);
+
+/* The same on a GPU, with or without a variant: out[i] is the kernel names[i] of the row's file. */
+qkv_status qi_variant_compile_cuda(const qkv_context *ctx, const qkv_attention_spec *spec,
+                                   const variant_table *table, const qi_kernel *row,
+                                   const char *defines, const char *const names[2],
+                                   cu_function out[2]);
 
 /* Fills variant_params from a layer's arguments. INVALID names the parameter. */
 qkv_status qi_variant_pack(const variant_table *table, const qkv_attention_io *io,

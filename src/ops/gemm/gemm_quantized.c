@@ -7,7 +7,7 @@
 QI_CPU_DECLARE(gemm_quantized);
 
 const qi_kernel qi_gemm_quantized_kernels[] = {
-    {"gemm_quantized.any", kDLCPU, NULL, QI_CPU_ENTRIES(gemm_quantized)},
+    QI_CPU_ROW("gemm_quantized.any", NULL, gemm_quantized),
     {0},
 };
 

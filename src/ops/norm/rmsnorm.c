@@ -9,7 +9,9 @@
 QI_CPU_DECLARE(rmsnorm);
 
 const qi_kernel qi_rmsnorm_kernels[] = {
-    {"rmsnorm.any", kDLCPU, NULL, QI_CPU_ENTRIES(rmsnorm)},
+    QI_CPU_ROW("rmsnorm.any", NULL, rmsnorm),
+    QI_CUDA_ROW("rmsnorm.cuda", NULL, "ops/norm/rmsnorm.cu", "rmsnorm",
+                "DTYPE WEIGHT_DTYPE VEC GROUP TIMES THREADS RESIDUAL"),
     {0},
 };
 
@@ -17,8 +19,27 @@ enum { MAX_HIDDEN_SIZE = 131072 };
 _Static_assert(MAX_HIDDEN_SIZE * sizeof(float) <= QI_TASK_SCRATCH_BYTES,
                "a row in f32 is task scratch");
 
+/* A row's threads take up to 4 accesses each, more where there would be more threads than a block has. */
+static qkv_status launch_cuda(const qkv_context *ctx, const qi_kernel *row, const rmsnorm_params *p,
+                              void *stream)
+{
+    const i32 vec =
+        QI_VECTOR(16 / (i32)qi_dtype_bytes(p->dtype), p->hidden_size, p->x_stride, p->out_stride,
+                  p->residual_stride, QI_ADDRESS(p->x, p->dtype), QI_ADDRESS(p->out, p->dtype),
+                  QI_ADDRESS(p->residual, p->dtype), QI_ADDRESS(p->weight, p->weight_dtype));
+    const i64 accesses = p->hidden_size / vec;
+    i32 group = 32, times = 1;
+    while (group < 1024 && group * 4 < accesses) group *= 2;
+    while ((i64)group * times < accesses) times *= 2;
+    const i32 threads = group < 128 ? 128 : group;
+    const i32 constants[] = {(i32)p->dtype, (i32)p->weight_dtype, vec, group, times,
+                             threads,       p->residual != NULL};
+    const qi_grid grid = {.x = qi_blocks(p->num_tokens, threads / group), .threads = (u32)threads};
+    return qi_launch_cuda(ctx, row, constants, &grid, p, stream);
+}
+
 static qkv_status normalise(qkv_context *ctx, DLTensor *out, DLTensor *residual, const DLTensor *x,
-                            const DLTensor *weight, float eps, float weight_bias)
+                            const DLTensor *weight, float eps, float weight_bias, void *stream)
 {
     QI_REQUIRE_CONTEXT(ctx);
     QI_TRY(qi_expect_float(x, "x", QI_SHAPE(QI_ANY, QI_ANY)));
@@ -68,6 +89,7 @@ static qkv_status normalise(qkv_context *ctx, DLTensor *out, DLTensor *residual,
         .weight_bias = weight_bias,
         .streams = !qi_same(out, x) && qi_streams(num_tokens * row_bytes),
     };
+    if (row->device == kDLCUDA) return launch_cuda(ctx, row, &params, stream);
     const int64_t tasks = qi_tasks_for(num_tokens * row_bytes * (residual ? 4 : 2));
     qi_launch(ctx, row, tasks < num_tokens ? tasks : num_tokens, &params);
     return QKV_OK;
@@ -76,15 +98,13 @@ static qkv_status normalise(qkv_context *ctx, DLTensor *out, DLTensor *residual,
 qkv_status qkv_rmsnorm(qkv_context *ctx, DLTensor *out, const DLTensor *x, const DLTensor *weight,
                        float eps, float weight_bias, void *stream)
 {
-    (void)stream;
-    return normalise(ctx, out, NULL, x, weight, eps, weight_bias);
+    return normalise(ctx, out, NULL, x, weight, eps, weight_bias, stream);
 }
 
 qkv_status qkv_add_rmsnorm(qkv_context *ctx, DLTensor *out, DLTensor *residual, const DLTensor *x,
                            const DLTensor *weight, float eps, float weight_bias, void *stream)
 {
-    (void)stream;
     QI_REQUIRE_CONTEXT(ctx);
     QI_REQUIRE(residual, "residual: expected a tensor, got NULL");
-    return normalise(ctx, out, residual, x, weight, eps, weight_bias);
+    return normalise(ctx, out, residual, x, weight, eps, weight_bias, stream);
 }

@@ -11,7 +11,9 @@
 QI_CPU_DECLARE(append);
 
 const qi_kernel qi_append_kernels[] = {
-    {"append.any", kDLCPU, NULL, QI_CPU_ENTRIES(append)},
+    QI_CPU_ROW("append.any", NULL, append),
+    QI_CUDA_ROW("append.cuda", NULL, "ops/page/append.cu", "append",
+                "K_FROM K_TO V_FROM V_TO Q_FROM Q_TO VEC LAYOUT THREADS"),
     {0},
 };
 
@@ -120,6 +122,7 @@ static qkv_status read_tensors(DLTensor *k_cache, DLTensor *v_cache, i32 kv_layo
         QI_REQUIRE(!qi_overlap(k, caches[i]) && !qi_overlap(v, caches[i]),
                    "k, v: expected memory apart from the caches");
     p->page_size = shape->page_size;
+    p->num_pages = shape->pages;
     p->nnz = k->shape[0];
     return QKV_OK;
 }
@@ -263,11 +266,45 @@ static qkv_status expect_distinct(const DLTensor *k_cache, const DLTensor *v_cac
     return qi_expect_distinct(v_cache, "v_cache");
 }
 
-static qkv_status launch(const qkv_context *ctx, append_params *p)
+/* Elements of one access that a tensor's places allow. */
+static i32 vector_of(const append_tensor *t, const qi_rope *rope, i32 most)
+{
+    if (!t->rows) return most;
+    const i64 pairs = !t->rotate ? 0 : rope->interleaved ? 2 * rope->num_pairs : rope->num_pairs;
+    return QI_VECTOR(most, t->head_dim, pairs, t->row_stride, t->row_head_stride, t->page_stride,
+                     t->slot_stride, t->head_stride, QI_ADDRESS(t->rows, t->dtype),
+                     QI_ADDRESS(t->cache, t->cache_dtype));
+}
+
+static qkv_status launch_cuda(const qkv_context *ctx, const qi_kernel *row, const append_params *p,
+                              void *stream)
+{
+    enum { THREADS = 256, NONE = 0, HALVES = 1, INTERLEAVED = 2 };
+    const append_tensor *const tensors[] = {&p->k, &p->v, &p->q};
+    i32 vec = 8;
+    for (int i = 0; i < 3; i++) vec = vector_of(tensors[i], &p->rope, vec);
+    const i32 layout = p->rope.num_pairs == 0 ? NONE : p->rope.interleaved ? INTERLEAVED : HALVES;
+    const i32 constants[] = {(i32)p->k.dtype,
+                             (i32)p->k.cache_dtype,
+                             (i32)p->v.dtype,
+                             (i32)p->v.cache_dtype,
+                             (i32)p->q.dtype,
+                             (i32)p->q.cache_dtype,
+                             vec,
+                             layout,
+                             THREADS};
+    const qi_grid grid = {.x = (u32)p->nnz,
+                          .threads = THREADS,
+                          .shared_bytes = (u32)p->rope.num_pairs * 2 * (u32)sizeof(float)};
+    return qi_launch_cuda(ctx, row, constants, &grid, p, stream);
+}
+
+static qkv_status launch(const qkv_context *ctx, append_params *p, void *stream)
 {
     if (p->nnz == 0) return QKV_OK;
     const qi_kernel *row;
     QI_TRY(qi_select(ctx, qi_append_kernels, NULL, &row));
+    if (row->device == kDLCUDA) return launch_cuda(ctx, row, p, stream);
     const append_tensor *k = &p->k, *v = &p->v, *q = &p->q;
     const i64 elements =
         k->num_heads * k->head_dim + v->num_heads * v->head_dim + q->num_heads * q->head_dim;
@@ -283,7 +320,6 @@ qkv_status qkv_kv_append(qkv_context *ctx, DLTensor *k_cache, DLTensor *v_cache,
                          const DLTensor *positions, const qkv_kv_append_options *options,
                          void *stream)
 {
-    (void)stream;
     QI_REQUIRE_CONTEXT(ctx);
     append_params params = {.slots = NULL};
     pool_shape shape;
@@ -297,13 +333,16 @@ qkv_status qkv_kv_append(qkv_context *ctx, DLTensor *k_cache, DLTensor *v_cache,
         QI_TRY(expect_unwritten(positions, "positions", out));
         params.positions = qi_data(positions);
     }
-    const i64 appended = params.index.qo_indptr[params.index.num_requests];
-    QI_REQUIRE(appended <= params.nnz, "qo_indptr: expected at most the %lld rows of k, got %lld",
-               (long long)params.nnz, (long long)appended);
-    params.nnz = appended;
-    QI_TRY(check_destinations(&params, shape.pages));
+    if (qi_host_reads()) {
+        const i64 appended = params.index.qo_indptr[params.index.num_requests];
+        QI_REQUIRE(appended <= params.nnz,
+                   "qo_indptr: expected at most the %lld rows of k, got %lld",
+                   (long long)params.nnz, (long long)appended);
+        params.nnz = appended;
+        QI_TRY(check_destinations(&params, shape.pages));
+    }
     QI_TRY(expect_distinct(k_cache, v_cache));
-    return launch(ctx, &params);
+    return launch(ctx, &params, stream);
 }
 
 qkv_status qkv_kv_append_slots(qkv_context *ctx, DLTensor *k_cache, DLTensor *v_cache,
@@ -311,7 +350,6 @@ qkv_status qkv_kv_append_slots(qkv_context *ctx, DLTensor *k_cache, DLTensor *v_
                                const DLTensor *slot_mapping, const qkv_kv_append_options *options,
                                void *stream)
 {
-    (void)stream;
     QI_REQUIRE_CONTEXT(ctx);
     append_params params = {.nnz = 0};
     pool_shape shape;
@@ -330,7 +368,7 @@ qkv_status qkv_kv_append_slots(qkv_context *ctx, DLTensor *k_cache, DLTensor *v_
     QI_TRY(expect_unwritten(slot_mapping, "slot_mapping", out));
     params.slots = qi_data(slot_mapping);
     params.slots_dtype = is64 ? QI_I64 : QI_I32;
-    QI_TRY(check_slots(&params, shape.pages));
+    if (qi_host_reads()) QI_TRY(check_slots(&params, shape.pages));
     QI_TRY(expect_distinct(k_cache, v_cache));
-    return launch(ctx, &params);
+    return launch(ctx, &params, stream);
 }

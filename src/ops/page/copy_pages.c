@@ -9,7 +9,8 @@
 QI_CPU_DECLARE(copy_pages);
 
 const qi_kernel qi_copy_pages_kernels[] = {
-    {"copy_pages.any", kDLCPU, NULL, QI_CPU_ENTRIES(copy_pages)},
+    QI_CPU_ROW("copy_pages.any", NULL, copy_pages),
+    QI_CUDA_ROW("copy_pages.cuda", NULL, "ops/page/copy_pages.cu", "copy_pages", "VEC THREADS"),
     {0},
 };
 
@@ -95,10 +96,38 @@ static qkv_status expect_unwritten(const DLTensor *t, const char *name, const DL
     return QKV_OK;
 }
 
+static qkv_status launch_cuda(const qkv_context *ctx, const qi_kernel *row,
+                              const copy_pages_params *p, void *stream)
+{
+    enum { THREADS = 256, MAX_Y = 65535 };
+    i32 vec = 16;
+    i64 chunks = 1;
+    for (i64 i = 0; i < p->num_pools; i++) {
+        const copy_pool *pool = &p->pools[i];
+        vec = QI_VECTOR(vec, (i64)(uintptr_t)pool->data, pool->page_stride, pool->run_bytes,
+                        pool->run_strides[0], pool->run_strides[1], pool->run_strides[2]);
+        const i64 of_pool =
+            pool->runs[0] * pool->runs[1] * pool->runs[2] * qi_blocks(pool->run_bytes, COPY_CHUNK);
+        chunks = of_pool > chunks ? of_pool : chunks;
+    }
+    const i32 constants[] = {vec, THREADS};
+    for (i64 begin = 0; begin < p->num_copies; begin += MAX_Y) {
+        copy_pages_params part = *p;
+        part.src += begin;
+        part.dst += begin;
+        const i64 left = p->num_copies - begin;
+        const qi_grid grid = {.x = (u32)(chunks < 1024 ? chunks : 1024),
+                              .y = (u32)(left < MAX_Y ? left : MAX_Y),
+                              .z = (u32)p->num_pools,
+                              .threads = THREADS};
+        QI_TRY(qi_launch_cuda(ctx, row, constants, &grid, &part, stream));
+    }
+    return QKV_OK;
+}
+
 qkv_status qkv_kv_copy_pages(qkv_context *ctx, DLTensor *k_cache, DLTensor *v_cache,
                              const DLTensor *src, const DLTensor *dst, void *stream)
 {
-    (void)stream;
     QI_REQUIRE_CONTEXT(ctx);
     copy_pages_params params = {.num_pools = v_cache ? 2 : 1};
     QI_TRY(read_pool(k_cache, "k_cache", QI_ANY, &params.pools[0]));
@@ -115,9 +144,12 @@ qkv_status qkv_kv_copy_pages(qkv_context *ctx, DLTensor *k_cache, DLTensor *v_ca
     QI_TRY(expect_unwritten(dst, "dst", k_cache, v_cache));
     params.src = qi_data(src);
     params.dst = qi_data(dst);
-    QI_TRY(check_range(params.src, "src", n, pages));
-    QI_TRY(check_range(params.dst, "dst", n, pages));
-    QI_TRY(check_distinct(params.src, params.dst, n));
+    params.num_pages = pages;
+    if (qi_host_reads()) {
+        QI_TRY(check_range(params.src, "src", n, pages));
+        QI_TRY(check_range(params.dst, "dst", n, pages));
+        QI_TRY(check_distinct(params.src, params.dst, n));
+    }
     if (n == 0) return QKV_OK;
 
     const qi_kernel *row;
@@ -128,6 +160,7 @@ qkv_status qkv_kv_copy_pages(qkv_context *ctx, DLTensor *k_cache, DLTensor *v_ca
         bytes += pool->runs[0] * pool->runs[1] * pool->runs[2] * pool->run_bytes;
     }
     if (bytes == 0) return QKV_OK;
+    if (row->device == kDLCUDA) return launch_cuda(ctx, row, &params, stream);
     const i64 tasks = qi_tasks_for(n * bytes * 2), pieces = n * params.num_pools;
     qi_launch(ctx, row, tasks < pieces ? tasks : pieces, &params);
     return QKV_OK;

@@ -5,6 +5,8 @@
 
 #include "kern/abi.h"
 
+enum { COPY_CHUNK = 1 << 14 }; /* bytes that a block of a GPU copies */
+
 /* One pool. A page is runs[0] x runs[1] x runs[2] runs of run_bytes; strides in bytes. */
 typedef struct copy_pool {
     char *data;
@@ -15,7 +17,7 @@ typedef struct copy_pool {
 
 typedef struct copy_pages_params {
     copy_pool pools[2];
-    i64 num_pools, num_copies;
+    i64 num_pools, num_pages, num_copies;
     const i32 *src, *dst; /* [num_copies] */
 } copy_pages_params;
 

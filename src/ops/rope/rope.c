@@ -8,7 +8,8 @@
 QI_CPU_DECLARE(rope);
 
 const qi_kernel qi_rope_kernels[] = {
-    {"rope.any", kDLCPU, NULL, QI_CPU_ENTRIES(rope)},
+    QI_CPU_ROW("rope.any", NULL, rope),
+    QI_CUDA_ROW("rope.cuda", NULL, "ops/rope/rope.cu", "rope", "DTYPE VEC LAYOUT THREADS"),
     {0},
 };
 
@@ -60,6 +61,7 @@ static qkv_status read_positions(const DLTensor *positions, const DLTensor *indp
     QI_TRY(qi_expect(offsets, "offsets", QKV_I32, QI_SHAPE(p->num_requests)));
     p->indptr = qi_data(indptr);
     p->offsets = qi_data(offsets);
+    if (!qi_host_reads()) return QKV_OK;
     QI_REQUIRE(p->indptr[0] == 0, "indptr: expected a first entry of 0, got %d (entry 0)",
                (int)p->indptr[0]);
     for (i64 r = 0; r < p->num_requests; r++)
@@ -72,11 +74,29 @@ static qkv_status read_positions(const DLTensor *positions, const DLTensor *indp
     return QKV_OK;
 }
 
+static qkv_status launch_cuda(const qkv_context *ctx, const qi_kernel *row, const rope_params *p,
+                              void *stream)
+{
+    enum { THREADS = 256, HALVES = 1, INTERLEAVED = 2 };
+    const rope_tensor *q = &p->q, *k = &p->k;
+    const i32 vec = QI_VECTOR(16 / (i32)qi_dtype_bytes(p->dtype), p->head_dim,
+                              p->rope.interleaved ? 2 * p->rope.num_pairs : p->rope.num_pairs,
+                              q->in_stride[0], q->in_stride[1], q->out_stride[0], q->out_stride[1],
+                              k->in_stride[0], k->in_stride[1], k->out_stride[0], k->out_stride[1],
+                              QI_ADDRESS(q->in, p->dtype), QI_ADDRESS(q->out, p->dtype),
+                              QI_ADDRESS(k->in, p->dtype), QI_ADDRESS(k->out, p->dtype));
+    const i32 constants[] = {(i32)p->dtype, vec, p->rope.interleaved ? INTERLEAVED : HALVES,
+                             THREADS};
+    const qi_grid grid = {.x = (u32)p->nnz,
+                          .threads = THREADS,
+                          .shared_bytes = (u32)p->rope.num_pairs * 2 * (u32)sizeof(float)};
+    return qi_launch_cuda(ctx, row, constants, &grid, p, stream);
+}
+
 qkv_status qkv_rope(qkv_context *ctx, const qkv_rope_spec *spec, DLTensor *q_out, const DLTensor *q,
                     DLTensor *k_out, const DLTensor *k, const DLTensor *positions,
                     const DLTensor *indptr, const DLTensor *offsets, void *stream)
 {
-    (void)stream;
     QI_REQUIRE_CONTEXT(ctx);
     QI_TRY(qi_expect_float(q, "q", QI_SHAPE(QI_ANY, QI_ANY, QI_ANY)));
     rope_params params = {.head_dim = q->shape[2], .dtype = (qi_dtype)qi_dtype_of(q->dtype)};
@@ -97,6 +117,7 @@ qkv_status qkv_rope(qkv_context *ctx, const qkv_rope_spec *spec, DLTensor *q_out
 
     const qi_kernel *row;
     QI_TRY(qi_select(ctx, qi_rope_kernels, NULL, &row));
+    if (row->device == kDLCUDA) return launch_cuda(ctx, row, &params, stream);
     const int64_t row_bytes = (params.q.heads + params.k.heads) * params.head_dim *
                               (int64_t)qi_dtype_bytes(params.dtype) * 2;
     const int64_t tasks = qi_tasks_for(params.nnz * row_bytes);

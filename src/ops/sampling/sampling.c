@@ -10,12 +10,14 @@ QI_CPU_DECLARE(argmax);
 QI_CPU_DECLARE(sample);
 
 const qi_kernel qi_argmax_kernels[] = {
-    {"argmax.any", kDLCPU, NULL, QI_CPU_ENTRIES(argmax)},
+    QI_CPU_ROW("argmax.any", NULL, argmax),
+    QI_CUDA_ROW("argmax.cuda", NULL, "ops/sampling/argmax.cu", "argmax", "DTYPE VEC THREADS"),
     {0},
 };
 
 const qi_kernel qi_sample_kernels[] = {
-    {"sample.any", kDLCPU, NULL, QI_CPU_ENTRIES(sample)},
+    QI_CPU_ROW("sample.any", NULL, sample),
+    QI_CUDA_ROW("sample.cuda", NULL, "ops/sampling/sample.cu", "sample", "DTYPE THREADS"),
     {0},
 };
 
@@ -51,9 +53,10 @@ static qkv_status check_values(const DLTensor *values, const char *name, DLDataT
     return QKV_OK;
 }
 
-/* Values in range; NaN is in none. */
+/* Values in range, where the host may read them; NaN is in none. */
 static qkv_status check_ranges(const sample_params *p)
 {
+    if (!qi_host_reads()) return QKV_OK;
     for (int64_t r = 0; r < p->rows.batch; r++) {
         const double temperature = p->temperature ? (double)p->temperature[r] : 1;
         const double top_p = p->top_p ? (double)p->top_p[r] : 1;
@@ -71,15 +74,26 @@ static qkv_status check_ranges(const sample_params *p)
     return QKV_OK;
 }
 
+static qkv_status launch_argmax(const qkv_context *ctx, const qi_kernel *row,
+                                const argmax_params *p, void *stream)
+{
+    enum { THREADS = 1024 };
+    const i32 vec = QI_VECTOR(16 / (i32)qi_dtype_bytes(p->dtype), p->vocab, p->logits_stride,
+                              QI_ADDRESS(p->logits, p->dtype));
+    const i32 constants[] = {(i32)p->dtype, vec, THREADS};
+    const qi_grid grid = {.x = (u32)p->batch, .threads = THREADS};
+    return qi_launch_cuda(ctx, row, constants, &grid, p, stream);
+}
+
 qkv_status qkv_argmax(qkv_context *ctx, DLTensor *tokens, const DLTensor *logits, void *stream)
 {
-    (void)stream;
     QI_REQUIRE_CONTEXT(ctx);
     argmax_params params;
     QI_TRY(check_rows(tokens, logits, &params));
     if (params.batch == 0) return QKV_OK;
     const qi_kernel *row;
     QI_TRY(qi_select(ctx, qi_argmax_kernels, NULL, &row));
+    if (row->device == kDLCUDA) return launch_argmax(ctx, row, &params, stream);
     qi_launch(ctx, row, qi_tasks_for(params.batch * params.vocab), &params);
     return QKV_OK;
 }
@@ -87,7 +101,6 @@ qkv_status qkv_argmax(qkv_context *ctx, DLTensor *tokens, const DLTensor *logits
 qkv_status qkv_sample(qkv_context *ctx, DLTensor *tokens, const DLTensor *logits,
                       const qkv_sampling_params *sampling, void *stream)
 {
-    (void)stream;
     QI_REQUIRE_CONTEXT(ctx);
     qkv_sampling_params s;
     QI_TRY(qi_read_struct(&s, sizeof s, sampling, "params"));
@@ -112,6 +125,12 @@ qkv_status qkv_sample(qkv_context *ctx, DLTensor *tokens, const DLTensor *logits
 
     const qi_kernel *row;
     QI_TRY(qi_select(ctx, qi_sample_kernels, NULL, &row));
+    if (row->device == kDLCUDA) {
+        enum { THREADS = 512 };
+        const qi_grid grid = {.x = (u32)params.rows.batch, .threads = THREADS};
+        return qi_launch_cuda(ctx, row, (const i32[]){(i32)params.rows.dtype, THREADS}, &grid,
+                              &params, stream);
+    }
     qi_launch(ctx, row, params.rows.batch, &params);
     return QKV_OK;
 }

@@ -1,0 +1,204 @@
+/* rows.cuh - what GPU kernels of attention share: which rows and keys a work item has, what a row sees,
+ * where its result goes, and merging partial results. The twin of attention_tile.h.
+ * SPDX-License-Identifier: Apache-2.0 */
+#ifndef QI_ATTENTION_ROWS_CUH
+#define QI_ATTENTION_ROWS_CUH
+
+#include "ops/attention/hooks.cuh"
+
+/* ---- rows --------------------------------------------------------------------------------- */
+
+typedef struct tile_row {
+    int position, token, request;
+} tile_row;
+
+/* The row of q that stands at `row` in the plan's order. */
+QI_INLINE tile_row row_at(const attention_params *p, int row)
+{
+    tile_row r;
+    r.token = p->plan.header->num_levels > 1 ? p->plan.rows[row] : row;
+    r.request = p->plan.token_request[r.token];
+    r.position = p->plan.qo_pos[r.request] + (r.token - p->plan.qo_indptr[r.request]);
+    return r;
+}
+
+/* A row as hooks see it; kv_pos is theirs to set. */
+QI_INLINE qi_pos hook_pos(const attention_params *p, tile_row row, int qo_head)
+{
+    const int first = p->plan.qo_indptr[row.request];
+    qi_pos pos = {};
+    pos.request = row.request;
+    pos.qo_head = qo_head;
+    pos.kv_head = qo_head / (p->num_qo_heads / p->num_kv_heads);
+    pos.qo_pos = row.position;
+    pos.qo_idx = row.token - first;
+    pos.qo_len = p->plan.qo_indptr[row.request + 1] - first;
+    pos.kv_len = p->plan.kv_len[row.request];
+    return pos;
+}
+
+/* ---- keys --------------------------------------------------------------------------------- */
+
+/* Key `index` of a group's list: its position, and its offset in elements in k and v, head 0. */
+typedef struct key_place {
+    i64 k, v;
+    int position;
+} key_place;
+
+QI_INLINE key_place key_at(const attention_params *p, const qi_group *g, int index)
+{
+    key_place at;
+    int in_list = index;
+    at.position = g->kv_offset + index;
+    if (g->flags & QI_GROUP_SPARSE)
+        at.position = in_list = p->bsr_indices[g->block_begin + index / p->bsr_cols] * p->bsr_cols +
+                                index % p->bsr_cols;
+    i64 page = 0, slot = (i64)g->kv_begin + in_list;
+    if (p->page_size > 0) {
+        page = p->plan.pages[g->kv_begin + in_list / p->page_size];
+        slot = in_list % p->page_size;
+    }
+    at.k = page * p->k_stride[0] + slot * p->k_stride[1];
+    at.v = page * p->v_stride[0] + slot * p->v_stride[1];
+    return at;
+}
+
+/* ---- scores ------------------------------------------------------------------------------- */
+
+/* The batch's bits, and those of sparse blocks, of key `index` of the group's list. */
+QI_INLINE int has_bit(const attention_params *p, const qi_group *g, tile_row row, int index,
+                      int kv_pos)
+{
+    const int qo_idx = row.token - p->plan.qo_indptr[row.request];
+    int keep = 1;
+    if (p->mask_bits) {
+        const int first = p->plan.mask_first[row.request];
+        const i64 columns = p->plan.kv_len[row.request] - first;
+        const i64 at = p->mask_indptr[row.request] * 8 + qo_idx * columns + (kv_pos - first);
+        if (kv_pos >= first) keep &= p->mask_bits[at / 8] >> (at % 8);
+    }
+    if (p->bsr_mask && g->flags & QI_GROUP_SPARSE) {
+        const i64 entry = g->block_begin + index / p->bsr_cols;
+        const int at = qo_idx % p->bsr_rows * p->bsr_cols + index % p->bsr_cols;
+        keep &= p->bsr_mask[entry * p->bsr_mask_stride + at / 8] >> (at % 8);
+    }
+    return keep & 1;
+}
+
+/* A product q.k to the score that the softmax takes, natural units times log2(e), or -infinity where
+ * the row does not see the key (without a softmax to a weight, or 0). scale: of the head's logits. */
+QI_INLINE float score(const attention_cuda_params *c, const qi_group *g, tile_row row, int qo_head,
+                      int index, int kv_pos, float product, float scale)
+{
+    const attention_params *p = &c->at;
+    int seen = has_bit(p, g, row, index, kv_pos);
+    if (p->causal) seen &= kv_pos <= row.position;
+    if (p->window_left >= 0) seen &= kv_pos >= (i64)row.position - p->window_left;
+    if (p->window_right >= 0) seen &= kv_pos <= (i64)row.position + p->window_right;
+    qi_pos pos = hook_pos(p, row, qo_head);
+    pos.kv_pos = kv_pos;
+    /* hooks may index by what they are given, so they are asked of keys in sight only */
+    if (!seen || !hook_mask(c, pos)) return SOFTMAX ? -QI_INFINITY : 0.f;
+    float s = product * scale;
+    if (p->logits_soft_cap > 0.f) s = tanhf(s / p->logits_soft_cap) * p->logits_soft_cap;
+    if (p->alibi_slopes) s += (float)(kv_pos - row.position) * p->alibi_slopes[qo_head];
+    s = hook_logit(c, pos, s);
+    return SOFTMAX ? s * QI_LOG2E : s;
+}
+
+/* ---- results ------------------------------------------------------------------------------ */
+
+/* Adds a logit without a value to a row's maximum and sum; returns what its other weights shrink by. */
+QI_INLINE float add_logit(float logit, float *max, float *sum)
+{
+    const float x = logit * QI_LOG2E, before = *max;
+    if (x == -QI_INFINITY) return 1.f;
+    *max = fmaxf(before, x);
+    const float shrink = before == -QI_INFINITY ? 0.f : exp2f(before - *max);
+    *sum = *sum * shrink + exp2f(x - *max);
+    return shrink;
+}
+
+/* Completes a row whose weights sum to `sum` relative to 2^max: returns the factor of its weighted sum of
+ * v. One thread a row (first) writes lse. */
+QI_INLINE float finish_row(const attention_cuda_params *c, tile_row row, int qo_head, float max,
+                           float sum, int first)
+{
+    const attention_params *p = &c->at;
+    const int kv_head = qo_head / (p->num_qo_heads / p->num_kv_heads);
+    float norm = 1.f;
+    if (SOFTMAX) {
+        if (p->sink) norm *= add_logit(p->sink[qo_head], &max, &sum);
+        norm *= add_logit(hook_state(c, hook_pos(p, row, qo_head)), &max, &sum);
+        const int seen = sum > 0.f || sum != sum;
+        norm = seen ? norm / sum : 0.f; /* no key seen: zeros */
+        if (p->lse && first)
+            p->lse[row.token * p->lse_stride[0] + qo_head * p->lse_stride[1]] =
+                seen ? (max + log2f(sum)) * p->lse_scale : -QI_INFINITY;
+    }
+    return norm * qi_scale_at(&c->v_scale, kv_head);
+}
+
+/* One element of o, from its final sum. */
+QI_INLINE void store_output(const attention_cuda_params *c, tile_row row, int qo_head, int d,
+                            float o)
+{
+    const attention_params *p = &c->at;
+    o = hook_output(c, hook_pos(p, row, qo_head), d, o);
+    const float scale = qi_scale_at(&c->o_scale, qo_head);
+    if (scale != 1.f) o *= 1.f / scale;
+    const i64 at = row.token * p->o_stride[0] + qo_head * p->o_stride[1] + d;
+    qi_store1(qi_to(p->o, p->dtype_o, at), o, p->dtype_o);
+}
+
+/* ---- merging ------------------------------------------------------------------------------ */
+
+/* The pieces of one (row, query head) of one tile: piece i at partial row slot + i * step. */
+typedef struct pieces {
+    i64 slot;
+    int step, count;
+} pieces;
+
+QI_INLINE pieces pieces_of(const attention_params *p, const qi_merge *m, int row, int qo_head)
+{
+    const int group = p->num_qo_heads / p->num_kv_heads, head = qo_head / group - m->kv_head;
+    pieces of;
+    of.slot = m->slot + ((i64)head * m->num_rows + (row - m->row_begin)) * group + qo_head % group;
+    of.step = m->rows_per_piece;
+    of.count = m->num_pieces;
+    return of;
+}
+
+/* o = sum_i w_i o_i / sum_i w_i with w_i = 2^(lse_i - max), over the pieces of every level in key order;
+ * without a softmax their plain sum. By one warp. What other blocks wrote is read past L1. */
+QI_INLINE void merge_row(const attention_cuda_params *c, const pieces *levels, int num_levels,
+                         tile_row row, int qo_head)
+{
+    const attention_params *p = &c->at;
+    const int lane = threadIdx.x % WARP;
+    float max = -QI_INFINITY, sum = 0.f;
+    for (int l = 0; l < num_levels; l++)
+        for (int i = 0; i < levels[l].count; i++)
+            max =
+                fmaxf(max, __ldcg(p->plan.lse_partial + levels[l].slot + (i64)i * levels[l].step));
+    for (int l = 0; l < num_levels; l++)
+        for (int i = 0; i < levels[l].count; i++) {
+            const float lse =
+                __ldcg(p->plan.lse_partial + levels[l].slot + (i64)i * levels[l].step);
+            sum += !SOFTMAX ? 1.f : lse == -QI_INFINITY ? 0.f : exp2f(lse - max);
+        }
+    const float norm = finish_row(c, row, qo_head, max, sum, lane == 0);
+    for (int d = lane; d < p->head_dim_vo; d += WARP) {
+        float acc = 0.f;
+        for (int l = 0; l < num_levels; l++)
+            for (int i = 0; i < levels[l].count; i++) {
+                const i64 slot = levels[l].slot + (i64)i * levels[l].step;
+                const float lse = __ldcg(p->plan.lse_partial + slot);
+                const float weight = !SOFTMAX ? 1.f : lse == -QI_INFINITY ? 0.f : exp2f(lse - max);
+                acc += weight * __ldcg(p->plan.o_partial + slot * p->head_dim_vo + d);
+            }
+        store_output(c, row, qo_head, d, acc * norm);
+    }
+}
+
+#endif
