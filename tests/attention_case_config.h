@@ -204,6 +204,11 @@ static inline void case_print(int64_t number, const case_config *c)
             case_print((a)->number, &(a)->config);                                                 \
             fail_msg("%s: %s: %s", #expr, qkv_status_name(case_), qkv_last_error());               \
         }                                                                                          \
+        const int on_gpu_ = test_synchronize();                                                    \
+        if (on_gpu_ != 0) {                                                                        \
+            case_print((a)->number, &(a)->config);                                                 \
+            fail_msg("%s: the GPU ended with error %d", #expr, on_gpu_);                           \
+        }                                                                                          \
     } while (0)
 
 /* ---- views -------------------------------------------------------------------------------- */

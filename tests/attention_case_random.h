@@ -306,16 +306,16 @@ static int open_contexts(void **state)
     const int32_t num_threads[NUM_THREAD_COUNTS] = {1, 2, 5};
     int32_t usable;
     const char *level;
-    for (int32_t i = 0; (level = qkv_cpu_level(i, &usable)); i++) {
+    for (int32_t i = 0; (level = test_level(i, &usable)); i++) {
         if (!usable) {
             printf("skipped: this machine cannot run %s\n", level);
             continue;
         }
         for (int j = 0; j < NUM_THREAD_COUNTS; j++)
-            EXPECT_OK(qkv_context_create(
-                &(qkv_context_options){QKV_CONTEXT_OPTIONS_INIT, .isa = level,
-                                       .num_threads = num_threads[j], .log = contexts_log},
-                &contexts[num_isa_levels][j]));
+            EXPECT_OK(qkv_context_create(&(qkv_context_options){TEST_CONTEXT_INIT, .isa = level,
+                                                                .num_threads = num_threads[j],
+                                                                .log = contexts_log},
+                                         &contexts[num_isa_levels][j]));
         num_isa_levels++;
     }
     return num_isa_levels > 0 ? 0 : -1;

@@ -131,8 +131,8 @@ static inline void break_tensor(faulty *f, const test_tensor *from, fault what, 
 static inline int open_context(void **state)
 {
     (void)state;
-    return qkv_context_create(&(qkv_context_options){QKV_CONTEXT_OPTIONS_INIT, .num_threads = 2},
-                              &ctx) == QKV_OK
+    return qkv_context_create(&(qkv_context_options){TEST_CONTEXT_INIT, .num_threads = 2}, &ctx) ==
+                   QKV_OK
                ? 0
                : -1;
 }

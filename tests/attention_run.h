@@ -37,11 +37,13 @@ static inline case_op case_op_new(qkv_context *ctx, const attn_case *a)
     const qkv_attention_limits *limits = &a->limits;
     qkv_workspace_size size;
     CASE_OK(a, qkv_attention_workspace_size(ctx, spec, limits, &size));
-    assert_true(size.pinned_bytes == 0);
+    assert_true((size.pinned_bytes > 0) == test_on_cuda());
     case_op op = {.workspace = {QKV_WORKSPACE_INIT, .plan_bytes = size.plan_bytes,
-                                .scratch_bytes = size.scratch_bytes}};
+                                .scratch_bytes = size.scratch_bytes,
+                                .pinned_bytes = size.pinned_bytes}};
     op.workspace.plan = case_guarded(size.plan_bytes);
     op.workspace.scratch = case_guarded(size.scratch_bytes);
+    op.workspace.pinned = case_guarded(size.pinned_bytes);
     CASE_OK(a, qkv_attention_create(ctx, spec, limits, &op.workspace, &op.op));
     return op;
 }
@@ -50,8 +52,9 @@ static inline void case_op_free(case_op *op)
 {
     case_guard_check(op->workspace.plan, op->workspace.plan_bytes, "plan");
     case_guard_check(op->workspace.scratch, op->workspace.scratch_bytes, "scratch");
+    case_guard_check(op->workspace.pinned, op->workspace.pinned_bytes, "pinned");
     qkv_attention_destroy(op->op);
-    free(op->workspace.plan), free(op->workspace.scratch);
+    free(op->workspace.plan), free(op->workspace.scratch), free(op->workspace.pinned);
 }
 
 /* ---- results ------------------------------------------------------------------------------ */

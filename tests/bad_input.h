@@ -90,7 +90,7 @@ static inline void bad_block_new(bad_block *b, const bad_arg *a)
     memset(b->before, BAD_POISON, b->bytes);
     if (a->init) memcpy(b->before, a->init, b->bytes);
     b->t = (DLTensor){.data = bad_copy(b->before, b->bytes),
-                      .device = {kDLCPU, 0},
+                      .device = test_device(),
                       .ndim = a->ndim,
                       .dtype = a->dtype,
                       .shape = bad_copy(a->shape, (size_t)a->ndim * sizeof(int64_t)),
@@ -431,8 +431,8 @@ static inline void bad_check(const bad_call *c)
 static inline int bad_open(void **state)
 {
     (void)state;
-    return qkv_context_create(&(qkv_context_options){QKV_CONTEXT_OPTIONS_INIT, .num_threads = 2},
-                              &ctx) != QKV_OK;
+    return qkv_context_create(&(qkv_context_options){TEST_CONTEXT_INIT, .num_threads = 2}, &ctx) !=
+           QKV_OK;
 }
 
 static inline int bad_close(void **state)

@@ -16,6 +16,7 @@
 
 #include <cmocka.h>
 
+#include "cuda.h"
 #include "qkv/qkv.h"
 
 /* ---- checks ------------------------------------------------------------------------------- */
@@ -25,6 +26,8 @@
         const qkv_status expect_ = (expr);                                                         \
         if (expect_ != QKV_OK)                                                                     \
             fail_msg("%s: %s: %s", #expr, qkv_status_name(expect_), qkv_last_error());             \
+        const int on_gpu_ = test_synchronize();                                                    \
+        if (on_gpu_ != 0) fail_msg("%s: the GPU ended with error %d", #expr, on_gpu_);             \
     } while (0)
 
 /* The call fails with this status, and the message contains text. */
@@ -35,6 +38,16 @@
             fail_msg("%s: expected %s with \"%s\", got %s: %s", #expr, qkv_status_name(status),    \
                      (text), qkv_status_name(expect_), qkv_last_error());                          \
     } while (0)
+
+/* On a GPU elements are not checked: does the message name one, "(request 1, entry 2)"? */
+static inline bool test_unchecked(const char *message)
+{
+    static const char *const places[] = {"(request ", "(entry ",   "(row ",
+                                         "(head ",    "rows of k", " rows, got"};
+    for (size_t i = 0; test_on_cuda() && i < sizeof places / sizeof places[0]; i++)
+        if (strstr(message, places[i])) return true;
+    return false;
+}
 
 /* ---- random data: one 64-bit counter hashed (splitmix64) ---------------------- */
 
@@ -63,6 +76,7 @@ static inline double test_uniform(double scale)
 /* A fresh seed each run, printed; QKV_TEST_SEED repeats one. Call first in main(). */
 static inline void test_seed(void)
 {
+    if (test_on_cuda()) test_cuda_open();
     const char *text = getenv("QKV_TEST_SEED");
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
@@ -233,7 +247,7 @@ static inline test_tensor *test_tensor_init(test_tensor *x, void *data, DLDataTy
         stride *= shape[i];
     }
     x->t = (DLTensor){.data = data,
-                      .device = {kDLCPU, 0},
+                      .device = test_device(),
                       .ndim = ndim,
                       .dtype = dtype,
                       .shape = x->shape,
@@ -250,14 +264,37 @@ static inline test_tensor *test_tensor_init(test_tensor *x, void *data, DLDataTy
 #define TENSOR(data, dtype, ...)                                                                   \
     (&test_tensor_init(&(test_tensor){.owned = NULL}, (data), (dtype), TEST_SHAPE(__VA_ARGS__))->t)
 
-/* ---- levels ------------------------------------------------------------------------------- */
+/* ---- contexts ----------------------------------------------------------------------------- */
 
-/* Calls body(ctx, user) with a context of every level that this machine can run. */
+#define TEST_CONTEXT_INIT QKV_CONTEXT_OPTIONS_INIT, .device = {test_on_cuda() ? kDLCUDA : kDLCPU, 0}
+
+/* The fastest level of the CPU, or the GPU. */
+static inline qkv_status test_context_create(qkv_context **out)
+{
+    return qkv_context_create(&(qkv_context_options){TEST_CONTEXT_INIT}, out);
+}
+
+/* The i-th level of the CPU as qkv_cpu_level has it; on a GPU its only one. */
+static inline const char *test_level(int32_t i, int32_t *usable)
+{
+    if (!test_on_cuda()) return qkv_cpu_level(i, usable);
+    *usable = 1;
+    return i == 0 ? "cuda" : NULL;
+}
+
+/* Calls body(ctx, user) with a context of every level that this machine can run, or the GPU. */
 static inline void test_every_level(int32_t num_threads, void (*body)(qkv_context *ctx, void *user),
                                     void *user)
 {
     int32_t usable, count = 0;
     const char *level;
+    if (test_on_cuda()) {
+        qkv_context *ctx;
+        EXPECT_OK(test_context_create(&ctx));
+        body(ctx, user);
+        qkv_context_destroy(ctx);
+        return;
+    }
     for (int32_t i = 0; (level = qkv_cpu_level(i, &usable)); i++) {
         if (!usable) {
             printf("skipped: this machine cannot run %s\n", level);

@@ -163,7 +163,7 @@ static void check_halves(qkv_context *ctx, void *user)
         DLTensor half[2];
         for (int i = 0; i < 2; i++)
             half[i] = (DLTensor){.data = wide[0][i],
-                                 .device = {kDLCPU, 0},
+                                 .device = test_device(),
                                  .ndim = 2,
                                  .dtype = {2, 32, 1},
                                  .shape = shape,
@@ -189,7 +189,7 @@ static void gated_names_the_bad_argument(void **state)
 {
     (void)state;
     qkv_context *ctx;
-    EXPECT_OK(qkv_context_create(NULL, &ctx));
+    EXPECT_OK(test_context_create(&ctx));
     float data[3][64];
     memset(data, VIEW_POISON, sizeof data);
     DLTensor *out = TENSOR(data[0], QKV_F32, 2, 16), *gate = TENSOR(data[1], QKV_F32, 2, 16);

@@ -225,7 +225,7 @@ static void append_names_the_bad_option(void **state)
     (void)state;
     static append_case c;
     qkv_context *ctx;
-    EXPECT_OK(qkv_context_create(NULL, &ctx));
+    EXPECT_OK(test_context_create(&ctx));
     draw(&c);
     c.slots = true;
     float one = 1, bad[] = {1, 0, 1, 1};
@@ -256,7 +256,8 @@ static void append_names_the_bad_option(void **state)
         {"options.positions", {OPTIONS, .positions = positions}},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++)
-        EXPECT_FAIL(QKV_ERR_INVALID, cases[i].why, append(ctx, &c, &cases[i].options));
+        if (!test_unchecked(cases[i].why))
+            EXPECT_FAIL(QKV_ERR_INVALID, cases[i].why, append(ctx, &c, &cases[i].options));
     qkv_context_destroy(ctx);
 }
 

@@ -1,6 +1,5 @@
 /* test_attention_edge.c - attention where sizes, strides and positions are extreme.
  * SPDX-License-Identifier: Apache-2.0 */
-#include <sys/mman.h>
 
 #include "attention_run.h"
 
@@ -256,9 +255,8 @@ static bool spread_new(spread *to, const case_view *from, int axis, int64_t stri
         if (i != axis) packed *= from->x.shape[i];
     }
     to->bytes = (size_t)(((n - 1) * stride + packed) * size);
-    to->block = mmap(NULL, to->bytes, PROT_READ | PROT_WRITE,
-                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (to->block == MAP_FAILED) {
+    to->block = test_map(to->bytes);
+    if (!to->block) {
         printf("skipped: no mapping of %zu bytes\n", to->bytes);
         return false;
     }
@@ -330,7 +328,7 @@ static void attention_honours_every_stride(void **state)
             if (spread_new(&to, views[rows[i].which], rows[i].axis, rows[i].stride)) {
                 test_every_level(2, run_spread,
                                  &(spread_case){.a = &a, .which = rows[i].which, .to = &to});
-                munmap(to.block, to.bytes);
+                test_unmap(to.block, to.bytes);
             }
             case_free(&a);
         }

@@ -208,7 +208,7 @@ static void same_bits_in_any_company(qkv_context *ctx, void *user)
         }
         qkv_context *other;
         EXPECT_OK(
-            qkv_context_create(&(qkv_context_options){QKV_CONTEXT_OPTIONS_INIT, .isa = level,
+            qkv_context_create(&(qkv_context_options){TEST_CONTEXT_INIT, .isa = level,
                                                       .num_threads = 1 + (int32_t)test_below(6)},
                                &other));
         company_new(&x, a);

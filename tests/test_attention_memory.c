@@ -6,10 +6,10 @@
 static qkv_context *context_of(account *a, int32_t num_threads)
 {
     qkv_context *ctx;
-    EXPECT_OK(qkv_context_create(&(qkv_context_options){QKV_CONTEXT_OPTIONS_INIT,
-                                                        .num_threads = num_threads,
-                                                        .allocator = account_allocator(a)},
-                                 &ctx));
+    EXPECT_OK(
+        qkv_context_create(&(qkv_context_options){TEST_CONTEXT_INIT, .num_threads = num_threads,
+                                                  .allocator = account_allocator(a)},
+                           &ctx));
     return ctx;
 }
 

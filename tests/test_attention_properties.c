@@ -56,7 +56,7 @@ static void same_bits_with_any_threads(qkv_context *ctx, void *user)
     run_with(a, ctx, 5, 0);
     bits first = bits_of(a);
     for (int32_t threads = 0; threads <= 8; threads += threads < 3 ? 1 : 5) { /* 0: the engine's */
-        qkv_context_options o = {QKV_CONTEXT_OPTIONS_INIT, .isa = level, .num_threads = threads};
+        qkv_context_options o = {TEST_CONTEXT_INIT, .isa = level, .num_threads = threads};
         if (threads == 0) o.parallel = (qkv_parallel){.run = run_backwards, .num_threads = 4};
         qkv_context *other;
         EXPECT_OK(qkv_context_create(&o, &other));
@@ -197,7 +197,7 @@ static void invariant_bits(qkv_context *ctx, void *user)
     for (int32_t threads = 1; threads <= 5; threads += 2) {
         qkv_context *other;
         EXPECT_OK(qkv_context_create(
-            &(qkv_context_options){QKV_CONTEXT_OPTIONS_INIT, .isa = level, .num_threads = threads},
+            &(qkv_context_options){TEST_CONTEXT_INIT, .isa = level, .num_threads = threads},
             &other));
         run_with(a, other, 1 + (int32_t)test_below(12), 0);
         assert_true(bits_equal(&together, a));

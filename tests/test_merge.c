@@ -120,7 +120,7 @@ static void merge_of_halves_is_the_whole(void **state)
     for (size_t i = 0; i < sizeof v / sizeof *v; i++) v[i] = (float)test_uniform(1);
     qkv_context *ctx;
     qkv_attention *attention;
-    EXPECT_OK(qkv_context_create(NULL, &ctx));
+    EXPECT_OK(test_context_create(&ctx));
     const qkv_attention_spec spec = {
         QKV_ATTENTION_SPEC_INIT, .num_qo_heads = HEADS, .num_kv_heads = 2,   .head_dim_qk = DIM,
         .head_dim_vo = DIM,      .dtype_q = QKV_F32,    .dtype_kv = QKV_F32, .dtype_o = QKV_F32};
@@ -205,7 +205,7 @@ static void merge_names_the_bad_argument(void **state)
 {
     (void)state;
     qkv_context *ctx;
-    EXPECT_OK(qkv_context_create(NULL, &ctx));
+    EXPECT_OK(test_context_create(&ctx));
     float a[24] = {0}, b[24] = {0}, o[24], la[6] = {0}, lb[6] = {0}, l[6];
     for (int i = 0; i < 24; i++) o[i] = 7;
     for (int i = 0; i < 6; i++) l[i] = 7;

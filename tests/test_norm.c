@@ -128,7 +128,7 @@ static void check_slices(qkv_context *ctx, void *user)
     for (int i = 0; i < TOKENS * WIDE; i++) before[i] = wide[i] = (float)test_uniform(1);
     int64_t shape[] = {TOKENS, WIDTH}, strides[] = {WIDE, 1};
     DLTensor x = {.data = wide,
-                  .device = {kDLCPU, 0},
+                  .device = test_device(),
                   .ndim = 2,
                   .dtype = {2, 32, 1},
                   .shape = shape,
@@ -166,7 +166,7 @@ static void rmsnorm_names_the_bad_argument(void **state)
 {
     (void)state;
     qkv_context *ctx;
-    EXPECT_OK(qkv_context_create(NULL, &ctx));
+    EXPECT_OK(test_context_create(&ctx));
     float data[4][64];
     memset(data, VIEW_POISON, sizeof data);
     DLTensor *out = TENSOR(data[0], QKV_F32, 2, 16), *x = TENSOR(data[1], QKV_F32, 2, 16);

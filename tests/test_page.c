@@ -334,7 +334,7 @@ static void page_append_names_the_bad_argument(void **state)
     (void)state;
     enum { PAGES = 5, SIZE = 4, HEADS = 2, DIM = 8, NNZ = 3, CACHE = PAGES * SIZE * HEADS * DIM };
     qkv_context *ctx;
-    EXPECT_OK(qkv_context_create(NULL, &ctx));
+    EXPECT_OK(test_context_create(&ctx));
     static float k_data[2 * CACHE], v_data[CACHE], rows[2][(NNZ + 1) * HEADS * (DIM + 8)];
     memset(k_data, VIEW_POISON, sizeof k_data);
     memset(v_data, VIEW_POISON, sizeof v_data);
@@ -412,6 +412,7 @@ static void page_append_names_the_bad_argument(void **state)
     };
 #undef INDEX
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        if (test_unchecked(cases[i].why)) continue;
         EXPECT_FAIL(QKV_ERR_INVALID, cases[i].why,
                     qkv_kv_append(ctx, cases[i].k_cache, cases[i].v_cache, cases[i].layout,
                                   cases[i].k, cases[i].v, cases[i].index, cases[i].positions, NULL,
@@ -434,9 +435,11 @@ static void page_append_names_the_bad_argument(void **state)
         {"slot_mapping: expected a slot below 5 pages of 4, got 1099511627776 (row 0)",
          TENSOR(slots64, QKV_I64, 3)},
     };
-    for (size_t i = 0; i < sizeof slot_cases / sizeof *slot_cases; i++)
+    for (size_t i = 0; i < sizeof slot_cases / sizeof *slot_cases; i++) {
+        if (test_unchecked(slot_cases[i].why)) continue;
         EXPECT_FAIL(QKV_ERR_INVALID, slot_cases[i].why,
                     qkv_kv_append_slots(ctx, kc, vc, 0, k, v, slot_cases[i].slots, NULL, NULL));
+    }
     EXPECT_FAIL(QKV_ERR_INVALID, "k, v: expected memory apart",
                 qkv_kv_append_slots(ctx, kc, vc, 0, inside, v, TENSOR(at, QKV_I32, 3), NULL, NULL));
     for (size_t i = 0; i < sizeof k_data; i++) /* untouched */
@@ -451,7 +454,7 @@ static void page_copy_names_the_bad_argument(void **state)
     (void)state;
     enum { PAGES = 4, CACHE = PAGES * 3 * 2 * 8 };
     qkv_context *ctx;
-    EXPECT_OK(qkv_context_create(NULL, &ctx));
+    EXPECT_OK(test_context_create(&ctx));
     float k_data[CACHE], v_data[CACHE], saved[CACHE];
     for (int i = 0; i < CACHE; i++) k_data[i] = v_data[i] = saved[i] = (float)i;
     DLTensor *const kc = TENSOR(k_data, QKV_F32, PAGES, 3, 2, 8);
@@ -483,10 +486,12 @@ static void page_copy_names_the_bad_argument(void **state)
         {"src: expected no page that is in dst too, got 1 (entry 1)", kc, vc, src,
          TENSOR(chain, QKV_I32, 2)},
     };
-    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        if (test_unchecked(cases[i].why)) continue;
         EXPECT_FAIL(QKV_ERR_INVALID, cases[i].why,
                     qkv_kv_copy_pages(ctx, cases[i].k_cache, cases[i].v_cache, cases[i].src,
                                       cases[i].dst, NULL));
+    }
     EXPECT_FAIL(QKV_ERR_INVALID, "ctx: expected", qkv_kv_copy_pages(NULL, kc, vc, src, dst, NULL));
     assert_memory_equal(k_data, saved, sizeof saved);
     assert_memory_equal(v_data, saved, sizeof saved);

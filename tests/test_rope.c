@@ -214,7 +214,7 @@ static void check_fused(qkv_context *ctx, void *user)
     DLTensor part[2];
     for (int i = 0; i < 2; i++) {
         part[i] = (DLTensor){.data = fused[0][i],
-                             .device = {kDLCPU, 0},
+                             .device = test_device(),
                              .ndim = 3,
                              .dtype = {2, 32, 1},
                              .shape = shape,
@@ -244,7 +244,7 @@ static void rope_names_the_bad_argument(void **state)
 {
     (void)state;
     qkv_context *ctx;
-    EXPECT_OK(qkv_context_create(NULL, &ctx));
+    EXPECT_OK(test_context_create(&ctx));
     float data[4][64];
     memset(data, VIEW_POISON, sizeof data);
     int32_t numbers[] = {0, 2, 4}, rising[] = {1, 2, 4}, falling[] = {0, 2, 1},
@@ -346,10 +346,11 @@ static void rope_names_the_bad_argument(void **state)
          TENSOR(in_k, QKV_I32, 2)},
     };
     for (size_t i = 0; i < sizeof args / sizeof *args; i++)
-        EXPECT_FAIL(QKV_ERR_INVALID, args[i].why,
-                    qkv_rope(ctx, &(qkv_rope_spec){QKV_ROPE_SPEC_INIT}, args[i].q_out, args[i].q,
-                             args[i].k_out, args[i].k, args[i].positions, args[i].indptr,
-                             args[i].offsets, NULL));
+        if (!test_unchecked(args[i].why))
+            EXPECT_FAIL(QKV_ERR_INVALID, args[i].why,
+                        qkv_rope(ctx, &(qkv_rope_spec){QKV_ROPE_SPEC_INIT}, args[i].q_out,
+                                 args[i].q, args[i].k_out, args[i].k, args[i].positions,
+                                 args[i].indptr, args[i].offsets, NULL));
     memset(in_q, VIEW_POISON, 16), memset(in_k, VIEW_POISON, 16);
     for (size_t i = 0; i < sizeof data; i++)
         assert_int_equal(((unsigned char *)data)[i], VIEW_POISON); /* untouched */

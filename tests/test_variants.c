@@ -24,7 +24,7 @@ static int open_contexts(void **state)
     int32_t usable;
     const char *level;
     folder_new(cache_dir);
-    for (int32_t i = 0; (level = qkv_cpu_level(i, &usable)); i++) {
+    for (int32_t i = 0; (level = test_level(i, &usable)); i++) {
         if (usable)
             contexts[num_contexts++] = context_on(level, PICK(1, 2, 5), cache_dir, &compiled);
         else

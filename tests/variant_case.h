@@ -61,7 +61,7 @@ static inline qkv_context *context_on(const char *isa, int32_t num_threads, cons
 {
     qkv_context *ctx;
     EXPECT_OK(qkv_context_create(
-        &(qkv_context_options){QKV_CONTEXT_OPTIONS_INIT, .isa = isa, .num_threads = num_threads,
+        &(qkv_context_options){TEST_CONTEXT_INIT, .isa = isa, .num_threads = num_threads,
                                .cache_dir = cache_dir,
                                .jit_progress = counts ? count_progress : NULL, .jit_user = counts},
         &ctx));

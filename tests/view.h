@@ -34,7 +34,7 @@ static inline void view_new(view *v, DLDataType dtype, int64_t pad, int ndim, co
     assert_non_null(v->block);
     memset(v->block, VIEW_POISON, v->bytes);
     v->t = (DLTensor){.data = v->block,
-                      .device = {kDLCPU, 0},
+                      .device = test_device(),
                       .ndim = ndim,
                       .dtype = dtype,
                       .shape = v->shape,
