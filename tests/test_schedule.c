@@ -76,7 +76,7 @@ static bool next_tile(const trial *t, tile *x)
     const qi_limits *l = &t->limits;
     i32 r = x->request, end = r < 0 ? 0 : t->qo_indptr[r + 1];
     i32 row = x->row_begin + x->num_rows, head = x->kv_head;
-    if (r >= 0 && row == end && x->flags == QI_TILE_PREFILL && head + 1 < l->num_kv_heads) {
+    if (r >= 0 && row == end && x->num_kv_heads == 1 && head + 1 < l->num_kv_heads) {
         row = t->qo_indptr[r];
         head++;
     } else if (r < 0 || row == end) {
@@ -91,7 +91,7 @@ static bool next_tile(const trial *t, tile *x)
     const bool decode = n <= l->decode_rows;
     *x = (tile){.request = r, .row_begin = row, .kv_head = head};
     x->num_rows = decode ? n : end - row < l->tile_rows ? end - row : l->tile_rows;
-    x->num_kv_heads = decode ? l->num_kv_heads : 1;
+    x->num_kv_heads = decode && !l->split_heads ? l->num_kv_heads : 1;
     x->flags = decode ? QI_TILE_DECODE : QI_TILE_PREFILL;
     const i64 first = (i64)t->qo_pos[r] + row - t->qo_indptr[r];
     qi_visible(l, t->kv_len[r], first, first + x->num_rows - 1, &x->kv_begin, &x->kv_end);
@@ -321,7 +321,8 @@ static qi_limits any_limits(void)
     qi_limits l = {.num_workers = 1 + (i32)test_below(test_below(4) ? 16 : 300),
                    .num_kv_heads = 1 + (i32)test_below(8),
                    .group_size = 1 + (i32)test_below(8),
-                   .decode_rows = 1 + (i32)test_below(16),
+                   .decode_rows = (i32)test_below(17),
+                   .split_heads = (i32)test_below(2),
                    .tile_rows = 1 + (i32)test_below(64),
                    .causal = test_below(3) > 0,
                    .window_left = test_below(3) ? -1 : (i32)test_below(200),
@@ -478,6 +479,8 @@ static void schedule_cuts_where_it_may(void **state)
             trial_begin(&t, "one long request", 1);
             t.limits = any_limits();
             t.limits.num_workers = workers;
+            t.limits.decode_rows = 1;
+            t.limits.split_heads = 0;
             t.limits.window_left = t.limits.window_right = -1;
             t.limits.cost_strip = 0;
             trial_add(&t, 1, 1000000);

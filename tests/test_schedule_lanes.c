@@ -118,6 +118,7 @@ static void schedule_in_many_lanes_gives_the_bytes_of_one(void **state)
             .num_kv_heads = 1 + (i32)test_below(MAX_HEADS),
             .group_size = 1 + (i32)test_below(4),
             .decode_rows = (i32)test_below(5),
+            .split_heads = (i32)test_below(2),
             .tile_rows = 1 + (i32)test_below(40),
             .causal = (i32)test_below(2),
             .window_left = test_below(3) ? -1 : (i32)test_below(100),

@@ -37,7 +37,7 @@ typedef struct qi_group {
 
 /* flags of a work item */
 enum {
-    QI_TILE_DECODE = 0,  /* few rows, all KV heads: a page is read once */
+    QI_TILE_DECODE = 0,  /* few rows; on a CPU all KV heads: a page is read once */
     QI_TILE_PREFILL = 1, /* many rows, one KV head */
 };
 

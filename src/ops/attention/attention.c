@@ -207,9 +207,10 @@ static int64_t max_fixed_pieces(const qi_limits *s, const qkv_attention_spec *sp
     const int64_t per_tile = l->max_kv_len / s->cut_align + 1;
     const int64_t tiles = l->max_row_blocks > l->max_requests ? l->max_row_blocks : l->max_requests;
     if (l->max_kv_len <= s->cut_align) return 0;
-    const int64_t most = tiles * per_tile;
+    const int64_t heads = s->split_heads ? s->num_kv_heads : 1;
+    const int64_t most = heads * tiles * per_tile;
     if (spec->page_size == 0 || l->max_row_blocks > 0) return most;
-    const int64_t by_pages = l->max_pages * spec->page_size / s->cut_align + 2 * tiles;
+    const int64_t by_pages = heads * (l->max_pages * spec->page_size / s->cut_align + 2 * tiles);
     return by_pages < most ? by_pages : most;
 }
 
@@ -247,7 +248,8 @@ static int64_t enough_split_rows(const qi_limits *s, const qkv_attention_spec *s
     if (s->fixed_cuts) {
         const int64_t decode = s->decode_rows < l->max_qo_len ? s->decode_rows : l->max_qo_len;
         const int64_t pieces = max_fixed_pieces(s, spec, l); /* times heads may overflow */
-        rows += pieces < MAX_INDEX ? pieces * decode * heads : MAX_INDEX;
+        const int64_t of_piece = decode * (s->split_heads ? s->group_size : heads);
+        rows += pieces < MAX_INDEX ? pieces * of_piece : MAX_INDEX;
     }
     return rows < MAX_INDEX ? rows : MAX_INDEX;
 }
@@ -258,7 +260,8 @@ enum { FIXED_CUT = 2048 };
 
 /* What the scheduler needs, from a spec and limits with their defaults filled in. Costs are in
  * units of one multiply-add over a whole head: reading a key costs about 3 of them a byte of its
- * elements on the CPUs measured (docs/performance.md), starting a tile about 200. */
+ * elements on the CPUs measured (docs/performance.md), starting a tile about 200; on GPUs, whose
+ * tensor cores are that much faster than their memory, 150 and 5000. */
 static qi_limits schedule_limits(const qkv_context *ctx, const qkv_attention_spec *spec,
                                  qkv_attention_limits *limits)
 {
@@ -269,17 +272,19 @@ static qi_limits schedule_limits(const qkv_context *ctx, const qkv_attention_spe
         .num_workers = limits->max_workers,
         .num_kv_heads = spec->num_kv_heads,
         .group_size = group,
-        .decode_rows = decode_rows(group),
-        .tile_rows = prefill_rows(group, cuda ? CUDA_PREFILL_M : PREFILL_M),
+        .decode_rows = cuda && group > DECODE_M ? 0 : decode_rows(group),
+        .split_heads = cuda,
+        .tile_rows = prefill_rows(group, cuda ? PREFILL_TILE_M(spec->head_dim_vo) : (i32)PREFILL_M),
         .causal = spec->mask == QKV_MASK_CAUSAL,
         .window_left = spec->window_left,
         .window_right = spec->window_right,
-        .cut_align = fixed                  ? FIXED_CUT
-                     : spec->page_size > 64 ? spec->page_size
-                                            : 64,
+        .cut_align = fixed                           ? FIXED_CUT
+                     : !cuda && spec->page_size > 64 ? spec->page_size
+                                                     : 64,
         .fixed_cuts = fixed,
-        .cost_visit = 200,
-        .cost_key = 3 * (int32_t)qi_dtype_bytes((qi_dtype)qi_dtype_of(spec->dtype_kv)),
+        .cost_visit = cuda ? 5000 : 200,
+        .cost_key =
+            (cuda ? 150 : 3) * (int32_t)qi_dtype_bytes((qi_dtype)qi_dtype_of(spec->dtype_kv)),
         .cost_pair = 1,
         .cost_strip = cuda ? 0 : 4000, /* some 5 us: what waking a thread costs */
     };

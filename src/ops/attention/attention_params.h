@@ -61,15 +61,17 @@ _Static_assert(sizeof(attention_cuda_params) <= 4096, "a kernel's parameters");
 enum {
     MAX_GROUP = 512, /* query heads of a KV head */
     MAX_HEAD_DIM = 512,
-    DECODE_M = 16,       /* up to this M (or one token) a request is a decode tile */
-    PREFILL_M = 768,     /* M of a prefill tile, or one token */
-    CUDA_PREFILL_M = 64, /* the same on a GPU */
-    BLOCK_N = 256,       /* most keys that a prefill tile packs at a time */
-    DECODE_BLOCK = 16,   /* keys that a decode tile takes at a time */
+    DECODE_M = 16,     /* up to this M (or one token) a request is a decode tile */
+    PREFILL_M = 768,   /* M of a prefill tile, or one token */
+    BLOCK_N = 256,     /* most keys that a prefill tile packs at a time */
+    DECODE_BLOCK = 16, /* keys that a decode tile takes at a time */
     MAX_LEVELS = 16,
     MAX_VW = 16,
     MAX_TILE_M = 32, /* largest vector and panel of rows of any level */
 };
+
+/* M of a prefill tile on a GPU: four warps of 32 rows, or of 16 where the sums of v take more registers. */
+#define PREFILL_TILE_M(dim_vo) ((dim_vo) <= 128 ? 128 : 64)
 
 /* The reference kernel of GPUs: query rows and keys that a block has in shared memory at a time. */
 #define ATTENTION_CHUNK        16
@@ -85,7 +87,7 @@ static inline i32 decode_rows(i32 group_size)
     return group_size < DECODE_M ? DECODE_M / group_size : 1;
 }
 
-/* tile_m: PREFILL_M or CUDA_PREFILL_M. */
+/* tile_m: PREFILL_M or PREFILL_TILE_M(). */
 static inline i32 prefill_rows(i32 group_size, i32 tile_m)
 {
     return group_size < tile_m ? tile_m / group_size : 1;

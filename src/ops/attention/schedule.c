@@ -37,7 +37,7 @@ static i32 heads_of(const qi_limits *limits, const qi_group *g)
 static i32 tiles_of(const qi_limits *limits, const qi_group *g)
 {
     if (g->num_rows == 0) return 0;
-    if (g->num_rows <= limits->decode_rows) return 1;
+    if (g->num_rows <= limits->decode_rows) return limits->split_heads ? heads_of(limits, g) : 1;
     return heads_of(limits, g) * ((g->num_rows - 1) / limits->tile_rows + 1);
 }
 
@@ -57,7 +57,12 @@ static tile make_tile(const qi_lengths *in, const qi_limits *limits, i32 group, 
               .num_kv_heads = heads_of(limits, g)};
     i32 row = 0;
     t.num_rows = g->num_rows;
-    if (g->num_rows > limits->decode_rows) {
+    if (g->num_rows <= limits->decode_rows) {
+        if (limits->split_heads) {
+            t.kv_head += index;
+            t.num_kv_heads = 1;
+        }
+    } else {
         const i32 per_head = (g->num_rows - 1) / limits->tile_rows + 1;
         row = index % per_head * limits->tile_rows;
         t.num_rows = g->num_rows - row < limits->tile_rows ? g->num_rows - row : limits->tile_rows;
@@ -241,6 +246,7 @@ static void emit_merge(const qi_lengths *in, const qi_limits *limits, const tile
 i64 qi_schedule_max_work(const qi_limits *limits, i64 max_tokens, i64 max_groups, i64 max_rows)
 {
     i64 tiles = max_groups < max_tokens ? max_groups : max_tokens;
+    if (limits->split_heads) tiles *= limits->num_kv_heads;
     if (max_rows > limits->decode_rows) {
         const i64 long_groups = max_tokens / (limits->decode_rows + 1);
         tiles += limits->num_kv_heads * (max_tokens / limits->tile_rows +
@@ -252,7 +258,7 @@ i64 qi_schedule_max_work(const qi_limits *limits, i64 max_tokens, i64 max_groups
 i64 qi_schedule_split_rows(const qi_limits *limits, i64 max_rows)
 {
     const i64 decode = limits->decode_rows < max_rows ? limits->decode_rows : max_rows;
-    i64 rows = decode * limits->group_size * limits->num_kv_heads;
+    i64 rows = decode * limits->group_size * (limits->split_heads ? 1 : limits->num_kv_heads);
     if (max_rows > limits->decode_rows && rows < (i64)limits->tile_rows * limits->group_size)
         rows = (i64)limits->tile_rows * limits->group_size;
     return 2 * (i64)(limits->num_workers - 1) *

@@ -22,7 +22,8 @@ typedef struct qi_lengths {
 typedef struct qi_limits {
     i32 num_workers;
     i32 num_kv_heads, group_size;
-    i32 decode_rows; /* a request of at most this many rows is one decode tile */
+    i32 decode_rows; /* a request of at most this many rows is a decode tile */
+    i32 split_heads; /* 1: a decode tile has one KV head, 0: all heads of its group */
     i32 tile_rows;   /* rows of a prefill tile, <= 65535 */
     i32 causal, window_left, window_right; /* as in the spec; windows -1 = open */
     i32 cut_align;                         /* keys are cut at multiples of this */
@@ -64,8 +65,8 @@ i64 qi_schedule_rows_needed(const qi_lengths *in, const qi_limits *limits);
 /*
  * qi_schedule - fill header, work_indptr, work, merge, row_merge and clear the tickets of *out.
  *
- * A group of n rows is one decode tile over its KV heads if n <= decode_rows, else for each head
- * ceil(n / tile_rows) prefill tiles, head by head. The tiles, in that order, form a line of integer
+ * A group of n rows is one decode tile over its KV heads if n <= decode_rows (with split_heads one for
+ * each head), else for each head ceil(n / tile_rows) prefill tiles, head by head. The tiles, in that order, form a line of integer
  * costs
  *
  *   cost = cost_visit + heads * keys * (cost_key + rows * group_size * cost_pair)
