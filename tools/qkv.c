@@ -30,8 +30,11 @@ static void print_help(void)
          "      GFLOP/s and the share of the ceiling that binds, measured before and after\n"
          "  qkv --help, qkv --version\n"
          "\n"
+         "  --device D       cpu (default), cuda or cuda:N; on a GPU calls are replayed from a "
+         "graph\n"
+         "                   and find their inputs out of the L2\n"
          "  --json           one object a line\n"
-         "  --seconds S      time to measure each problem for (1)\n"
+         "  --seconds S      time to measure each problem for (1; 0.2 on a GPU)\n"
          "  --threads N      CPU threads (all)\n"
          "\n"
          "QKV_DEVICE=cpu:LEVEL in the environment takes another CPU level than the best one here;\n"
@@ -58,6 +61,19 @@ static double read_number(const char *option, const char *text, double min, doub
     return value;
 }
 
+/* "cpu", "cuda", "cuda:1" */
+static DLDevice read_device(const char *text)
+{
+    DLDevice device = {kDLCPU, 0};
+    if (strcmp(text, "cpu") == 0) return device;
+    device.device_type = kDLCUDA;
+    if (strncmp(text, "cuda:", 5) == 0)
+        device.device_id = (int32_t)read_number("--device cuda:", text + 5, 0, 1023);
+    else if (strcmp(text, "cuda") != 0)
+        tool_die(EXIT_USAGE, "--device: expected cpu, cuda or cuda:N, got \"%s\"", text);
+    return device;
+}
+
 /* Takes the option at argv[i]; returns the index of its last word. */
 static int read_option(command *c, int argc, char **argv, int i)
 {
@@ -70,16 +86,18 @@ static int read_option(command *c, int argc, char **argv, int i)
         c->ceilings = true;
         return i;
     }
-    static const char *const with_argument[] = {"--seconds", "--threads", "--file"};
+    static const char *const with_argument[] = {"--seconds", "--threads", "--file", "--device"};
+    enum { NUM = sizeof with_argument / sizeof with_argument[0] };
     int which = 0;
-    while (which < 3 && strcmp(option, with_argument[which]) != 0) which++;
-    if (which == 3) tool_die(EXIT_USAGE, "%s: not an option; qkv --help lists them", option);
+    while (which < NUM && strcmp(option, with_argument[which]) != 0) which++;
+    if (which == NUM) tool_die(EXIT_USAGE, "%s: not an option; qkv --help lists them", option);
     if (i + 1 == argc) tool_die(EXIT_USAGE, "%s: expected an argument", option);
     const char *argument = argv[i + 1];
     switch (which) {
     case 0: c->bench.seconds = read_number(option, argument, 0, 86400); break;
     case 1: c->bench.num_threads = (int32_t)read_number(option, argument, 1, 4096); break;
-    default: c->file = argument;
+    case 2: c->file = argument; break;
+    default: c->bench.device = read_device(argument);
     }
     return i + 1;
 }
@@ -97,7 +115,8 @@ static problem parse(const char *place, const char *op, const char *text)
 static void info(const command *c)
 {
     if (c->file || c->bench.json) tool_die(EXIT_USAGE, "info: takes neither --file nor --json");
-    info_options o = {.num_threads = c->bench.num_threads, .ceilings = c->ceilings};
+    info_options o = {
+        .num_threads = c->bench.num_threads, .ceilings = c->ceilings, .device = c->bench.device};
     problem p;
     if (c->num_words > 1) {
         p = parse("", c->words[1], c->num_words > 2 ? c->words[2] : "");
@@ -149,7 +168,7 @@ static void bench_command(const command *c)
 
 int main(int argc, char **argv)
 {
-    command c = {.bench = {.seconds = 1}};
+    command c = {.bench = {.seconds = -1, .device = {kDLCPU, 0}}};
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) return print_help(), 0;
         if (strcmp(argv[i], "--version") == 0) {
