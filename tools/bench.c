@@ -178,12 +178,16 @@ static void free_memory(bench *b)
     data_free(b->fetched);
 }
 
+static const bench_op *find_op(const problem *p)
+{
+    for (size_t i = 0; i < sizeof ops / sizeof ops[0]; i++)
+        if (strcmp(ops[i]->name, p->op) == 0) return ops[i];
+    tool_die(EXIT_WRONG, "%s: no driver", p->op);
+}
+
 void bench_problem(bench_session *s, const problem *p)
 {
-    const bench_op *op = NULL;
-    for (size_t i = 0; i < sizeof ops / sizeof ops[0]; i++)
-        if (strcmp(ops[i]->name, p->op) == 0) op = ops[i];
-    if (!op) tool_die(EXIT_WRONG, "%s: no driver", p->op);
+    const bench_op *op = find_op(p);
     bench b = {.p = p,
                .ctx = s->ctx,
                .gpu = s->gpu,
@@ -201,5 +205,23 @@ void bench_problem(bench_session *s, const problem *p)
     print_line(s, &b, &l, &t);
     if (s->gpu) cuda_wait(s->gpu);
     if (op->teardown) op->teardown(&b);
+    free_memory(&b);
+}
+
+void bench_compile(qkv_context *ctx, const problem *p)
+{
+    const bench_op *op = find_op(p);
+    bench b = {.p = p,
+               .ctx = ctx,
+               .only_compiles = true,
+               .device = {kDLCUDA, 0},
+               .random = data_seed(),
+               .num_sets = 1};
+    if (op->compile) {
+        op->compile(&b);
+    } else {
+        op->setup(&b);
+        op->run(&b, 0);
+    }
     free_memory(&b);
 }

@@ -20,14 +20,16 @@ typedef struct bench_op {
     void (*run)(bench *b, int64_t set); /* one call of the library */
     void (*verify)(bench *b);           /* one run on poisoned outputs, held against a reference */
     void (*teardown)(bench *b);         /* NULL if all that the state holds is of bench_alloc */
+    void (*compile)(bench *b);          /* the kernels of the problem; NULL: setup and run do */
 } bench_op;
 
 struct bench {
     const problem *p;
     qkv_context *ctx;
-    cuda *gpu;       /* NULL: the CPU */
-    DLDevice device; /* of tensors */
-    void *stream;    /* for calls */
+    cuda *gpu;          /* NULL: the CPU */
+    bool only_compiles; /* for GPUs, of which there is none: addresses on it are made up */
+    DLDevice device;    /* of tensors */
+    void *stream;       /* for calls */
     data_random random;
     void *state;
     int64_t num_sets;    /* sets of inputs that calls rotate over */
@@ -68,6 +70,9 @@ void bench_close(bench_session *s);
 /* Verifies, times, prints one line. */
 void bench_problem(bench_session *s, const problem *p);
 
+/* Lets a context of QKV_JIT_FILL compile what the problem needs. */
+void bench_compile(qkv_context *ctx, const problem *p);
+
 /* ---- for drivers --------------------------------------------------------------------------- */
 
 /* Zeroed memory of the host, freed after teardown. */
@@ -99,6 +104,9 @@ static inline char *bench_at(const bench_array *a, int64_t i)
 }
 /* Elements first .. first + n - 1; on a GPU as they were made, whatever was written there since. */
 void bench_read(const bench_array *a, int64_t first, int64_t n, double *out);
+
+/* The same bytes of the host, so many times one after another on the device. */
+void bench_repeat(bench *b, void *to, const void *host, size_t bytes, int64_t times);
 
 /* What is on the device, poisoned and as doubles. */
 void bench_poison(bench *b, void *p, DLDataType dtype, int64_t n);

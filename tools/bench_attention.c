@@ -404,6 +404,14 @@ static void teardown(bench *b)
     attention_problem_destroy(&s->a);
 }
 
-const bench_op bench_decode = {"decode", setup, run, verify, teardown};
-const bench_op bench_prefill = {"prefill", setup, run, verify, teardown};
-const bench_op bench_mixed = {"mixed", setup, run, verify, teardown};
+/* What is created from a spec and limits, and no batch, says which kernels there are. */
+static void compile(bench *b)
+{
+    attention_problem a = attention_problem_create(b->p);
+    tool_check(qkv_attention_warm_up(b->ctx, &a.spec, &a.limits), "qkv_attention_warm_up");
+    attention_problem_destroy(&a);
+}
+
+const bench_op bench_decode = {"decode", setup, run, verify, teardown, compile};
+const bench_op bench_prefill = {"prefill", setup, run, verify, teardown, compile};
+const bench_op bench_mixed = {"mixed", setup, run, verify, teardown, compile};

@@ -68,12 +68,7 @@ static void make_packed(bench *b, state *s)
     s->packed_host = bench_alloc(b, (double)bytes, 1);
     s->packed = bench_memory(b, (double)b->num_sets * (double)bytes, 1);
     fill_packed(b, s->packing, s->packed_host, s->n * s->k / BLOCK);
-    if (b->gpu) {
-        cuda_copy(b->gpu, s->packed, s->packed_host, bytes);
-        cuda_repeat(b->gpu, s->packed, bytes, (size_t)b->num_sets * bytes);
-    }
-    for (int64_t i = 0; !b->gpu && i < b->num_sets; i++)
-        memcpy(s->packed + (size_t)i * bytes, s->packed_host, bytes);
+    bench_repeat(b, s->packed, s->packed_host, bytes, b->num_sets);
 }
 
 /* A row of w of a set: scaled codes, and what is added to each. */

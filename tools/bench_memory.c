@@ -28,8 +28,19 @@ void *bench_alloc(bench *b, double count, size_t size)
     return block;
 }
 
+/* An address that no memory is at, as aligned as a GPU's. */
+static void *made_up(double bytes)
+{
+    enum { ALIGN = 1 << 20 };
+    static uintptr_t next = (uintptr_t)1 << 44;
+    const uintptr_t address = next;
+    next += ((uintptr_t)bytes / ALIGN + 1) * ALIGN;
+    return (void *)address;
+}
+
 void *bench_memory(bench *b, double count, size_t size)
 {
+    if (b->only_compiles) return made_up(count * (double)size);
     if (!b->gpu) return bench_alloc(b, count, size);
     void *block = cuda_alloc(b->gpu, count * (double)size);
     keep(b, b->device_blocks, &b->num_device_blocks, block);
@@ -59,6 +70,7 @@ const void *bench_fetch(bench *b, const void *p, size_t bytes)
 bench_array bench_random(bench *b, DLDataType dtype, double n, double scale)
 {
     bench_array a = {.dtype = dtype, .data = bench_memory(b, n, data_bytes(dtype, 1))};
+    if (b->only_compiles) return a;
     if (!b->gpu) {
         data_fill(&b->random, a.data, dtype, (int64_t)n, scale);
         return a;
@@ -88,8 +100,20 @@ void bench_read(const bench_array *a, int64_t first, int64_t n, double *out)
     }
 }
 
+void bench_repeat(bench *b, void *to, const void *host, size_t bytes, int64_t times)
+{
+    if (b->only_compiles) return;
+    if (b->gpu) {
+        cuda_copy(b->gpu, to, host, bytes);
+        cuda_repeat(b->gpu, to, bytes, (size_t)times * bytes);
+        return;
+    }
+    for (int64_t i = 0; i < times; i++) memcpy((char *)to + (size_t)i * bytes, host, bytes);
+}
+
 void bench_poison(bench *b, void *p, DLDataType dtype, int64_t n)
 {
+    if (b->only_compiles) return;
     if (b->gpu)
         cuda_set(b->gpu, p, 0xff, data_bytes(dtype, n));
     else
@@ -106,6 +130,7 @@ void bench_results(bench *b, const void *p, DLDataType dtype, int64_t first, int
 void bench_rotate(bench *b, double touched, double held)
 {
     b->num_sets = 1;
+    if (b->only_compiles) return;
     if (bench_int(b, KEY_DATA) == DATA_CACHE) {
         b->cached_bytes = touched;
         return;

@@ -78,6 +78,7 @@ void info_print(const info_options *options)
     if (gpu)
         printf("gpu      %s, %d multiprocessors, driver of CUDA %d.%d\n", cuda_name(gpu),
                cuda_num_sms(gpu), cuda_driver(gpu) / 1000, cuda_driver(gpu) % 1000 / 10);
+    printf("compiler %.60s\n", *qkv_context_compiler(ctx) ? qkv_context_compiler(ctx) : "none");
     print_levels();
     qkv_enumerate_kernels(print_kernel, NULL);
     if (options->ceilings) print_ceilings(ctx, gpu);
