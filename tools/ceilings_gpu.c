@@ -40,7 +40,7 @@ static const struct {
 /* NULL: the driver does not take it. */
 static cuda_kernel *kernel_of(ceilings_gpu *c, ceiling which)
 {
-    if (!c->kernels[which])
+    if (!c->kernels[which] && !c->warned)
         c->kernels[which] = cuda_load(c->gpu, kinds[which].ptx, kinds[which].entry);
     if (!c->kernels[which] && !c->warned)
         fprintf(stderr, "qkv: the driver does not take the kernels that measure the GPU: "
@@ -74,6 +74,7 @@ static ceiling_value measure_memory(ceilings_gpu *c, ceiling which, double cache
     const unsigned grid = (unsigned)fmax(1, part / CEILING_BLOCK_BYTES);
     const double launch = (double)grid * CEILING_BLOCK_BYTES;
     const unsigned repeats = cached_bytes > 0 ? (unsigned)fmax(1, CACHED_WORK / launch) : 1;
+    if (!kernel_of(c, which)) return (ceiling_value){0};
     if (!c->memory) {
         c->memory = cuda_alloc(c->gpu, MEMORY);
         cuda_set(c->gpu, c->memory, 1, MEMORY);

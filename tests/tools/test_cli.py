@@ -82,6 +82,21 @@ class Tool(unittest.TestCase):
             rate = {"GB/s": "gbps", "GFLOP/s": "gflops"}[r["ceiling_unit"]]
             self.assertAlmostEqual(r["share"], r[rate] / r["ceiling"], delta=0.01 * r["share"])
 
+    @unittest.skipUnless(os.environ.get("QKV_TEST_DEVICE") == "cuda", "QKV_TEST_DEVICE is not cuda")
+    def test_every_operator_is_verified_on_a_gpu(self):
+        passed_on = {k: os.environ[k] for k in ("QKV_NVRTC", "QKV_CACHE_DIR") if k in os.environ}
+        status, out, err = qkv("bench", "--device", "cuda", "--json", "--seconds", "0", "--file",
+                               SMOKE, **passed_on)
+        self.assertEqual(status, 0, err)
+        results = [json.loads(line) for line in out.splitlines()]
+        with open(SMOKE) as f:
+            self.assertEqual([r["op"] for r in results],
+                             [line.split()[0] for line in f if line[0].isalpha()])
+        for r in results:
+            self.assertTrue(r["device"].startswith("cuda:0:sm_"), r)
+            for key in ("us", "us_best", "host_us", "runs"):
+                self.assertGreater(r[key], 0, key)
+
     def test_a_printed_problem_is_the_same_problem(self):
         (first,) = self.bench(*TINY)
         (second,) = self.bench(first["op"], first["problem"])
