@@ -82,6 +82,16 @@ docs: setup-check ## API reference into build/docs; a warning is an error
 bench: build ## verifies and times every problem of PROBLEMS
 	@$(BUILD)/qkv bench --file $(PROBLEMS)
 
+.PHONY: check-gpu
+check-gpu: ## the tests on this machine's GPU, and some of them under compute-sanitizer; logs in BUILD-gpu
+	$(call configure_and_build,$(BUILD),-DQKV_BUILD_TESTS=ON)
+	@tools/gpu.sh $(BUILD) $(BUILD)-gpu tests
+	@tools/gpu.sh $(BUILD) $(BUILD)-gpu sanitize
+
+.PHONY: bench-gpu
+bench-gpu: build ## verifies and times bench/problems/gpu.txt on this machine's GPU; results in BUILD-gpu
+	@tools/gpu.sh $(BUILD) $(BUILD)-gpu bench
+
 .PHONY: fuzz
 fuzz: ## ten minutes of each fuzzer, or SECONDS=n; needs clang
 	@tools/fuzz.sh $(BUILD)-fuzz $(SECONDS)
