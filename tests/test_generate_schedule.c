@@ -129,19 +129,25 @@ float *forward_logits(forward *f, const int32_t *rows, int32_t num_rows, char er
     return f->logits;
 }
 
-void forward_save_pages(const forward *f, const int32_t *pages, int32_t num_pages, void *to)
+bool forward_save_pages(const forward *f, const int32_t *pages, int32_t num_pages, void *to,
+                        char error[GGUF_ERROR])
 {
+    (void)error;
     const size_t bytes = forward_page_bytes(NULL, f->limits.page_size);
     for (int32_t i = 0; i < num_pages; i++)
         memcpy((char *)to + (size_t)i * bytes, f->slots + pages[i] * f->limits.page_size, bytes);
+    return true;
 }
 
-void forward_load_pages(forward *f, const int32_t *pages, int32_t num_pages, const void *from)
+bool forward_load_pages(forward *f, const int32_t *pages, int32_t num_pages, const void *from,
+                        char error[GGUF_ERROR])
 {
+    (void)error;
     const size_t bytes = forward_page_bytes(NULL, f->limits.page_size);
     for (int32_t i = 0; i < num_pages; i++)
         memcpy(f->slots + pages[i] * f->limits.page_size, (const char *)from + (size_t)i * bytes,
                bytes);
+    return true;
 }
 
 /* ---- prompts --------------------------------------------------------------------------------- */
@@ -233,7 +239,8 @@ static void check_tokens(const request *r)
 
 static void run_workload(qkv_context *ctx, const workload *w, engine_counts *counts)
 {
-    const model m = {.config = {.vocab_size = VOCAB, .context_len = 1 << 20}};
+    const compute_device cpu = DEVICE_CPU;
+    const model m = {.config = {.vocab_size = VOCAB, .context_len = 1 << 20}, .device = &cpu};
     char error[GGUF_ERROR] = "";
     engine *e = engine_create(ctx, &m, NULL, &w->options, w->prompts, w->num_prompts, error);
     if (!e) fail_msg("%s", error);

@@ -66,9 +66,11 @@ typedef struct engine {
 
     /* The step: which requests get a token from it, and the row that predicts it. */
     request **sampled; /* [max_batch], as all of these */
-    int32_t *rows, *drawn, *top_ks;
-    float *temperatures, *top_ps;
-    uint64_t *seeds, *offsets;
+    int32_t *rows;
+    mirror drawn;                /* i32, the tokens */
+    mirror temperatures, top_ps; /* f32 */
+    mirror top_ks;               /* i32 */
+    mirror seeds, offsets;       /* u64 */
     int32_t num_sampled, step_prompt_tokens;
 
     double start_ms;

@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "output.h"
 #include "qkv/qkv.h"
@@ -22,12 +23,19 @@ typedef struct program {
     tokenizer *text;
     prompt *prompts;
     qkv_context *ctx;
+    compute_device where;
     model *m;
 } program;
 
 static void show_loading(void *terminal, double share)
 {
     console_progress(terminal, "loading the model: %.0f %%", share * 100);
+}
+
+/* A kernel's first use on a GPU may take a second. */
+static void show_compiling(void *terminal, const char *kernel, double seconds)
+{
+    if (seconds < 0) console_progress(terminal, "compiling %s", kernel);
 }
 
 /* Puts the model's path before an error in its file, where it does not stand there yet. */
@@ -39,15 +47,23 @@ static bool fails_in_model(const program *p, char error[GGUF_ERROR])
     return fail(error, "%.160s: %s", p->o.model, why);
 }
 
+/* For what the host does whatever the device. */
+static int32_t num_host_threads(const program *p)
+{
+    if (p->o.device.device_type == kDLCPU) return qkv_context_num_threads(p->ctx);
+    return p->o.num_threads > 0 ? p->o.num_threads : (int32_t)sysconf(_SC_NPROCESSORS_ONLN);
+}
+
 static bool load(program *p, char error[GGUF_ERROR])
 {
-    if (strcmp(p->o.device, "cpu") != 0)
-        return fail(error, "--device %s: this program computes on the CPU only", p->o.device);
     const qkv_context_options how = {QKV_CONTEXT_OPTIONS_INIT, .num_threads = p->o.num_threads,
-                                     .device = {kDLCPU, 0}};
+                                     .device = p->o.device, .jit_progress = show_compiling,
+                                     .jit_user = &p->terminal};
     if (!works(error, "qkv_context_create", qkv_context_create(&how, &p->ctx))) return false;
-    p->m = model_load(p->file, p->o.dtype, qkv_context_num_threads(p->ctx), show_loading,
-                      &p->terminal, error);
+    if (!device_open(&p->where, p->o.device, error)) return false;
+    const int32_t num_threads = num_host_threads(p);
+    p->m =
+        model_load(p->file, &p->where, p->o.dtype, num_threads, show_loading, &p->terminal, error);
     console_clear(&p->terminal);
     if (!p->m) return fails_in_model(p, error);
     if (tokenizer_vocab_size(p->text) > p->m->config.vocab_size)
@@ -137,6 +153,7 @@ int main(int argc, char **argv)
         if (status != EXIT_SUCCESS) console_say(&p.terminal, "qkv-generate: %s", error);
     }
     model_destroy(p.m);
+    device_close(&p.where);
     qkv_context_destroy(p.ctx);
     prompts_destroy(p.prompts, p.o.num_prompts);
     tokenizer_destroy(p.text);

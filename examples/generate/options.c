@@ -33,7 +33,7 @@ static const char usage[] =
     "\n"
     "computation\n"
     "      --dtype TYPE       weights and KV cache: bf16 or f32 (bf16)\n"
-    "      --device DEVICE    cpu (cpu)\n"
+    "      --device DEVICE    cpu, or an NVIDIA GPU: cuda, cuda:N (cpu)\n"
     "      --threads N        0 = as many as this process may use (0)\n"
     "      --max-batch N      requests running at a time (16)\n"
     "      --chunk N          prompt tokens in one step (256)\n"
@@ -160,6 +160,23 @@ static bool parse_dtype(DLDataType *out)
     return true;
 }
 
+static bool parse_device(DLDevice *out)
+{
+    int32_t number = 0;
+    char *end;
+    *out = (DLDevice){kDLCPU, 0};
+    if (!strcmp(optarg, "cpu")) return true;
+    if (!strncmp(optarg, "cuda:", 5) && optarg[5] >= '0' && optarg[5] <= '9') {
+        errno = 0;
+        const long value = strtol(optarg + 5, &end, 10);
+        number = *end || errno || value > INT32_MAX ? -1 : (int32_t)value;
+    } else if (strcmp(optarg, "cuda") != 0) {
+        number = -1;
+    }
+    *out = (DLDevice){kDLCUDA, number};
+    return number >= 0 || wrong("--device: expected cpu, cuda or cuda:N, got \"%s\"", optarg);
+}
+
 /* name: as it was typed, for options that are none. */
 static bool parse_option(options *o, int option, const char *name)
 {
@@ -179,7 +196,7 @@ static bool parse_option(options *o, int option, const char *name)
     case SEED: return parse_seed(&e->seed);
     case IGNORE_EOS: e->ignore_end = true; return true;
     case DTYPE: return parse_dtype(&o->dtype);
-    case DEVICE: o->device = optarg; return true;
+    case DEVICE: return parse_device(&o->device);
     case THREADS: return parse_int("--threads", 0, 1024, &o->num_threads);
     case MAX_BATCH: return parse_int("--max-batch", 1, 1 << 16, &e->max_batch);
     case CHUNK: return parse_int("--chunk", 1, 1 << 20, &e->chunk);
@@ -205,8 +222,6 @@ static bool check(const options *o, int num_arguments)
     if ((o->perplexity || o->logits_file) && o->num_prompts != 1)
         return wrong("%s: expected one prompt, got %d", o->perplexity ? "--perplexity" : "--logits",
                      (int)o->num_prompts);
-    if (strcmp(o->device, "cpu") != 0 && strncmp(o->device, "cuda", 4) != 0)
-        return wrong("--device: expected cpu, got \"%s\"", o->device);
     return true;
 }
 
@@ -214,7 +229,7 @@ int options_parse(options *o, int argc, char **argv)
 {
     *o = (options){
         .dtype = QKV_BF16,
-        .device = "cpu",
+        .device = {kDLCPU, 0},
         .max_new = 128,
         .max_tokens = INT32_MAX,
         .engine = {

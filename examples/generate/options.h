@@ -25,7 +25,7 @@ typedef struct options {
     bool json, tokenize, perplexity;
     prompt_form form;
     DLDataType dtype;
-    const char *device;
+    DLDevice device;
     int32_t num_threads; /* 0 = all */
     int32_t max_new;
     int32_t max_tokens; /* of --perplexity */
