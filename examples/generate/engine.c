@@ -47,6 +47,7 @@ static bool add_request(engine *e, request *r, const engine_prompt *p, char erro
                     p->num_tokens, context);
     r->prompt_len = r->num_tokens = p->num_tokens;
     r->max_new = p->max_new;
+    r->arrival_ms = p->arrival_ms;
     if (r->max_new > context - p->num_tokens + 1) r->max_new = context - p->num_tokens + 1;
     const int32_t kv_len = r->prompt_len + r->max_new - 1;
     r->tokens = malloc(((size_t)kv_len + 1) * sizeof *r->tokens);
@@ -240,8 +241,16 @@ static void take_tokens(engine *e, double ms)
     }
 }
 
+/* With nothing else to do. */
+static void await_next(engine *e)
+{
+    const request *r = e->num_running == 0 ? engine_next(e) : NULL;
+    for (double ms; r && (ms = engine_ms_until(e, r)) > 0;) sleep_ms(ms);
+}
+
 bool engine_step(engine *e, char error[GGUF_ERROR])
 {
+    await_next(e);
     const double before = now_ms();
     if (!engine_schedule(e, error) || !forward_run(e->compute, error) || !draw(e, error))
         return false;

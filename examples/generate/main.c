@@ -1,6 +1,7 @@
 /* main.c - qkv-generate: prompts in, completions out. `qkv-generate --help` says how.
  *
  *   options -> gguf, tokenizer -> prompts -> model -> engine (schedule, forward, pages) -> output
+ *                               (or trace)                                                (or report)
  *
  * SPDX-License-Identifier: Apache-2.0 */
 #include <inttypes.h>
@@ -12,6 +13,7 @@
 
 #include "output.h"
 #include "qkv/qkv.h"
+#include "replay.h"
 #include "report.h"
 #include "score.h"
 
@@ -22,6 +24,7 @@ typedef struct program {
     gguf *file;
     tokenizer *text;
     prompt *prompts;
+    trace requests; /* of --trace */
     qkv_context *ctx;
     compute_device where;
     model *m;
@@ -130,12 +133,19 @@ static bool run(program *p, char error[GGUF_ERROR])
     if (!p->file) return fails_in_model(p, error);
     p->text = tokenizer_create(p->file, error);
     if (!p->text) return fails_in_model(p, error);
-    p->prompts = prompts_create(&p->o, p->file, p->text, error);
-    if (!p->prompts) return false;
+    if (p->o.trace_file) {
+        if (!trace_read(p->o.trace_file, &p->requests, error)) return false;
+    } else {
+        p->prompts = prompts_create(&p->o, p->file, p->text, error);
+        if (!p->prompts) return false;
+    }
     if (p->o.tokenize) return print_tokens(p, error);
     if (!load(p, error)) return false;
     gguf_close(p->file); /* the weights are copies; a mapped file need not stay in memory */
     p->file = NULL;
+    if (p->o.trace_file)
+        return replay(p->ctx, p->m, &p->o.engine, &p->requests, (double)p->o.trace_speed, p->o.json,
+                      &p->terminal, error);
     if (p->o.perplexity) return print_perplexity(p, error);
     if (p->o.logits_file)
         return score_logits(p->ctx, p->m, &p->o.engine, p->prompts[0].tokens,
@@ -156,6 +166,7 @@ int main(int argc, char **argv)
     device_close(&p.where);
     qkv_context_destroy(p.ctx);
     prompts_destroy(p.prompts, p.o.num_prompts);
+    trace_free(&p.requests);
     tokenizer_destroy(p.text);
     gguf_close(p.file);
     free(p.o.prompts);

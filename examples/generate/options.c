@@ -47,6 +47,11 @@ static const char usage[] =
     "                         ttft_ms, tokens_per_s (after the first token)\n"
     "      --tokenize         only print the ids of each prompt's tokens, a line per prompt\n"
     "      --logits FILE      only write a prompt's logits, float32 [tokens, vocabulary]\n"
+    "      --trace FILE       instead of prompts: replay arrivals and lengths (trace.h says how "
+    "they "
+    "are\n"
+    "                         written) and report times; --json prints them too\n"
+    "      --trace-speed X    arrivals X times as fast (1)\n"
     "      --perplexity       only print the perplexity of a text, in windows of 512 tokens\n"
     "      --max-tokens N     of the text for --perplexity (all)\n"
     "      --help, --version\n";
@@ -72,6 +77,8 @@ enum { /* options without a short form */
        TOKENIZE,
        LOGITS,
        PERPLEXITY,
+       TRACE,
+       TRACE_SPEED,
        MAX_TOKENS,
        HELP,
        VERSION
@@ -101,6 +108,8 @@ static const struct option long_options[] = {
     {"tokenize", no_argument, NULL, TOKENIZE},
     {"logits", required_argument, NULL, LOGITS},
     {"perplexity", no_argument, NULL, PERPLEXITY},
+    {"trace", required_argument, NULL, TRACE},
+    {"trace-speed", required_argument, NULL, TRACE_SPEED},
     {"max-tokens", required_argument, NULL, MAX_TOKENS},
     {"help", no_argument, NULL, HELP},
     {"version", no_argument, NULL, VERSION},
@@ -207,6 +216,8 @@ static bool parse_option(options *o, int option, const char *name)
     case TOKENIZE: o->tokenize = true; return true;
     case LOGITS: o->logits_file = optarg; return true;
     case PERPLEXITY: o->perplexity = true; return true;
+    case TRACE: o->trace_file = optarg; return true;
+    case TRACE_SPEED: return parse_float("--trace-speed", false, 1e6f, &o->trace_speed);
     case MAX_TOKENS: return parse_int("--max-tokens", 2, INT32_MAX, &o->max_tokens);
     case ':': return wrong("%s: expected a value", name);
     default: return wrong("%s: no such option", name);
@@ -215,10 +226,14 @@ static bool parse_option(options *o, int option, const char *name)
 
 static bool check(const options *o, int num_arguments)
 {
-    const int modes = o->tokenize + o->perplexity + (o->logits_file != NULL);
+    const int modes =
+        o->tokenize + o->perplexity + (o->logits_file != NULL) + (o->trace_file != NULL);
     if (num_arguments != 1) return wrong("expected one model file, got %d", num_arguments);
+    if (modes > 1)
+        return wrong("--tokenize, --logits, --perplexity and --trace: expected one of them");
+    if (o->trace_file)
+        return o->num_prompts == 0 || wrong("--trace: expected no prompts, got %d", o->num_prompts);
     if (o->num_prompts == 0) return wrong("expected a prompt: -p TEXT or -f FILE");
-    if (modes > 1) return wrong("--tokenize, --logits and --perplexity: expected one of them");
     if ((o->perplexity || o->logits_file) && o->num_prompts != 1)
         return wrong("%s: expected one prompt, got %d", o->perplexity ? "--perplexity" : "--logits",
                      (int)o->num_prompts);
@@ -232,6 +247,7 @@ int options_parse(options *o, int argc, char **argv)
         .device = {kDLCPU, 0},
         .max_new = 128,
         .max_tokens = INT32_MAX,
+        .trace_speed = 1,
         .engine = {
             .max_batch = 16, .chunk = 256, .page_size = 16, .share_prefixes = true, .top_p = 1}};
     o->prompts = malloc((size_t)argc * sizeof *o->prompts);

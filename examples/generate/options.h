@@ -22,6 +22,8 @@ typedef struct options {
     int32_t num_prompts;
     const char *system;      /* NULL = the model's own */
     const char *logits_file; /* NULL = not wanted */
+    const char *trace_file;  /* NULL = prompts are given */
+    float trace_speed;
     bool json, tokenize, perplexity;
     prompt_form form;
     DLDataType dtype;

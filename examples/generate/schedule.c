@@ -9,6 +9,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "clock.h"
+
 /* The library computes the attention of a few rows and of many rows in different ways, which round
  * differently. Up to 16 rows may count as few. So that a prompt comes out the same however it is
  * cut, no piece of it is that short unless the whole prompt is. */
@@ -174,6 +176,17 @@ static bool schedule_request(engine *e, request *r, int32_t *budget, char error[
 
 /* ---- who is in ------------------------------------------------------------------------------- */
 
+double engine_ms_until(const engine *e, const request *r)
+{
+    return e->start_ms + r->arrival_ms - now_ms();
+}
+
+request *engine_next(engine *e)
+{
+    while (e->next < e->num_requests && e->requests[e->next].state == FINISHED) e->next++;
+    return e->next < e->num_requests ? &e->requests[e->next] : NULL;
+}
+
 /* Puts a preempted request back as it was, in other pages that it has to itself. */
 static bool resume(engine *e, request *r, char error[GGUF_ERROR])
 {
@@ -201,11 +214,10 @@ static bool fits(engine *e, request *r)
 /* Lets in the next request if there is room for it; *admitted is NULL if not. */
 static bool admit(engine *e, request **admitted, char error[GGUF_ERROR])
 {
+    request *r = engine_next(e);
     *admitted = NULL;
-    while (e->next < e->num_requests && e->requests[e->next].state == FINISHED) e->next++;
-    if (e->next == e->num_requests || e->num_running == e->options.max_batch) return true;
-    request *r = &e->requests[e->next];
-    if (!fits(e, r)) return true;
+    if (!r || e->num_running == e->options.max_batch || engine_ms_until(e, r) > 0 || !fits(e, r))
+        return true;
     if (r->state == PREEMPTED && !resume(e, r, error)) return false;
     r->state = RUNNING;
     e->running[e->num_running++] = r;
