@@ -72,7 +72,7 @@ check-fuzz: setup-check ## 15 seconds of each fuzzer
 .PHONY: check-model
 check-model: build ## the demo's model against an independent forward pass in NumPy; some minutes
 	@tools/setup.sh check-model
-	@tools/check_model.sh $(BUILD)/qkv-generate "$(MODEL)"
+	@tools/check_model.sh $(BUILD)/qkv-generate "$(DEVICE)" "$(MODEL)"
 
 .PHONY: docs
 docs: setup-check ## API reference into build/docs; a warning is an error

@@ -5,7 +5,8 @@
  * are of the model's dtype, logits f32; all of them are on the model's device.
  *
  * What comes out for a row depends on that request alone: every operator used here gives a row the
- * same bits whatever it is batched with, and attention is never split (max_split_rows).
+ * same bits whatever it is batched with (on a GPU, qkv_gemm as gemm.h says), and attention is never
+ * split (max_split_rows).
  * SPDX-License-Identifier: Apache-2.0 */
 #ifndef GENERATE_FORWARD_H
 #define GENERATE_FORWARD_H

@@ -50,7 +50,8 @@ class Program(unittest.TestCase):
         return path
 
     def replay(self, text, *options):
-        out, err = self.succeeds("--device", DEVICE, "--json", "--trace", self.trace(text), *options)
+        out, err = self.succeeds("--device", DEVICE, "--json", "--trace", self.trace(text),
+                                 *options)
         self.assertEqual(len(out.splitlines()), 1)
         return json.loads(out), err
 
@@ -68,13 +69,14 @@ class Traces(Program):
             ("0 2 3 4\n", ':1: prefix_tokens: ' + whole + '2, got ""'),
             ("0 2 3 4 5\n", ':1: prefix_tokens: ' + whole + '2, got "5"'),
             ("0 8 3 4 5 6\n", ":1: expected 3 or 5 numbers, got more"),
-            ("0 1 1\n0 500 14\n", ":2: expected at most the model's context of 512 tokens, got 513"),
+            ("0 1 1\n0 500 14\n",
+             ":2: expected at most the model's context of 512 tokens, got 513"),
             ("# nothing\n", ": expected requests, got none"),
         ):
             with self.subTest(text):
                 self.fails(1, "trace.txt" + message, "--trace", self.trace(text))
         self.fails(1, "No such file", "--trace", os.path.join(self.folder.name, "none"))
-        self.fails(2, "--trace: expected no prompts", "--trace", self.trace("0 1 1\n"), "-p", "hello")
+        self.fails(2, "--trace: expected no prompts", "--trace", self.trace("0 1 1\n"), "-p", "a")
         self.fails(2, "--trace-speed: ", "--trace", self.trace("0 1 1\n"), "--trace-speed", "0")
 
     def test_counts_are_those_of_the_trace(self):
@@ -131,8 +133,8 @@ class Devices(Program):
     def test_the_text_is_the_cpus(self):
         words = [word for prompt in PROMPTS for word in ("-p", prompt)]
         self.same_as_the_cpu("-n", 12, *words)
-        self.same_as_the_cpu("-n", 8, "--temperature", 0.9, "--top-p", 0.95, "--top-k", 50, "--seed", 7,
-                             *words)
+        self.same_as_the_cpu("-n", 8, "--temperature", 0.9, "--top-p", 0.95, "--top-k", 50,
+                             "--seed", 7, *words)
 
     def test_chunks_shared_pages_and_preemption_leave_the_text_as_it_is(self):
         words = [word for prompt in PROMPTS for word in ("-p", SYSTEM + prompt)]
