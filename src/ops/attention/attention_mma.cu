@@ -33,10 +33,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     const attention_params *a = &p.at;
     const int one_level = a->plan.header->num_levels == 1;
     const int begin = a->plan.work_indptr[blockIdx.x], end = a->plan.work_indptr[blockIdx.x + 1];
-    char *tiles = shared + ATTENTION_SHARED_ROOM;
 #if DECODE_ROWS
     if (!PREFILL || any_item(a, begin, end, QI_TILE_DECODE))
-        decode_items(&p, begin, end, one_level, tiles, (decode_shared *)shared);
+        decode_items(&p, begin, end, one_level,
+                     shared + DECODE_SHARED_ROOM(HEAD_DIM_QK, DECODE_ROWS),
+                     (decode_shared *)shared);
 #endif
 #if PREFILL
     int *is_last = (int *)shared;
@@ -44,7 +45,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     for (int i = begin; i < end; i++) {
         const qi_work w = a->plan.work[i];
         if (w.flags != QI_TILE_PREFILL) continue;
-        prefill_item(&p, &w, tiles);
+        prefill_item(&p, &w, shared + PREFILL_SHARED_ROOM);
         if (w.slot >= 0 && one_level) finish_piece(&p, &w, is_last);
     }
 #endif

@@ -85,7 +85,8 @@ enum {
     (DECODE_TILE_BYTES(qk, vo, kv_bytes) > DECODE_SUM_BYTES(vo, rows)                              \
          ? DECODE_TILE_BYTES(qk, vo, kv_bytes)                                                     \
          : DECODE_SUM_BYTES(vo, rows))
-#define ATTENTION_SHARED_ROOM 2048 /* what the warps share beside tiles */
+#define DECODE_Q_PITCH(dim)           (((dim) + 15) / 16 * 32 + 16)
+#define DECODE_SHARED_ROOM(dim, rows) (2816 + (rows)*DECODE_Q_PITCH(dim)) /* beside the rings */
 
 /* The reference kernel of GPUs: query rows and keys that a block has in shared memory at a time. */
 #define ATTENTION_CHUNK        16
@@ -100,6 +101,7 @@ enum {
  * shared memory. Rows there are an odd number of 16-byte chunks long, so that 8 rows at one chunk lie in
  * different banks; a head dim is padded to 16. Two tiles of keys, the next on its way, where two blocks
  * still fit an SM. */
+#define PREFILL_SHARED_ROOM       16 /* in front of it: is this the last piece? */
 #define PREFILL_PITCH(dim, bytes) ((((dim) + 15) / 16 * (bytes) | 1) * 16)
 #define PREFILL_ROW_BYTES         16 /* what is noted of a row, and of a key */
 #define PREFILL_KEY_BYTES         24

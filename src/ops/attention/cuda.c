@@ -33,13 +33,13 @@ void qi_attention_cuda_configure(qkv_attention *a)
     c->decode_rows = few == 0 ? 0 : (most < few ? (i32)most : few) * group <= 8 ? 8 : 16;
     c->prefill = most > few;
     const i32 slots = WARPS * DECODE_SLOT_BYTES(qk, vo, bytes, c->decode_rows);
-    const i32 prefill =
-        ATTENTION_SHARED_ROOM + (c->prefill ? PREFILL_SHARED_BYTES(qk, vo, bytes) : 0);
-    const i32 needed = c->decode_rows ? max32(ATTENTION_SHARED_ROOM + 2 * slots, prefill) : prefill;
+    const i32 shared = DECODE_SHARED_ROOM(qk, c->decode_rows);
+    const i32 prefill = c->prefill ? PREFILL_SHARED_ROOM + PREFILL_SHARED_BYTES(qk, vo, bytes) : 0;
+    const i32 needed = max32(c->decode_rows ? shared + 2 * slots : 0, prefill);
     c->blocks_per_sm = needed <= half ? 2 : 1;
-    const i32 fit = ((c->blocks_per_sm == 2 ? half : room) - ATTENTION_SHARED_ROOM) / slots;
+    const i32 fit = ((c->blocks_per_sm == 2 ? half : room) - shared) / slots;
     c->decode_stages = c->decode_rows ? min32(max32(fit, 2), MAX_STAGES) : 0;
-    c->shared_bytes = (u32)max32(ATTENTION_SHARED_ROOM + c->decode_stages * slots, prefill);
+    c->shared_bytes = (u32)max32(c->decode_rows ? shared + c->decode_stages * slots : 0, prefill);
 }
 
 /* Of attention.mma, in the order of its row's names. */

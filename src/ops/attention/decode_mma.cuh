@@ -9,7 +9,9 @@
  * The warps of a block share a work item: of its tiles of TILE keys warp w takes every fourth. Each warp has
  * a ring of DECODE_STAGES tiles of its own in shared memory, filled by cp.async one row of 16 bytes a lane,
  * so no warp waits for another but at the end of an item, where the warps' results are added up. The ring
- * runs on through the items of the strip: the next item's keys are under way while one is finished.
+ * runs on through the items of the strip: the next item's keys are under way while one is finished, as is its
+ * q, and what the plan says of the items is in shared memory before any is begun. Of a cut tile the ticket is
+ * drawn while the next item is computed.
  *
  * 8-bit keys and values stay 8 bits in shared memory and become f16 on the way to the products, exactly. A
  * register of ldmatrix then has four neighbouring dims of a key, so the columns of a product stand for dims
@@ -30,44 +32,97 @@
 
 enum {
     DECODE_WARPS = THREADS / WARP,
+    DECODE_ITEMS = 16, /* of a strip that are in shared memory at a time */
     TILE = DECODE_TILE(KV_BYTES),
     K_PITCH = 16 * DECODE_CHUNKS(HEAD_DIM_QK, KV_BYTES), /* bytes of a key in shared memory */
     V_PITCH = 16 * DECODE_CHUNKS(HEAD_DIM_VO, KV_BYTES),
+    Q_PITCH = DECODE_Q_PITCH(HEAD_DIM_QK),
     SLOT_BYTES = DECODE_SLOT_BYTES(HEAD_DIM_QK, HEAD_DIM_VO, KV_BYTES, DECODE_ROWS),
     NQ = DECODE_ROWS / 8,
     STEPS_QK = (HEAD_DIM_QK + 15) / 16,
     STEPS_VO = (HEAD_DIM_VO + 15) / 16,
     SUM_PITCH = 16 * STEPS_VO + 4, /* floats of a row of sums: quads of lanes on different banks */
+    Q_UNITS = DECODE_ROWS * STEPS_QK * 2, /* of 8 elements */
+    Q_OF_THREAD = (Q_UNITS + THREADS - 1) / THREADS,
 };
+
+/* A work item and what its group says. A prefill tile has no keys here. */
+typedef struct decode_item {
+    int kv_begin, kv_end;                      /* keys of the group's list */
+    int list, block, kv_offset, kv_head;       /* of the list */
+    int row_begin, count;                      /* rows of q: tokens times heads of the group */
+    int request, position;                     /* of its first row; MIXED groups: of none */
+    int slot, merge, pieces, is_decode, flags; /* pieces: of its tile, where it is cut */
+    const qi_group *group;
+} decode_item;
 
 /* What the warps of a block share beside the rings. */
 typedef struct decode_shared {
+    int is_last;
+    int ticket; /* how many pieces of a tile were done */
     tile_row row[DECODE_WARPS][DECODE_ROWS];
     float max[DECODE_WARPS][DECODE_ROWS], sum[DECODE_WARPS][DECODE_ROWS];
     const float *sums[DECODE_WARPS]; /* [DECODE_ROWS][SUM_PITCH] sums of v, in key order of tiles */
-    int is_last;
+    decode_item items[DECODE_ITEMS];
+    __align__(
+        16) char q[DECODE_ROWS * Q_PITCH]; /* of the item at hand, in the type of the products */
 } decode_shared;
-_Static_assert(sizeof(decode_shared) <= ATTENTION_SHARED_ROOM, "as launched");
+_Static_assert(sizeof(decode_shared) <= DECODE_SHARED_ROOM(HEAD_DIM_QK, DECODE_ROWS),
+               "as launched");
+
+/* Work items [begin, begin + count) to shared memory, a thread each. */
+QI_INLINE void decode_read_items(const attention_params *p, int begin, int count, decode_shared *t)
+{
+    if ((int)threadIdx.x < count) {
+        const qi_work w = p->plan.work[begin + (int)threadIdx.x];
+        const qi_group *g = &p->plan.groups[w.group];
+        decode_item i;
+        i.is_decode = w.flags == QI_TILE_DECODE;
+        i.kv_begin = w.kv_begin;
+        i.kv_end = i.is_decode ? w.kv_end : w.kv_begin;
+        i.list = g->kv_begin;
+        i.block = g->block_begin;
+        i.kv_offset = g->kv_offset;
+        i.kv_head = w.kv_head;
+        i.row_begin = w.row_begin;
+        i.count = w.num_rows * GROUP_SIZE;
+        i.request = g->request;
+        i.position = (int)g->pos_first + (w.row_begin - g->row_begin);
+        i.slot = w.slot;
+        i.merge = w.merge;
+        i.pieces = w.merge >= 0 ? p->plan.merge[w.merge].num_pieces : 0;
+        i.flags = g->flags;
+        i.group = g;
+        t->items[threadIdx.x] = i;
+    }
+    __syncthreads();
+}
+
+/* The row of q of an item that row m of a product is. */
+QI_INLINE tile_row decode_row(const attention_params *p, const decode_item *i, int m)
+{
+    const int r = m / GROUP_SIZE;
+    if (MIXED && (i->flags & QI_GROUP_MIXED)) return row_at(p, i->row_begin + r);
+    tile_row row;
+    row.token = i->row_begin + r;
+    if (MIXED && p->plan.header->num_levels > 1) row.token = p->plan.rows[row.token];
+    row.request = i->request;
+    row.position = i->position + r;
+    return row;
+}
 
 /* ---- the stream of keys that a warp loads --------------------------------------------------- */
 
-/* An item as loads see it. */
-typedef struct decode_span {
-    int kv_begin, kv_end; /* keys of the group's list */
-    int list, block, sparse, kv_head;
-} decode_span;
-
 typedef struct decode_stream {
-    decode_span now, next; /* items `item` and `item + 1` */
-    int item, end;
-    int first; /* which warp takes the item's first tile: turns, so that short items use all */
-    int at;    /* the first key of this warp's next tile */
+    int item, end; /* of the items in shared memory */
+    int first;     /* which warp takes the item's first tile: turns, so that short items use all */
+    int at;        /* the first key of this warp's next tile */
     int page, in_list; /* of this lane's key of that tile */
 } decode_stream;
 
-QI_INLINE int decode_tiles(int kv_begin, int kv_end)
+QI_INLINE int decode_tiles(const decode_item *i)
 {
-    return (kv_end - kv_begin + TILE - 1) / TILE;
+    return (i->kv_end - i->kv_begin + TILE - 1) / TILE;
 }
 
 /* The place of this warp among those of an item. */
@@ -76,58 +131,33 @@ QI_INLINE int decode_place(int first)
     return ((int)threadIdx.x / WARP + DECODE_WARPS - first) % DECODE_WARPS;
 }
 
-/* Items of prefill tiles have no keys here. */
-QI_INLINE decode_span decode_span_at(const attention_params *p, int item)
+/* To the first tile at or after `at` that there is, in this item or a later one; then looks up the page of this
+ * lane's key, one tile before it is loaded. */
+QI_INLINE void decode_settle(const attention_params *p, const decode_item *items, decode_stream *s)
 {
-    const qi_work *w = &p->plan.work[item];
-    const qi_group *g = &p->plan.groups[w->group];
-    decode_span s;
-    s.kv_begin = w->kv_begin;
-    s.kv_end = w->flags == QI_TILE_DECODE ? w->kv_end : w->kv_begin;
-    s.list = g->kv_begin;
-    s.block = g->block_begin;
-    s.sparse = SPARSE && (g->flags & QI_GROUP_SPARSE);
-    s.kv_head = w->kv_head;
-    return s;
-}
-
-/* Looks up the page of this lane's key, one tile before it is loaded. */
-QI_INLINE void decode_find_page(const attention_params *p, decode_stream *s)
-{
+    while (s->item < s->end && s->at >= items[s->item].kv_end) {
+        s->first = (s->first + decode_tiles(&items[s->item])) % DECODE_WARPS;
+        if (++s->item < s->end) s->at = items[s->item].kv_begin + TILE * decode_place(s->first);
+    }
+    const decode_item *now = &items[s->item];
     const int index = s->at + (int)threadIdx.x % TILE;
     s->page = 0;
     s->in_list = index;
-    if (s->item >= s->end || index >= s->now.kv_end) return;
-    if (s->now.sparse)
+    if (s->item >= s->end || index >= now->kv_end) return;
+    if (SPARSE && (now->flags & QI_GROUP_SPARSE))
         s->in_list =
-            p->bsr_indices[s->now.block + index / p->bsr_cols] * p->bsr_cols + index % p->bsr_cols;
-    if (PAGE_SIZE > 0) s->page = p->plan.pages[s->now.list + s->in_list / (PAGE_SIZE | !PAGE_SIZE)];
+            p->bsr_indices[now->block + index / p->bsr_cols] * p->bsr_cols + index % p->bsr_cols;
+    if (PAGE_SIZE > 0) s->page = p->plan.pages[now->list + s->in_list / (PAGE_SIZE | !PAGE_SIZE)];
 }
 
-/* To the first tile at or after `at` that there is, in this item or a later one. */
-QI_INLINE void decode_settle(const attention_params *p, decode_stream *s)
+QI_INLINE void decode_open(const attention_params *p, const decode_item *items, int end,
+                           decode_stream *s)
 {
-    while (s->item < s->end && s->at >= s->now.kv_end) {
-        s->first = (s->first + decode_tiles(s->now.kv_begin, s->now.kv_end)) % DECODE_WARPS;
-        s->now = s->next;
-        s->item++;
-        if (s->item + 1 < s->end) s->next = decode_span_at(p, s->item + 1);
-        s->at = s->now.kv_begin + TILE * decode_place(s->first);
-    }
-    decode_find_page(p, s);
-}
-
-QI_INLINE void decode_open(const attention_params *p, decode_stream *s, int begin, int end)
-{
-    s->item = begin;
+    s->item = 0;
     s->end = end;
     s->first = 0;
-    s->at = 0;
-    s->now.kv_begin = s->now.kv_end = 0;
-    if (begin < end) s->now = decode_span_at(p, begin);
-    if (begin + 1 < end) s->next = decode_span_at(p, begin + 1);
-    s->at = s->now.kv_begin + TILE * decode_place(0);
-    decode_settle(p, s);
+    s->at = items[0].kv_begin + TILE * decode_place(0);
+    decode_settle(p, items, s);
 }
 
 /* Loads rows of `dim` elements from where each lane says, `to` rows of `pitch` bytes; rows from `valid` on, and
@@ -158,21 +188,24 @@ QI_INLINE void decode_copy_rows(char *to, const int pitch, const char *row, cons
                       r < valid ? dim * KV_BYTES - 16 * chunk : 0);
 }
 
-/* Begins to load this warp's next tile of the strip into a slot of the ring, if there is one. */
-QI_INLINE void decode_load(const attention_params *p, decode_stream *s, char *slot, int aligned)
+/* Begins to load this warp's next tile into a slot of the ring, if there is one. */
+QI_INLINE void decode_load(const attention_params *p, const decode_item *items, decode_stream *s,
+                           char *slot, int aligned)
 {
     if (s->item < s->end) {
-        const i64 page = s->page, in_page = PAGE_SIZE > 0 ? s->in_list % (PAGE_SIZE | !PAGE_SIZE)
-                                                          : (i64)s->now.list + s->in_list;
-        const int valid = s->now.kv_end - s->at;
+        const decode_item *now = &items[s->item];
+        const i64 page = s->page;
+        const i64 in_page =
+            PAGE_SIZE > 0 ? s->in_list % (PAGE_SIZE | !PAGE_SIZE) : (i64)now->list + s->in_list;
+        const int valid = now->kv_end - s->at;
         const char *k = (const char *)p->k, *v = (const char *)p->v;
         if ((int)threadIdx.x % TILE < valid) {
-            k += (page * p->k_stride[0] + in_page * p->k_stride[1] +
-                  s->now.kv_head * p->k_stride[2]) *
-                 KV_BYTES;
-            v += (page * p->v_stride[0] + in_page * p->v_stride[1] +
-                  s->now.kv_head * p->v_stride[2]) *
-                 KV_BYTES;
+            k +=
+                (page * p->k_stride[0] + in_page * p->k_stride[1] + now->kv_head * p->k_stride[2]) *
+                KV_BYTES;
+            v +=
+                (page * p->v_stride[0] + in_page * p->v_stride[1] + now->kv_head * p->v_stride[2]) *
+                KV_BYTES;
         }
         char *values = slot + TILE * K_PITCH;
         if (aligned) {
@@ -183,7 +216,7 @@ QI_INLINE void decode_load(const attention_params *p, decode_stream *s, char *sl
             decode_copy_rows(values, V_PITCH, v, HEAD_DIM_VO, valid);
         }
         s->at += DECODE_WARPS * TILE;
-        decode_settle(p, s);
+        decode_settle(p, items, s);
     }
     cp_async_commit_group();
 }
@@ -191,15 +224,40 @@ QI_INLINE void decode_load(const attention_params *p, decode_stream *s, char *sl
 /* ---- the rows of an item -------------------------------------------------------------------- */
 
 /* Of lane 4g + c: of each 8 rows of q, rows 2c and 2c + 1. */
-typedef struct decode_item {
-    const qi_group *group;
-    int kv_head, kv_end, kv_offset, count; /* count: rows of q that there are */
-    int low, high;                         /* every row sees the keys [low, high) of the list */
+typedef struct decode_state {
+    const decode_item *item;
+    int count, kv_end; /* of the item */
+    int low, high;     /* every row sees the keys [low, high) of the list */
     u32 q[NQ][STEPS_QK][2];
     float o[NQ][STEPS_VO][4];
     float max[NQ][2], sum[NQ][2], scale[NQ][2]; /* sum: of this lane's keys */
     int position[NQ][2];
-} decode_item;
+} decode_state;
+
+/* This thread's part of an item's q, to be put into shared memory when the item before is done. */
+QI_INLINE void decode_load_query(const attention_cuda_params *c, const decode_item *i,
+                                 uint4 q[Q_OF_THREAD])
+{
+    const attention_params *p = &c->at;
+#pragma unroll
+    for (int u = 0; u < Q_OF_THREAD; u++) {
+        const int unit = u * THREADS + (int)threadIdx.x, m = unit / (2 * STEPS_QK);
+        const int d = unit % (2 * STEPS_QK) * 8;
+        q[u] = make_uint4(0, 0, 0, 0);
+        if (unit >= Q_UNITS || m >= i->count || d >= HEAD_DIM_QK) continue;
+        q[u] = load_query_unit(c, decode_row(p, i, m), i->kv_head * GROUP_SIZE + m % GROUP_SIZE, d);
+    }
+}
+
+QI_INLINE void decode_put_query(const uint4 q[Q_OF_THREAD], decode_shared *t)
+{
+#pragma unroll
+    for (int u = 0; u < Q_OF_THREAD; u++) {
+        const int unit = u * THREADS + (int)threadIdx.x;
+        if (unit < Q_UNITS)
+            *(uint4 *)(t->q + unit / (2 * STEPS_QK) * Q_PITCH + unit % (2 * STEPS_QK) * 16) = q[u];
+    }
+}
 
 /* The dims of q that this lane has in register `half` of a step: see the head of the file. */
 QI_INLINE int decode_dim(int step, int half)
@@ -208,40 +266,18 @@ QI_INLINE int decode_dim(int step, int half)
     return KV_BYTES == 1 ? 16 * step + 4 * c + 2 * half : 16 * step + 2 * c + 8 * half;
 }
 
-QI_INLINE void decode_load_queries(const attention_cuda_params *c, const tile_row *row,
-                                   decode_item *r)
-{
-    const attention_params *p = &c->at;
-    const int g = threadIdx.x % WARP / 4;
-    const int pairs = query_pairs_aligned(p);
-#pragma unroll
-    for (int n = 0; n < NQ; n++) {
-        const int m = 8 * n + g, there = m < r->count;
-        const tile_row of = row[there ? m : 0];
-        const int head = r->kv_head * GROUP_SIZE + (there ? m : 0) % GROUP_SIZE;
-#pragma unroll
-        for (int step = 0; step < STEPS_QK; step++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int d = decode_dim(step, half);
-                r->q[n][step][half] =
-                    there && d < HEAD_DIM_QK ? load_query_pair(c, of, head, d, pairs) : 0;
-            }
-    }
-}
-
 /* Which keys all rows see: those in between need no mask but the custom ones. */
-QI_INLINE void decode_find_bounds(const attention_params *p, const qi_work *w, const tile_row *row,
-                                  decode_item *r)
+QI_INLINE void decode_find_bounds(const attention_params *p, const decode_item *i,
+                                  const tile_row *row, decode_state *r)
 {
-    const int lane = threadIdx.x % WARP, m = lane < r->count ? lane : 0;
-    int first = row[m].position, last = first;
+    const int lane = threadIdx.x % WARP;
+    int first = row[lane < i->count ? lane : 0].position, last = first;
     for (int step = WARP / 2; step > 0; step /= 2) {
         first = min(first, __shfl_xor_sync(ALL_LANES, first, step));
         last = max(last, __shfl_xor_sync(ALL_LANES, last, step));
     }
-    i64 low = w->kv_begin, high = w->kv_end;
-    const i64 offset = r->kv_offset;
+    i64 low = i->kv_begin, high = i->kv_end;
+    const i64 offset = i->kv_offset;
     if (CAUSAL) high = min(high, first + 1 - offset);
     if (WINDOW && p->window_right >= 0) high = min(high, (i64)first + p->window_right + 1 - offset);
     if (WINDOW && p->window_left >= 0) low = max(low, (i64)last - p->window_left - offset);
@@ -249,74 +285,73 @@ QI_INLINE void decode_find_bounds(const attention_params *p, const qi_work *w, c
     r->high = (int)high;
 }
 
-QI_INLINE void decode_begin(const attention_cuda_params *c, const qi_work *w, tile_row *row,
-                            decode_item *r)
+QI_INLINE void decode_begin(const attention_cuda_params *c, const decode_item *i, decode_shared *t,
+                            decode_state *r)
 {
     const attention_params *p = &c->at;
     const int lane = threadIdx.x % WARP;
-    r->group = &p->plan.groups[w->group];
-    r->kv_head = w->kv_head;
-    r->kv_end = w->kv_end;
-    r->kv_offset = r->group->kv_offset;
-    r->count = w->num_rows * GROUP_SIZE;
-    if (lane < r->count) row[lane] = row_of_group(p, r->group, w->row_begin + lane / GROUP_SIZE);
+    tile_row *row = t->row[threadIdx.x / WARP];
+    r->item = i;
+    r->count = i->count;
+    r->kv_end = i->kv_end;
+    if (lane < i->count) row[lane] = decode_row(p, i, lane);
     __syncwarp();
-    decode_find_bounds(p, w, row, r);
-    decode_load_queries(c, row, r);
+    decode_find_bounds(p, i, row, r);
 #pragma unroll
     for (int n = 0; n < NQ; n++) {
+        const char *q = t->q + (8 * n + lane / 4) * Q_PITCH;
+#pragma unroll
+        for (int step = 0; step < STEPS_QK; step++)
+            for (int half = 0; half < 2; half++)
+                r->q[n][step][half] = *(const u32 *)(q + 2 * decode_dim(step, half));
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             const int m = 8 * n + 2 * (lane % 4) + h;
             r->max[n][h] = -QI_INFINITY;
             r->sum[n][h] = 0.f;
-            r->scale[n][h] = query_scale(c, r->kv_head * GROUP_SIZE + m % GROUP_SIZE);
-            r->position[n][h] = row[m < r->count ? m : 0].position;
+            r->scale[n][h] = query_scale(c, i->kv_head * GROUP_SIZE + m % GROUP_SIZE);
+            r->position[n][h] = row[m < i->count ? m : 0].position;
         }
 #pragma unroll
-        for (int i = 0; i < STEPS_VO; i++)
-            for (int j = 0; j < 4; j++) r->o[n][i][j] = 0.f;
+        for (int step = 0; step < STEPS_VO; step++)
+            for (int j = 0; j < 4; j++) r->o[n][step][j] = 0.f;
     }
 }
 
 /* ---- products ------------------------------------------------------------------------------- */
 
-/* s[n] += K q[n] over 16 keys from `keys` on. */
-QI_INLINE void decode_scores(const char *keys, const decode_item *r, float s[NQ][4])
+/* s[n] = K q[n] over 16 keys from `keys` on; even and odd steps are added up apart, since a product waits for
+ * the one before it. */
+QI_INLINE void decode_scores(const char *keys, const decode_state *r, float s[NQ][4])
 {
     const int lane = threadIdx.x % WARP;
-    if (KV_BYTES == 2) {
-        const char *at = keys + lane % 16 * K_PITCH + lane / 16 * 16;
-#pragma unroll
-        for (int step = 0; step < STEPS_QK; step++) {
-            u32 a[4];
-            ldmatrix_x4(a, at + 32 * step);
-#pragma unroll
-            for (int n = 0; n < NQ; n++)
-                if (n == 0 || r->count > 8) mma(s[n], a, r->q[n][step][0], r->q[n][step][1]);
-        }
-        return;
-    }
     const char *at = keys + lane % 16 * K_PITCH + lane / 16 * 16;
+    float odd[NQ][4] = {};
 #pragma unroll
     for (int step = 0; step < STEPS_QK; step += 2) {
-        u32 raw[4];
-        ldmatrix_x4(raw, at + 16 * step);
+        u32 a[2][4];
+        if (KV_BYTES == 2) {
+            ldmatrix_x4(a[0], at + 32 * step);
+            if (step + 1 < STEPS_QK) ldmatrix_x4(a[1], at + 32 * (step + 1));
+        } else {
+            u32 raw[4]; /* of both steps: four dims of keys g and g + 8 */
+            ldmatrix_x4(raw, at + 16 * step);
+            for (int i = 0; i < 2; i++)
+                for (int j = 0; j < 4; j++) a[i][j] = widen(raw[2 * i + j % 2] >> j / 2 * 16);
+        }
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            if (step + i == STEPS_QK) break;
-            const u32 a[4] = {widen(raw[2 * i]), widen(raw[2 * i + 1]), widen(raw[2 * i] >> 16),
-                              widen(raw[2 * i + 1] >> 16)};
-#pragma unroll
-            for (int n = 0; n < NQ; n++)
-                if (n == 0 || r->count > 8)
-                    mma(s[n], a, r->q[n][step + i][0], r->q[n][step + i][1]);
+        for (int n = 0; n < NQ; n++) {
+            if (n > 0 && r->count <= 8) break;
+            mma(s[n], a[0], r->q[n][step][0], r->q[n][step][1]);
+            if (step + 1 < STEPS_QK) mma(odd[n], a[1], r->q[n][step + 1][0], r->q[n][step + 1][1]);
         }
     }
+    for (int n = 0; n < NQ; n++)
+        for (int i = 0; i < 4; i++) s[n][i] += odd[n][i];
 }
 
 /* o[n] += V^T P^T over 16 keys; b: the registers of P^T. */
-QI_INLINE void decode_values(const char *values, const u32 b[NQ][2], decode_item *r)
+QI_INLINE void decode_values(const char *values, const u32 b[NQ][2], decode_state *r)
 {
     const int lane = threadIdx.x % WARP;
     if (KV_BYTES == 2) {
@@ -353,27 +388,29 @@ QI_INLINE void decode_values(const char *values, const u32 b[NQ][2], decode_item
 /* ---- softmax -------------------------------------------------------------------------------- */
 
 /* Products of keys `index` + g and + 8 with rows 2c, 2c + 1 to scores in powers of two. */
-QI_INLINE void decode_mask(const attention_cuda_params *c, const decode_item *r,
+QI_INLINE void decode_mask(const attention_cuda_params *c, const decode_state *r,
                            const tile_row *row, int index, int n, float s[4])
 {
     const attention_params *p = &c->at;
+    const decode_item *of = r->item;
     const int lane = threadIdx.x % WARP;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int key = index + lane / 4 + i / 2 * 8, m = 8 * n + 2 * (lane % 4) + i % 2;
         if (GENERAL_SCORES) {
             const int there = key < r->kv_end && m < r->count;
-            s[i] = there ? score(c, r->group, row[m], r->kv_head * GROUP_SIZE + m % GROUP_SIZE, key,
-                                 key_at(p, r->group, key).position, s[i], r->scale[n][i % 2])
-                   : SOFTMAX ? -QI_INFINITY
-                             : 0.f;
+            const float none = SOFTMAX ? -QI_INFINITY : 0.f;
+            const int head = of->kv_head * GROUP_SIZE + m % GROUP_SIZE;
+            s[i] = there ? score(c, of->group, row[m], head, key,
+                                 key_at(p, of->group, key).position, s[i], r->scale[n][i % 2])
+                         : none;
             continue;
         }
-        const i64 at = r->kv_offset + (i64)key, of = r->position[n][i % 2];
+        const i64 at = of->kv_offset + (i64)key, from = r->position[n][i % 2];
         int seen = key < r->kv_end;
-        if (CAUSAL) seen &= at <= of;
-        if (WINDOW && p->window_left >= 0) seen &= at >= of - p->window_left;
-        if (WINDOW && p->window_right >= 0) seen &= at <= of + p->window_right;
+        if (CAUSAL) seen &= at <= from;
+        if (WINDOW && p->window_left >= 0) seen &= at >= from - p->window_left;
+        if (WINDOW && p->window_right >= 0) seen &= at <= from + p->window_right;
         if (!seen) s[i] = -QI_INFINITY;
     }
 }
@@ -381,7 +418,7 @@ QI_INLINE void decode_mask(const attention_cuda_params *c, const decode_item *r,
 /* 16 keys of the list from `index` on: weights from s, relative to the running maxima, which move only when
  * a score passes them by 2^8, since sums and weights up to that are as exact. */
 QI_INLINE void decode_weigh(const attention_cuda_params *c, const tile_row *row, int index,
-                            float s[NQ][4], decode_item *r)
+                            float s[NQ][4], decode_state *r)
 {
     const attention_params *p = &c->at;
     const int masked = index < r->low || index + 16 > r->high;
@@ -425,7 +462,7 @@ QI_INLINE void decode_weigh(const attention_cuda_params *c, const tile_row *row,
 
 /* One tile in shared memory, keys of the list from `index` on. */
 QI_INLINE void decode_tile(const attention_cuda_params *c, const char *slot, const tile_row *row,
-                           int index, decode_item *r)
+                           int index, decode_state *r)
 {
 #pragma unroll
     for (int sub = 0; sub < TILE; sub += 16) {
@@ -445,7 +482,7 @@ QI_INLINE void decode_tile(const attention_cuda_params *c, const char *slot, con
 /* ---- the end of an item --------------------------------------------------------------------- */
 
 /* A warp's results to shared memory, its sums of v into the slot that it has just used. */
-QI_INLINE void decode_put(decode_item *r, int place, char *slot, decode_shared *t)
+QI_INLINE void decode_put(decode_state *r, int place, char *slot, decode_shared *t)
 {
     const int lane = threadIdx.x % WARP, g = lane / 4, c = lane % 4;
     float *sums = (float *)slot;
@@ -470,76 +507,100 @@ QI_INLINE void decode_put(decode_item *r, int place, char *slot, decode_shared *
 }
 
 /* Adds up what `places` warps have put, in key order, and writes the item's result: four dims a thread. */
-QI_INLINE void decode_finish(const attention_cuda_params *c, const qi_work *w, const tile_row *row,
-                             int count, int places, const decode_shared *t)
+QI_INLINE void decode_finish(const attention_cuda_params *c, const decode_item *of,
+                             const tile_row *row, int places, const decode_shared *t)
 {
     const attention_params *p = &c->at;
     enum { QUADS = HEAD_DIM_VO / 4 };
-    for (int e = (int)threadIdx.x; e < count * QUADS; e += THREADS) {
-        const int m = e / QUADS, d = e % QUADS * 4, head = w->kv_head * GROUP_SIZE + m % GROUP_SIZE;
+    for (int e = (int)threadIdx.x; e < of->count * QUADS; e += THREADS) {
+        const int m = e / QUADS, d = e % QUADS * 4;
         float max = -QI_INFINITY, sum = 0.f, o[4] = {};
         for (int i = 0; i < places; i++) max = fmaxf(max, t->max[i][m]);
         for (int i = 0; i < places; i++) {
-            const float of = t->max[i][m];
-            const float weight = !SOFTMAX ? 1.f : of == -QI_INFINITY ? 0.f : exp2f(of - max);
+            const float lse = t->max[i][m];
+            const float weight = !SOFTMAX ? 1.f : lse == -QI_INFINITY ? 0.f : ex2(lse - max);
             const float4 v = *(const float4 *)(t->sums[i] + m * SUM_PITCH + d);
             sum += weight * t->sum[i][m];
             o[0] += weight * v.x, o[1] += weight * v.y, o[2] += weight * v.z, o[3] += weight * v.w;
         }
-        const int seen = sum > 0.f || sum != sum;
-        float norm = !SOFTMAX ? 1.f : seen ? 1.f / sum : 0.f;
-        if (w->slot < 0) norm = finish_row(c, row[m], head, max, sum, d == 0);
-        for (int i = 0; i < 4; i++) o[i] *= norm;
-        if (w->slot < 0) {
+        if (of->slot < 0) {
+            const int head = of->kv_head * GROUP_SIZE + m % GROUP_SIZE;
+            const float norm = finish_row(c, row[m], head, max, sum, d == 0);
+            for (int i = 0; i < 4; i++) o[i] *= norm;
             store_outputs(c, row[m], head, d, o);
             continue;
         }
-        const i64 slot = (i64)w->slot + m;
+        const int seen = sum > 0.f || sum != sum;
+        const float norm = !SOFTMAX ? 1.f : seen ? 1.f / sum : 0.f;
+        const i64 slot = (i64)of->slot + m;
         *(float4 *)(p->plan.o_partial + slot * HEAD_DIM_VO + d) =
-            make_float4(o[0], o[1], o[2], o[3]);
+            make_float4(o[0] * norm, o[1] * norm, o[2] * norm, o[3] * norm);
         if (d == 0) p->plan.lse_partial[slot] = seen ? max + log2f(sum) : -QI_INFINITY;
     }
 }
 
 /* ---- a strip -------------------------------------------------------------------------------- */
 
-/* The decode items among work items [begin, end), by all threads. ring: DECODE_STAGES slots a warp. */
-QI_INLINE void decode_items(const attention_cuda_params *c, int begin, int end, int one_level,
-                            char *ring, decode_shared *t)
+/* The first `count` items in shared memory. q: this thread's part of the first one's. */
+QI_INLINE void decode_chunk(const attention_cuda_params *c, int count, int one_level, char *ring,
+                            decode_shared *t)
 {
     const attention_params *p = &c->at;
     const int warp = (int)threadIdx.x / WARP, aligned = keys_aligned(p);
     char *slots = ring + warp * DECODE_STAGES * SLOT_BYTES;
     decode_stream stream;
-    decode_item rows;
-    decode_open(p, &stream, begin, end);
+    decode_state state;
+    uint4 q[Q_OF_THREAD];
+    decode_open(p, t->items, count, &stream);
 #pragma unroll 1
     for (int i = 0; i < DECODE_STAGES - 1; i++)
-        decode_load(p, &stream, slots + i * SLOT_BYTES, aligned);
+        decode_load(p, t->items, &stream, slots + i * SLOT_BYTES, aligned);
+    decode_load_query(c, &t->items[0], q);
+    decode_put_query(q, t);
+    __syncthreads();
     int now = 0, used = DECODE_STAGES - 1; /* slots: of the next tile, and of the one before */
-    for (int item = begin, first = 0; item < end; item++) {
-        const qi_work w = p->plan.work[item];
-        if (w.flags != QI_TILE_DECODE) continue;
-        const int tiles = decode_tiles(w.kv_begin, w.kv_end), place = decode_place(first);
-        decode_begin(c, &w, t->row[warp], &rows);
+    int ticket = 0;                        /* that thread 0 has drawn for the item before */
+    int first = 0, drawn = 0;
+#pragma unroll 1
+    for (int n = 0; n <= count; n++) { /* after the last item its ticket is left */
+        const decode_item *of = &t->items[min(n, count - 1)], *before = &t->items[max(n - 1, 0)];
+        const int tiles = n < count ? decode_tiles(of) : 0, place = decode_place(first);
+        if (n < count) decode_begin(c, of, t, &state);
+        if (n + 1 < count) decode_load_query(c, of + 1, q);
 #pragma unroll 1
         for (int i = place; i < tiles; i += DECODE_WARPS) {
             cp_async_wait_group(DECODE_STAGES - 2);
             __syncwarp();
-            decode_load(p, &stream, slots + used * SLOT_BYTES, aligned);
-            decode_tile(c, slots + now * SLOT_BYTES, t->row[warp], w.kv_begin + i * TILE, &rows);
+            decode_load(p, t->items, &stream, slots + used * SLOT_BYTES, aligned);
+            decode_tile(c, slots + now * SLOT_BYTES, t->row[warp], of->kv_begin + i * TILE, &state);
             used = now;
             now = now + 1 == DECODE_STAGES ? 0 : now + 1;
         }
-        if (place < tiles) decode_put(&rows, place, slots + used * SLOT_BYTES, t);
+        if (place < tiles) decode_put(&state, place, slots + used * SLOT_BYTES, t);
+        if (threadIdx.x == 0) t->ticket = ticket;
         __syncthreads();
-        decode_finish(c, &w, t->row[warp], rows.count, min(tiles, DECODE_WARPS), t);
+        if (n < count && of->is_decode)
+            decode_finish(c, of, t->row[warp], min(tiles, DECODE_WARPS), t);
+        if (n + 1 < count) decode_put_query(q, t);
+        if (drawn && t->ticket == before->pieces - 1) merge_tile(c, before->merge);
         __syncthreads();
-        if (w.slot >= 0 && one_level) finish_piece(c, &w, &t->is_last);
+        drawn = n < count && of->is_decode && of->slot >= 0 && one_level;
+        if (drawn && threadIdx.x == 0) ticket = draw_ticket(p, of->merge);
         first = (first + tiles) % DECODE_WARPS;
     }
     cp_async_wait_group(0);
-    __syncthreads();
+}
+
+/* The decode items among work items [begin, end), by all threads. ring: DECODE_STAGES slots a warp. */
+QI_INLINE void decode_items(const attention_cuda_params *c, int begin, int end, int one_level,
+                            char *ring, decode_shared *t)
+{
+#pragma unroll 1
+    for (int from = begin; from < end; from += DECODE_ITEMS) {
+        const int count = min(end - from, DECODE_ITEMS);
+        decode_read_items(&c->at, from, count, t);
+        decode_chunk(c, count, one_level, ring, t);
+    }
 }
 
 #endif

@@ -8,6 +8,8 @@
 
 #include "ops/attention/rows.cuh"
 
+enum { MERGE_LOADS = 8 };
+
 /* The pieces of one (row, query head) of one tile: piece i at partial row slot + i * step. */
 typedef struct pieces {
     i64 slot;
@@ -31,6 +33,14 @@ QI_INLINE i64 piece_slot(const pieces *lists, int i)
     return lists->slot + (i64)i * lists->step;
 }
 
+/* The weight of piece i relative to 2^max; 0 past the last. */
+QI_INLINE float piece_weight(const attention_params *p, i64 slot, int there, float max)
+{
+    if (!there || !SOFTMAX) return there ? 1.f : 0.f;
+    const float lse = __ldcg(p->plan.lse_partial + slot);
+    return lse == -QI_INFINITY ? 0.f : ex2(lse - max);
+}
+
 /* By one warp. */
 QI_INLINE void merge_row(const attention_cuda_params *c, const pieces *lists, int num_lists,
                          tile_row row, int qo_head)
@@ -45,24 +55,28 @@ QI_INLINE void merge_row(const attention_cuda_params *c, const pieces *lists, in
     if (SOFTMAX) max = warp_max(max);
     for (int first = 0; first < p->head_dim_vo; first += 4 * WARP) {
         const int d = first + 4 * lane;
+        const float *column = p->plan.o_partial + (d < p->head_dim_vo ? d : 0);
         float o[4] = {};
         for (int from = 0; from < total; from += WARP) { /* pieces, a lane each */
             const int here = total - from < WARP ? total - from : WARP;
             const i64 slot = lane < here ? piece_slot(lists, from + lane) : 0;
-            float weight = lane < here ? 1.f : 0.f;
-            if (SOFTMAX && lane < here) {
-                const float lse = __ldcg(p->plan.lse_partial + slot);
-                weight = lse == -QI_INFINITY ? 0.f : exp2f(lse - max);
-            }
+            const float weight = piece_weight(p, slot, lane < here, max);
             if (first == 0) sum += warp_sum(weight);
-#pragma unroll 8
-            for (int i = 0; i < here; i++) {
-                const float w = __shfl_sync(ALL_LANES, weight, i);
-                const float *at =
-                    p->plan.o_partial + __shfl_sync(ALL_LANES, slot, i) * p->head_dim_vo;
-                if (d >= p->head_dim_vo) continue;
-                const float4 v = __ldcg((const float4 *)(at + d));
-                o[0] += w * v.x, o[1] += w * v.y, o[2] += w * v.z, o[3] += w * v.w;
+#pragma unroll 1
+            for (int i = 0; i < here; i += MERGE_LOADS) { /* loads side by side */
+                float4 v[MERGE_LOADS];
+#pragma unroll
+                for (int j = 0; j < MERGE_LOADS; j++) {
+                    const int piece = i + j < here ? i + j : i;
+                    const i64 at = __shfl_sync(ALL_LANES, slot, piece) * p->head_dim_vo;
+                    v[j] = __ldcg((const float4 *)(column + at));
+                }
+#pragma unroll
+                for (int j = 0; j < MERGE_LOADS; j++) {
+                    const float w = __shfl_sync(ALL_LANES, weight, (i + j) % WARP);
+                    if (i + j >= here) continue;
+                    o[0] += w * v[j].x, o[1] += w * v[j].y, o[2] += w * v[j].z, o[3] += w * v[j].w;
+                }
             }
         }
         const float norm = finish_row(c, row, qo_head, max, sum, first == 0 && lane == 0);
@@ -71,18 +85,20 @@ QI_INLINE void merge_row(const attention_cuda_params *c, const pieces *lists, in
     }
 }
 
-/* Counts a finished piece of a tile; the block that finishes the last one merges the tile, in key order, and
- * leaves the ticket as it was found. By all threads; is_last: shared. */
-QI_INLINE void finish_piece(const attention_cuda_params *c, const qi_work *w, int *is_last)
+/* Counts a finished piece of a tile, whose partial rows this block's threads wrote before a barrier; returns
+ * how many pieces were done before. By one thread. */
+QI_INLINE int draw_ticket(const attention_params *p, int merge)
+{
+    __threadfence();
+    return atomicAdd(&p->plan.ticket[merge], 1);
+}
+
+/* Merges a tile of which all pieces are done, in key order, and leaves its ticket as it was found. By all
+ * threads of a block. */
+QI_INLINE void merge_tile(const attention_cuda_params *c, int merge)
 {
     const attention_params *p = &c->at;
-    const qi_merge m = p->plan.merge[w->merge];
-    int *ticket = &p->plan.ticket[w->merge];
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) *is_last = atomicAdd(ticket, 1) == m.num_pieces - 1;
-    __syncthreads();
-    if (!*is_last) return;
+    const qi_merge m = p->plan.merge[merge];
     __threadfence();
     const int group = p->num_qo_heads / p->num_kv_heads, heads = m.num_kv_heads * group;
     for (int i = (int)threadIdx.x / WARP; i < m.num_rows * heads; i += THREADS / WARP) {
@@ -90,7 +106,17 @@ QI_INLINE void finish_piece(const attention_cuda_params *c, const qi_work *w, in
         const pieces of = pieces_of(p, &m, row, head);
         merge_row(c, &of, 1, row_at(p, row), head);
     }
-    if (threadIdx.x == 0) *ticket = 0;
+    if (threadIdx.x == 0) p->plan.ticket[merge] = 0;
+}
+
+/* The block that finishes a tile's last piece merges it. By all threads; is_last: shared. */
+QI_INLINE void finish_piece(const attention_cuda_params *c, const qi_work *w, int *is_last)
+{
+    __syncthreads();
+    if (threadIdx.x == 0)
+        *is_last = draw_ticket(&c->at, w->merge) == c->at.plan.merge[w->merge].num_pieces - 1;
+    __syncthreads();
+    if (*is_last) merge_tile(c, w->merge);
     __syncthreads();
 }
 

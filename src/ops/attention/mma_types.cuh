@@ -65,12 +65,6 @@ QI_INLINE void copy_elements(char *to, const char *from, int bytes)
     *(uint4 *)to = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-/* Can two neighbouring elements of q be read at once? */
-QI_INLINE int query_pairs_aligned(const attention_params *p)
-{
-    return (((i64)p->q | (p->q_stride[0] | p->q_stride[1]) * qi_size_of(DTYPE_Q)) & 3) == 0;
-}
-
 /* Element d of a row of q, as the variant changes it. */
 QI_INLINE float load_query(const attention_cuda_params *c, tile_row row, int qo_head, int d)
 {
@@ -88,15 +82,20 @@ QI_INLINE float load_query(const attention_cuda_params *c, tile_row row, int qo_
     return second ? pair.y : pair.x;
 }
 
-/* Elements d and d + 1 of a row of q in the type of the products. */
-QI_INLINE u32 load_query_pair(const attention_cuda_params *c, tile_row row, int qo_head, int d,
-                              int aligned)
+/* Elements d to d + 7 of a row of q in the type of the products; d is a multiple of 8. */
+QI_INLINE uint4 load_query_unit(const attention_cuda_params *c, tile_row row, int qo_head, int d)
 {
     const attention_params *p = &c->at;
-    if (DTYPE_Q == MMA_TYPE && !CHANGES_QUERIES && aligned)
-        return *(const u32 *)qi_at(p->q, DTYPE_Q,
-                                   row.token * p->q_stride[0] + qo_head * p->q_stride[1] + d);
-    return pack_pair(load_query(c, row, qo_head, d), load_query(c, row, qo_head, d + 1));
+    const char *from =
+        qi_at(p->q, DTYPE_Q, row.token * p->q_stride[0] + qo_head * p->q_stride[1] + d);
+    if (DTYPE_Q == MMA_TYPE && !CHANGES_QUERIES && ((u64)from & 15) == 0)
+        return *(const uint4 *)from;
+    u32 pairs[4];
+#pragma unroll 1
+    for (int i = 0; i < 4; i++)
+        pairs[i] = pack_pair(load_query(c, row, qo_head, d + 2 * i),
+                             load_query(c, row, qo_head, d + 2 * i + 1));
+    return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
 }
 
 /* What multiplies q.k of a head. */
