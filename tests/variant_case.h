@@ -126,9 +126,11 @@ static inline void add_tensor(arguments *a, const char *name, DLDataType dtype, 
     const size_t page = (size_t)sysconf(_SC_PAGESIZE), bytes = (size_t)end * test_bytes(dtype);
     const size_t used = (bytes + page - 1) / page * page;
     char *memory =
-        mmap(NULL, used + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    assert_true(memory != MAP_FAILED);
-    assert_int_equal(mprotect(memory + used, page, PROT_NONE), 0);
+        test_on_cuda() /* a GPU sees the heap, and no guard pages */
+            ? aligned_alloc(page, used)
+            : mmap(NULL, used + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    assert_true(memory && memory != MAP_FAILED);
+    if (!test_on_cuda()) assert_int_equal(mprotect(memory + used, page, PROT_NONE), 0);
     memset(memory, 0xff, used);
     x->owned = memory;
     a->mapped[a->num] = used + page;
@@ -148,7 +150,10 @@ static inline void add_tensor(arguments *a, const char *name, DLDataType dtype, 
 static inline void arguments_free(arguments *a)
 {
     for (int32_t i = 0; i < a->num; i++)
-        if (a->tensors[i].owned) munmap(a->tensors[i].owned, a->mapped[i]);
+        if (test_on_cuda())
+            free(a->tensors[i].owned);
+        else if (a->tensors[i].owned)
+            munmap(a->tensors[i].owned, a->mapped[i]);
     memset(a, 0, sizeof *a);
 }
 
