@@ -52,6 +52,8 @@
     X(cuda_hooks, "ops/attention/hooks.cuh")                                                       \
     X(cuda_rows, "ops/attention/rows.cuh")                                                         \
     X(cuda_attention, "ops/attention/attention.cu")                                                \
+    X(prefill_loads, "ops/attention/prefill_loads.cuh")                                            \
+    X(prefill_mma, "ops/attention/prefill_mma.cuh")                                                \
     X(gemm_params, "ops/gemm/gemm_params.h")                                                       \
     X(gemm, "ops/gemm/gemm.cu")                                                                    \
     X(sampling_params, "ops/sampling/sampling_params.h")                                           \

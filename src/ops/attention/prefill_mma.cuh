@@ -1,0 +1,486 @@
+/* prefill_mma.cuh - the prefill tile of GPUs with mma.sync: many rows of one KV head against their keys, by
+ * a block of 4 warps. FlashAttention-2 (Dao 2023): scores, weights and o stay in registers.
+ *
+ * Row m of a tile is query head m % GROUP_SIZE of row m / GROUP_SIZE. A warp has 16 rows, and 16 more 64
+ * below where head_dim_vo <= 128, so that few rows spread over all warps. Of 16 x 8 sums lane 4g + c has
+ * columns 2c, 2c + 1 of row g, then of row g + 8 (kern/cuda/ptx.cuh, mma_m16n8k16).
+ *
+ * JIT constants: HEAD_DIM_QK, HEAD_DIM_VO (multiples of 8, to 256), GROUP_SIZE, PAGE_SIZE (0 = ragged),
+ * DTYPE_Q, DTYPE_KV, DTYPE_O, CAUSAL, WINDOW, SOFT_CAP, ALIBI, CUSTOM_MASK, SPARSE, MIXED, THREADS = 128;
+ * QI_VARIANT.
+ * Bound: the tensor cores, which for 128 x 64 x 128 need as long as shared memory for its operands.
+ * SPDX-License-Identifier: Apache-2.0 */
+#ifndef QI_ATTENTION_PREFILL_MMA_CUH
+#define QI_ATTENTION_PREFILL_MMA_CUH
+
+#include "ops/attention/prefill_loads.cuh"
+
+#if ALIBI || CUSTOM_MASK || SPARSE || defined(VARIANT_LOGIT) || defined(VARIANT_MASK) ||           \
+    defined(VARIANT_NO_SOFTMAX)
+enum { PREFILL_GENERAL = 1 }; /* each score by score() */
+#else
+enum { PREFILL_GENERAL = 0 };
+#endif
+
+enum {
+    PREFILL_WARP_TILES = PREFILL_ROWS / 64, /* of 16 rows */
+    PREFILL_S = PREFILL_N / 8,              /* columns of 8 that scores and o have */
+    PREFILL_O = PREFILL_VO / 8,
+    PREFILL_STAGE_PITCH = PREFILL_STAGED_PITCH(HEAD_DIM_VO),
+};
+
+typedef float prefill_scores[PREFILL_WARP_TILES][PREFILL_S][4];
+typedef float prefill_sums[PREFILL_WARP_TILES][PREFILL_O][4];
+typedef float prefill_of_rows[PREFILL_WARP_TILES][2]; /* of rows g and g + 8 */
+
+/* Of a warp's 16 rows number t, the one that is this lane's h-th. */
+QI_INLINE int prefill_row_index(int t, int h)
+{
+    return t * 64 + (int)threadIdx.x / WARP * 16 + h * 8 + (int)threadIdx.x % WARP / 4;
+}
+
+QI_INLINE void prefill_mma(float d[4], const u32 a[4], u32 b0, u32 b1)
+{
+    if (DTYPE_KV == QI_BF16)
+        mma_m16n8k16_bf16(d, a, b0, b1);
+    else
+        mma_m16n8k16_f16(d, a, b0, b1);
+}
+
+/* Two 8-bit elements, in the lower half of `bits`, as the tensor cores take them. */
+QI_INLINE u32 prefill_widen(u32 bits)
+{
+    return DTYPE_KV == QI_E4M3   ? e4m3x2_to_f16x2(bits)
+           : DTYPE_KV == QI_E5M2 ? e5m2x2_to_f16x2(bits)
+                                 : i8x2_to_f16x2(bits);
+}
+
+/* ---- scores ------------------------------------------------------------------------------- */
+
+/* s = q k^T of the tile at k; q: of the warp's first row. */
+QI_INLINE void multiply_keys(const char *q, const char *k, prefill_scores s, const int tiles)
+{
+    const int lane = threadIdx.x % WARP;
+    q += lane % 16 * PREFILL_Q_PITCH + lane / 16 * 16;
+    k += PREFILL_KV == 2 ? (lane / 16 * 8 + lane % 8) * PREFILL_K_PITCH + lane / 8 % 2 * 16
+                         : lane * PREFILL_K_PITCH;
+#pragma unroll
+    for (int t = 0; t < tiles; t++)
+#pragma unroll
+        for (int n = 0; n < PREFILL_S; n++) s[t][n][0] = s[t][n][1] = s[t][n][2] = s[t][n][3] = 0.f;
+#pragma unroll
+    for (int d = 0; d < PREFILL_QK; d += 16) {
+        u32 a[PREFILL_WARP_TILES][4], b[4];
+#pragma unroll
+        for (int t = 0; t < tiles; t++) ldmatrix_x4(a[t], q + t * 64 * PREFILL_Q_PITCH + d * 2);
+#pragma unroll
+        for (int n = 0; n < PREFILL_S; n += 4 / PREFILL_KV) {
+            ldmatrix_x4(b, k + n * 8 * PREFILL_K_PITCH + d * PREFILL_KV);
+#pragma unroll
+            for (int i = 0; i < 4 / PREFILL_KV; i++) {
+                const u32 b0 = PREFILL_KV == 2 ? b[2 * i] : prefill_widen(b[i]);
+                const u32 b1 = PREFILL_KV == 2 ? b[2 * i + 1] : prefill_widen(b[i] >> 16);
+#pragma unroll
+                for (int t = 0; t < tiles; t++) prefill_mma(s[t][n + i], a[t], b0, b1);
+            }
+        }
+    }
+}
+
+/* Scores in every row's natural units times log2(e) by way of a soft cap: tanh(x) = 1 - 2 / (1 + e^2x),
+ * within 1e-6 of the cap. */
+QI_INLINE void cap_scores(float cap, const prefill_row *rows, prefill_scores s, const int tiles)
+{
+#pragma unroll
+    for (int t = 0; t < tiles; t++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const float scale = fabsf(rows[prefill_row_index(t, h)].scale) * QI_LOG2E;
+            const float twice = 2.f * scale / cap, largest = cap * QI_LOG2E;
+#pragma unroll
+            for (int i = 0; i < 2 * PREFILL_S; i++) {
+                float *x = &s[t][i / 2][2 * h + i % 2];
+                *x = cap > 0.f ? largest - 2.f * largest * rcp(1.f + ex2(*x * twice)) : *x * scale;
+            }
+        }
+}
+
+/* Hides from each row what it does not see of the tile at key `first`. */
+QI_INLINE void mask_scores(const attention_params *p, const qi_group *g, int first, int end,
+                           const prefill_row *rows, prefill_scores s, const int tiles)
+{
+    const int column = (int)threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int t = 0; t < tiles; t++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            /* the row itself, and keys from low to high, as numbers of the tile's */
+            const i64 own = (i64)rows[prefill_row_index(t, h)].row.position - g->kv_offset - first;
+            i64 low = 0, high = end - 1 - first;
+            if (CAUSAL && own < high) high = own;
+            if (WINDOW && p->window_right >= 0 && own + p->window_right < high)
+                high = own + p->window_right;
+            if (WINDOW && p->window_left >= 0 && own - p->window_left > low)
+                low = own - p->window_left;
+            const int from = (int)(low < PREFILL_N ? low : PREFILL_N) - column;
+            const int to = (int)(high < -1 ? -1 : high < PREFILL_N ? high : PREFILL_N) - column;
+#pragma unroll
+            for (int i = 0; i < 2 * PREFILL_S; i++) {
+                const int key = i / 2 * 8 + i % 2;
+                if (key > to || (WINDOW && key < from)) s[t][i / 2][2 * h + i % 2] = -QI_INFINITY;
+            }
+        }
+}
+
+/* Scores of every feature; 8 keys at a time, for which the others move on, since this is long. */
+QI_INLINE void general_prefill_scores(const attention_cuda_params *c, const qi_work *w,
+                                      const qi_group *g, int first, char *shared, int slot,
+                                      prefill_scores s, const int tiles)
+{
+    const prefill_row *rows = (const prefill_row *)shared;
+#pragma unroll 1
+    for (int n = 0; n < PREFILL_S; n++) {
+#pragma unroll
+        for (int i = 0; i < 4 * tiles; i++) {
+            const int t = i / 4, m = prefill_row_index(t, i / 2 % 2);
+            const int key = n * 8 + (int)threadIdx.x % 4 * 2 + i % 2, index = first + key;
+            float x = SOFTMAX ? -QI_INFINITY : 0.f;
+            if (index < w->kv_end) {
+                const int kv_pos =
+                    SPARSE ? prefill_positions(shared, slot)[key] : g->kv_offset + index;
+                x = score(c, g, rows[m].row, prefill_head(w, m), index, kv_pos, s[t][0][i % 4],
+                          fabsf(rows[m].scale));
+            }
+            s[t][0][i % 4] = x;
+        }
+#pragma unroll
+        for (int i = 0; i < 4 * tiles; i++) {
+            const float x = s[i / 4][0][i % 4];
+#pragma unroll
+            for (int to = 0; to < PREFILL_S - 1; to++)
+                s[i / 4][to][i % 4] = s[i / 4][to + 1][i % 4];
+            s[i / 4][PREFILL_S - 1][i % 4] = x;
+        }
+    }
+}
+
+/* ---- softmax and values ------------------------------------------------------------------- */
+
+/* The maximum that weights are relative to follows the true one only where that would be 2^8 above it: o
+ * is seldom multiplied then, and stays far from what f32 and the tensor cores' types hold. */
+QI_INLINE void follow_maxima(const prefill_scores s, const prefill_of_rows scale,
+                             prefill_of_rows max, prefill_of_rows sum, prefill_sums o,
+                             const int tiles)
+{
+    float top[PREFILL_WARP_TILES][2];
+    int grew = 0;
+#pragma unroll
+    for (int t = 0; t < tiles; t++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float x = s[t][0][2 * h], y = s[t][0][2 * h + 1]; /* two chains are faster than one */
+#pragma unroll
+            for (int n = 1; n < PREFILL_S; n++) {
+                x = fmaxf(x, s[t][n][2 * h]);
+                y = fmaxf(y, s[t][n][2 * h + 1]);
+            }
+            x = fmaxf(x, y);
+            x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
+            x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2)) * scale[t][h];
+            top[t][h] = x > max[t][h] + 8.f ? x : max[t][h];
+            grew |= top[t][h] != max[t][h];
+        }
+    if (!__any_sync(ALL_LANES, grew)) return;
+#pragma unroll
+    for (int t = 0; t < tiles; t++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const float shrink = top[t][h] == max[t][h] ? 1.f : ex2(max[t][h] - top[t][h]);
+            max[t][h] = top[t][h];
+            sum[t][h] *= shrink;
+#pragma unroll
+            for (int n = 0; n < PREFILL_O; n++) {
+                o[t][n][2 * h] *= shrink;
+                o[t][n][2 * h + 1] *= shrink;
+            }
+        }
+}
+
+/* Scores to weights, 2^(scale s - max), and this lane's part of their sum. */
+QI_INLINE void weigh_scores(const prefill_of_rows scale, const prefill_of_rows max,
+                            prefill_of_rows sum, prefill_scores s, const int tiles)
+{
+#pragma unroll
+    for (int n = 0; n < PREFILL_S; n++)
+#pragma unroll
+        for (int i = 0; i < 4 * tiles; i++) {
+            const int t = i / 4, h = i / 2 % 2;
+            /* nothing seen so far: all scores are -infinity */
+            const float base = max[t][h] == -QI_INFINITY ? 0.f : max[t][h];
+            const float x = ex2(fmaf(s[t][n][i % 4], scale[t][h], -base));
+            s[t][n][i % 4] = x;
+            sum[t][h] += x;
+        }
+}
+
+/* o += s v of the tile at v. Of 8-bit values columns 2i and 2i + 1 of 8 have the even and the odd dims of
+ * 16. */
+QI_INLINE void multiply_values(const char *v, const prefill_scores s, prefill_sums o,
+                               const int tiles)
+{
+    const int lane = threadIdx.x % WARP;
+    v += lane % 16 * PREFILL_V_PITCH + lane / 16 * 16;
+#pragma unroll
+    for (int k = 0; k < PREFILL_N; k += 16) {
+        u32 a[PREFILL_WARP_TILES][4], b[4];
+#pragma unroll
+        for (int t = 0; t < tiles; t++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float *x = &s[t][k / 8 + i / 2][i % 2 * 2];
+                a[t][i] = prefill_pack(x[0], x[1]);
+            }
+#pragma unroll
+        for (int n = 0; n < PREFILL_O; n += 4 / PREFILL_KV) {
+            ldmatrix_x4_trans(b, v + k * PREFILL_V_PITCH + n * 8 * PREFILL_KV);
+            if (PREFILL_KV == 1)
+#pragma unroll
+                for (int i = 0; i < 4; i++) b[i] = __byte_perm(b[i], 0, 0x3120);
+#pragma unroll
+            for (int i = 0; i < 4 / PREFILL_KV && n + i < PREFILL_O; i++) {
+                const u32 *pair = PREFILL_KV == 2 ? b + 2 * i : b + i / 2 * 2;
+                const u32 b0 = PREFILL_KV == 2 ? pair[0] : prefill_widen(pair[0] >> i % 2 * 16);
+                const u32 b1 = PREFILL_KV == 2 ? pair[1] : prefill_widen(pair[1] >> i % 2 * 16);
+#pragma unroll
+                for (int t = 0; t < tiles; t++) prefill_mma(o[t][n + i], a[t], b0, b1);
+            }
+        }
+    }
+}
+
+/* ---- results ------------------------------------------------------------------------------ */
+
+/* The lane's part of 16 rows of o, multiplied, as rows of f32 in shared memory. */
+QI_INLINE void stage_output(const float o[PREFILL_O][4], const float norm[2], char *stage)
+{
+    const int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        char *row = stage + (lane / 4 + 8 * h) * PREFILL_STAGE_PITCH;
+#pragma unroll
+        for (int n = 0; n < PREFILL_O; n += 2) {
+            const float *even = &o[n][2 * h], *odd = &o[n + 1][2 * h];
+            if (PREFILL_KV == 1) {
+                *(float4 *)(row + (n * 8 + lane % 4 * 4) * 4) = make_float4(
+                    even[0] * norm[h], odd[0] * norm[h], even[1] * norm[h], odd[1] * norm[h]);
+            } else {
+                float2 *to = (float2 *)(row + (n * 8 + lane % 4 * 2) * 4);
+                to[0] = make_float2(even[0] * norm[h], even[1] * norm[h]);
+                to[4] = make_float2(odd[0] * norm[h], odd[1] * norm[h]);
+            }
+        }
+    }
+}
+
+/* Dims d to d + 7 of row m of o. */
+QI_INLINE void store_piece(const attention_cuda_params *c, const prefill_row *r, int head, int d,
+                           float x[8], int aligned)
+{
+    const attention_params *p = &c->at;
+#ifdef VARIANT_OUTPUT
+    aligned = 0;
+#endif
+    if (!aligned) {
+        for (int i = 0; i < 8; i++) store_output(c, r->row, head, d + i, x[i]);
+        return;
+    }
+    const float scale = qi_scale_at(&c->o_scale, head);
+    for (int i = 0; i < 8; i++) x[i] *= scale == 1.f ? 1.f : 1.f / scale;
+    const i64 at = r->row.token * p->o_stride[0] + head * p->o_stride[1] + d;
+    qi_store(qi_to(p->o, DTYPE_O, at), x, DTYPE_O, 8);
+}
+
+/* The staged 16 rows of the warp's tile t: to o, or to partial rows. */
+QI_INLINE void store_staged(const attention_cuda_params *c, const qi_work *w, const char *shared,
+                            const char *stage, int t)
+{
+    const attention_params *p = &c->at;
+    const int all = w->num_rows * GROUP_SIZE, pieces = HEAD_DIM_VO / 8;
+    const int size = qi_size_of(DTYPE_O), unit = size == 1 ? 8 : 16;
+    const int aligned =
+        (((i64)p->o | p->o_stride[0] * size | p->o_stride[1] * size) & (unit - 1)) == 0;
+    for (int i = (int)threadIdx.x % WARP; i < 16 * pieces; i += WARP) {
+        const int row = i / pieces, d = i % pieces * 8;
+        const int m = t * 64 + (int)threadIdx.x / WARP * 16 + row;
+        if (m >= all) break;
+        float x[8];
+        qi_load(x, stage + row * PREFILL_STAGE_PITCH + d * 4, QI_F32, 8);
+        if (w->slot < 0)
+            store_piece(c, (const prefill_row *)shared + m, prefill_head(w, m), d, x, aligned);
+        else
+            qi_store(p->plan.o_partial + ((i64)w->slot + m) * HEAD_DIM_VO + d, x, QI_F32, 8);
+    }
+}
+
+/* Completes the warp's rows. */
+QI_INLINE void store_prefill_rows(const attention_cuda_params *c, const qi_work *w, prefill_sums o,
+                                  const prefill_of_rows max, prefill_of_rows sum, char *shared,
+                                  const int tiles)
+{
+    const attention_params *p = &c->at;
+    const int all = w->num_rows * GROUP_SIZE, first = threadIdx.x % 4 == 0;
+    char *stage = shared + PREFILL_Q_AT + (int)threadIdx.x / WARP * 16 * PREFILL_STAGE_PITCH;
+#pragma unroll
+    for (int t = 0; t < tiles; t++) {
+        float norm[2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float total = sum[t][h];
+            total += __shfl_xor_sync(ALL_LANES, total, 1);
+            total += __shfl_xor_sync(ALL_LANES, total, 2);
+            const int m = prefill_row_index(t, h), seen = total > 0.f || total != total;
+            norm[h] = !SOFTMAX ? 1.f : seen ? 1.f / total : 0.f;
+            if (m >= all) continue;
+            if (w->slot < 0)
+                norm[h] = finish_row(c, ((const prefill_row *)shared)[m].row, prefill_head(w, m),
+                                     max[t][h], total, first);
+            else if (first)
+                p->plan.lse_partial[(i64)w->slot + m] =
+                    seen ? max[t][h] + log2f(total) : -QI_INFINITY;
+        }
+        stage_output(o[t], norm, stage);
+        __syncwarp();
+        store_staged(c, w, shared, stage, t);
+        __syncwarp();
+    }
+}
+
+/* ---- the tile ----------------------------------------------------------------------------- */
+
+/* Keys [begin, end) of the group's list are seen by all rows of an item as far as causality, windows and
+ * the end of the item's keys go. */
+typedef struct plain_keys {
+    int begin, end;
+} plain_keys;
+
+QI_INLINE plain_keys find_plain_keys(const attention_params *p, const qi_work *w, const qi_group *g)
+{
+    i64 lowest = g->pos_first, highest = g->pos_last;
+    if (!MIXED || !(g->flags & QI_GROUP_MIXED)) {
+        lowest += w->row_begin - g->row_begin;
+        highest = lowest + w->num_rows - 1;
+    }
+    i64 begin = w->kv_begin, end = w->kv_end;
+    if (CAUSAL && lowest - g->kv_offset + 1 < end) end = lowest - g->kv_offset + 1;
+    if (WINDOW && p->window_right >= 0 && lowest + p->window_right - g->kv_offset + 1 < end)
+        end = lowest + p->window_right - g->kv_offset + 1;
+    if (WINDOW && p->window_left >= 0 && highest - p->window_left - g->kv_offset > begin)
+        begin = highest - p->window_left - g->kv_offset;
+    const plain_keys of = {(int)(begin < w->kv_end ? begin : w->kv_end),
+                           (int)(end > w->kv_begin ? end : w->kv_begin)};
+    return of;
+}
+
+/* From products of the tile of keys at `first` to its part of o. */
+QI_INLINE void add_tile(const attention_cuda_params *c, const qi_work *w, const qi_group *g,
+                        plain_keys plain, int first, char *shared, int slot, const char *v,
+                        prefill_scores s, prefill_sums o, prefill_of_rows max, prefill_of_rows sum,
+                        const int tiles)
+{
+    const attention_params *p = &c->at;
+    const prefill_row *rows = (const prefill_row *)shared;
+    if (PREFILL_GENERAL) {
+        general_prefill_scores(c, w, g, first, shared, slot, s, tiles);
+    } else {
+        if (SOFT_CAP) cap_scores(p->logits_soft_cap, rows, s, tiles);
+        if (first < plain.begin || first + PREFILL_N > plain.end)
+            mask_scores(p, g, first, w->kv_end, rows, s, tiles);
+    }
+    if (SOFTMAX) {
+        prefill_of_rows scale;
+#pragma unroll
+        for (int i = 0; i < 2 * tiles; i++)
+            scale[i / 2][i % 2] =
+                PREFILL_GENERAL || SOFT_CAP
+                    ? 1.f
+                    : fabsf(rows[prefill_row_index(i / 2, i % 2)].scale) * QI_LOG2E;
+        follow_maxima(s, scale, max, sum, o, tiles);
+        weigh_scores(scale, max, sum, s, tiles);
+    }
+    multiply_values(v, s, o, tiles);
+}
+
+/* One work item of one KV head, by all threads. w may lie in global or shared memory (not in what is handed
+ * over); that, PREFILL_SHARED_BYTES, is free afterwards. */
+QI_INLINE void prefill_item(const attention_cuda_params *c, const qi_work *w, char *shared)
+{
+    const attention_params *p = &c->at;
+    const qi_group *g = &p->plan.groups[w->group];
+    const int end = w->kv_end, list = g->kv_begin, aligned = prefill_is_aligned(p);
+    const int below = w->num_rows * GROUP_SIZE - (int)threadIdx.x / WARP * 16;
+    const int tiles = PREFILL_WARP_TILES == 2 && below > 64 ? 2 : below > 0; /* that have rows */
+    const plain_keys plain = find_plain_keys(p, w, g);
+    char *k = shared + PREFILL_K_AT, *v = shared + PREFILL_V_AT;
+    prefill_scores s;
+    prefill_sums o = {};
+    prefill_of_rows max, sum = {};
+    for (int i = 0; i < 2 * PREFILL_WARP_TILES; i++) max[i / 2][i % 2] = -QI_INFINITY;
+
+    note_prefill_rows(c, w, shared);
+    if (w->kv_begin < end)
+        for (int i = 0; i < 2; i++)
+            note_prefill_key(p, find_prefill_key(p, g, list, w->kv_begin + i * PREFILL_N, end),
+                             list, w->kv_head, i, shared);
+    __syncthreads();
+    if (w->kv_begin < end) {
+        load_prefill_keys(k, shared, 0, 0, w->kv_begin, end, aligned);
+        if (PREFILL_BUFFERS == 2) load_prefill_keys(v, shared, 0, 1, w->kv_begin, end, aligned);
+    }
+    load_prefill_queries(c, w, shared);
+    cp_async_commit_group();
+
+    for (int first = w->kv_begin, slot = 0; first < end; first += PREFILL_N, slot ^= 1) {
+        const int next = first + PREFILL_N, other = PREFILL_BUFFERS == 2 ? slot ^ 1 : 0;
+        const int here = PREFILL_BUFFERS == 2 ? slot : 0;
+        cp_async_wait_group(0);
+        __syncthreads(); /* this tile is there, and nobody is at the one before */
+        const prefill_place after = find_prefill_key(p, g, list, next + PREFILL_N, end);
+        if (PREFILL_BUFFERS == 1) {
+            load_prefill_keys(v, shared, slot, 1, first, end, aligned);
+        } else if (next < end) {
+            load_prefill_keys(k + other * PREFILL_N * PREFILL_K_PITCH, shared, slot ^ 1, 0, next,
+                              end, aligned);
+            load_prefill_keys(v + other * PREFILL_N * PREFILL_V_PITCH, shared, slot ^ 1, 1, next,
+                              end, aligned);
+        }
+        cp_async_commit_group();
+        const char *q = shared + PREFILL_Q_AT + (int)threadIdx.x / WARP * 16 * PREFILL_Q_PITCH;
+        const char *keys = k + here * PREFILL_N * PREFILL_K_PITCH;
+        if (tiles == 2)
+            multiply_keys(q, keys, s, PREFILL_WARP_TILES);
+        else if (tiles == 1)
+            multiply_keys(q, keys, s, 1);
+        if (PREFILL_BUFFERS == 1) {
+            cp_async_wait_group(0);
+            __syncthreads(); /* the values are there, and nobody is at the keys */
+            if (next < end) load_prefill_keys(k, shared, slot ^ 1, 0, next, end, aligned);
+            cp_async_commit_group();
+        }
+        const char *values = v + here * PREFILL_N * PREFILL_V_PITCH;
+        if (tiles == 2)
+            add_tile(c, w, g, plain, first, shared, slot, values, s, o, max, sum,
+                     PREFILL_WARP_TILES);
+        else if (tiles == 1)
+            add_tile(c, w, g, plain, first, shared, slot, values, s, o, max, sum, 1);
+        if (SPARSE) __syncthreads(); /* nobody looks at this tile's positions */
+        note_prefill_key(p, after, list, w->kv_head, slot, shared);
+    }
+    __syncthreads();
+    if (tiles == 2)
+        store_prefill_rows(c, w, o, max, sum, shared, PREFILL_WARP_TILES);
+    else if (tiles == 1)
+        store_prefill_rows(c, w, o, max, sum, shared, 1);
+    __syncthreads();
+}
+
+#endif
