@@ -18,7 +18,8 @@ enum {
     PREFILL_V_PITCH = PREFILL_PITCH(HEAD_DIM_VO, PREFILL_KV),
     PREFILL_KEYS_MOST = 64,
     /* where things are in shared memory */
-    PREFILL_ADDRESSES_AT = PREFILL_ROWS * PREFILL_ROW_BYTES,
+    PREFILL_ROWS_AT = PREFILL_ITEM_BYTES,
+    PREFILL_ADDRESSES_AT = PREFILL_ROWS_AT + PREFILL_ROWS * PREFILL_ROW_BYTES,
     PREFILL_POSITIONS_AT = PREFILL_ADDRESSES_AT + 2 * 2 * PREFILL_KEYS_MOST * 8,
     PREFILL_Q_AT = PREFILL_NOTES(HEAD_DIM_VO),
     PREFILL_K_AT = PREFILL_Q_AT + PREFILL_ROWS * PREFILL_Q_PITCH,
@@ -26,6 +27,57 @@ enum {
 };
 _Static_assert(THREADS == 128, "4 warps, and two threads a key");
 _Static_assert(PREFILL_KV == 2 || PREFILL_N % 32 == 0, "8-bit keys are read 32 at a time");
+
+/* ---- the item ----------------------------------------------------------------------------- */
+
+/* What is needed of it now and then stays here, since o and scores leave few registers. */
+typedef struct prefill_item_notes {
+    qi_work work;
+    qi_group group;
+    /* Keys [plain_begin, plain_end) of the group's list are seen by all rows, as far as causality, windows
+     * and the end of the item's keys go. */
+    int plain_begin, plain_end;
+    int aligned; /* can rows of keys be copied 16 bytes at a time? */
+} prefill_item_notes;
+_Static_assert(sizeof(prefill_item_notes) <= PREFILL_ITEM_BYTES, "as launched");
+
+QI_INLINE const prefill_item_notes *prefill_noted(const char *shared)
+{
+    return (const prefill_item_notes *)shared;
+}
+
+QI_INLINE int prefill_is_aligned(const attention_params *p)
+{
+    i64 all = (i64)p->k | (i64)p->v;
+    if (PAGE_SIZE > 0) all |= (p->k_stride[0] | p->v_stride[0]) * PREFILL_KV;
+    if (PAGE_SIZE != 1) all |= (p->k_stride[1] | p->v_stride[1]) * PREFILL_KV;
+    if (p->num_kv_heads > 1) all |= (p->k_stride[2] | p->v_stride[2]) * PREFILL_KV;
+    return (all & 15) == 0;
+}
+
+/* By one thread. */
+QI_INLINE void note_prefill_item(const attention_params *p, const qi_work *w, char *shared)
+{
+    prefill_item_notes *n = (prefill_item_notes *)shared;
+    const qi_group g = p->plan.groups[w->group];
+    i64 lowest = g.pos_first, highest = g.pos_last;
+    if (!MIXED || !(g.flags & QI_GROUP_MIXED)) {
+        lowest += w->row_begin - g.row_begin;
+        highest = lowest + w->num_rows - 1;
+    }
+    lowest -= g.kv_offset, highest -= g.kv_offset;
+    i64 begin = w->kv_begin, end = w->kv_end;
+    if (CAUSAL && lowest + 1 < end) end = lowest + 1;
+    if (WINDOW && p->window_right >= 0 && lowest + p->window_right + 1 < end)
+        end = lowest + p->window_right + 1;
+    if (WINDOW && p->window_left >= 0 && highest - p->window_left > begin)
+        begin = highest - p->window_left;
+    n->work = *w;
+    n->group = g;
+    n->plain_begin = (int)(begin < w->kv_end ? begin : w->kv_end);
+    n->plain_end = (int)(end > w->kv_begin ? end : w->kv_begin);
+    n->aligned = prefill_is_aligned(p);
+}
 
 /* ---- rows --------------------------------------------------------------------------------- */
 
@@ -35,6 +87,11 @@ typedef struct prefill_row {
     float scale; /* of its logits, in natural units; not 0, so that -infinity times it is not NaN */
 } prefill_row;
 _Static_assert(sizeof(prefill_row) == PREFILL_ROW_BYTES, "as launched");
+
+QI_INLINE const prefill_row *prefill_rows_of(const char *shared)
+{
+    return (const prefill_row *)(shared + PREFILL_ROWS_AT);
+}
 
 QI_INLINE int prefill_head(const qi_work *w, int m)
 {
@@ -51,7 +108,7 @@ QI_INLINE void note_prefill_rows(const attention_cuda_params *c, const qi_work *
     r.row = row_at(&c->at, w->row_begin + m / GROUP_SIZE);
     r.scale = c->sm_scale * qi_scale_at(&c->q_scale, head) * qi_scale_at(&c->k_scale, w->kv_head);
     if (r.scale == 0.f) r.scale = 1e-30f;
-    ((prefill_row *)shared)[tid] = r;
+    ((prefill_row *)(shared + PREFILL_ROWS_AT))[tid] = r;
 }
 
 /* ---- queries ------------------------------------------------------------------------------ */
@@ -96,7 +153,7 @@ QI_INLINE void load_prefill_queries(const attention_cuda_params *c, const qi_wor
         const int b = real ? PAIR_SECOND(pair, HEAD_DIM_QK) : 2 * pair + 1;
         qi_pair x = {0.f, 0.f};
         if (m < all && real) {
-            const prefill_row *r = (const prefill_row *)shared + m;
+            const prefill_row *r = prefill_rows_of(shared) + m;
             const int head = prefill_head(w, m);
             const i64 at = r->row.token * p->q_stride[0] + head * p->q_stride[1];
             x.x = qi_load1(qi_at(p->q, DTYPE_Q, at + a), DTYPE_Q);
@@ -123,7 +180,7 @@ QI_INLINE void load_prefill_queries(const attention_cuda_params *c, const qi_wor
 #pragma unroll 4
     for (int i = (int)threadIdx.x; i < PREFILL_ROWS * pieces; i += THREADS) {
         const int m = i / pieces, d = i % pieces * 8, there = m < all && d < HEAD_DIM_QK;
-        const prefill_row *r = (const prefill_row *)shared + m;
+        const prefill_row *r = prefill_rows_of(shared) + m;
         const i64 at = r->row.token * p->q_stride[0] + prefill_head(w, m) * p->q_stride[1] + d;
         const char *from = qi_at(p->q, DTYPE_Q, at);
         char *to = shared + PREFILL_Q_AT + m * PREFILL_Q_PITCH;
@@ -152,55 +209,48 @@ QI_INLINE int *prefill_positions(char *shared, int slot)
     return (int *)(shared + PREFILL_POSITIONS_AT) + slot * PREFILL_KEYS_MOST;
 }
 
-/* Where this thread's key of the tile at `first` is: what has to be read for it, long before it is needed.
- * Past the last key: that one. */
-typedef struct prefill_place {
-    int in_list, page, position;
-} prefill_place;
-
-QI_INLINE prefill_place find_prefill_key(const attention_params *p, const qi_group *g, int kv_begin,
-                                         int first, int end)
+/* This thread's key of the tile at `first`, as it stands in the list; past the last key: that one. */
+QI_INLINE int prefill_key_index(int first, int end)
 {
-    const int mine = first + (int)threadIdx.x % PREFILL_KEYS_MOST;
-    const int index = mine < end ? mine : end - 1;
-    prefill_place at = {index, 0, 0};
-    if (SPARSE) {
-        at.position = g->kv_offset + index;
-        if (g->flags & QI_GROUP_SPARSE)
-            at.position = at.in_list =
-                p->bsr_indices[g->block_begin + index / p->bsr_cols] * p->bsr_cols +
-                index % p->bsr_cols;
-    }
-#if PAGE_SIZE > 0
-    at.page = p->plan.pages[kv_begin + at.in_list / PAGE_SIZE];
-#endif
-    return at;
+    const int index = first + (int)threadIdx.x % PREFILL_KEYS_MOST;
+    return index < end ? index : end - 1;
 }
 
-QI_INLINE void note_prefill_key(const attention_params *p, prefill_place at, int kv_begin,
-                                int kv_head, int slot, char *shared)
+/* The same counted from the request's first key. */
+QI_INLINE int prefill_key_in_list(const attention_params *p, const qi_group *g, int index)
+{
+    if (!SPARSE || !(g->flags & QI_GROUP_SPARSE)) return index;
+    return p->bsr_indices[g->block_begin + index / p->bsr_cols] * p->bsr_cols + index % p->bsr_cols;
+}
+
+/* The page of this thread's key: what has to be read before it is needed. */
+QI_INLINE int find_prefill_page(const attention_params *p, const qi_group *g, int first, int end)
+{
+#if PAGE_SIZE > 0
+    const int in_list = prefill_key_in_list(p, g, prefill_key_index(first, end));
+    return p->plan.pages[g->kv_begin + in_list / PAGE_SIZE];
+#else
+    return 0;
+#endif
+}
+
+QI_INLINE void note_prefill_key(const attention_params *p, const qi_group *g, int kv_head,
+                                int first, int end, int page, int slot, char *shared)
 {
     const int key = (int)threadIdx.x % PREFILL_KEYS_MOST;
     const int is_v = (int)threadIdx.x / PREFILL_KEYS_MOST;
+    const int index = prefill_key_index(first, end), in_list = prefill_key_in_list(p, g, index);
     const i64 *stride = is_v ? p->v_stride : p->k_stride;
     i64 offset = kv_head * stride[2];
 #if PAGE_SIZE > 0
-    offset += at.page * stride[0] + at.in_list % PAGE_SIZE * stride[1];
+    offset += page * stride[0] + in_list % PAGE_SIZE * stride[1];
 #else
-    offset += ((i64)kv_begin + at.in_list) * stride[1];
+    offset += ((i64)g->kv_begin + in_list) * stride[1];
 #endif
     prefill_addresses(shared, slot, is_v)[key] = qi_at(is_v ? p->v : p->k, DTYPE_KV, offset);
-    if (SPARSE && !is_v) prefill_positions(shared, slot)[key] = at.position;
-}
-
-/* Can rows of keys be copied 16 bytes at a time? */
-QI_INLINE int prefill_is_aligned(const attention_params *p)
-{
-    i64 all = (i64)p->k | (i64)p->v;
-    if (PAGE_SIZE > 0) all |= (p->k_stride[0] | p->v_stride[0]) * PREFILL_KV;
-    if (PAGE_SIZE != 1) all |= (p->k_stride[1] | p->v_stride[1]) * PREFILL_KV;
-    if (p->num_kv_heads > 1) all |= (p->k_stride[2] | p->v_stride[2]) * PREFILL_KV;
-    return (all & 15) == 0;
+    if (SPARSE && !is_v)
+        prefill_positions(shared, slot)[key] =
+            g->flags & QI_GROUP_SPARSE ? in_list : g->kv_offset + index;
 }
 
 /* The first `bytes` of 16, element by element, then zeros. */
@@ -222,30 +272,68 @@ QI_INLINE int prefill_chunk_bytes(int chunk, const int dim)
     return dim % 16 == 0 ? 16 : left < 0 ? 0 : left < 16 ? left : 16;
 }
 
-/* k or v of a slot's keys that stand before `end`, the first of them at `first`; zeros past them. */
-QI_INLINE void load_prefill_keys(char *to, char *shared, int slot, const int is_v, int first,
-                                 int end, int aligned)
+/* k or v of a slot's keys that stand before `end`, the first of them at `first`; zeros past them. all: there
+ * is none past them. */
+QI_INLINE void copy_prefill_keys(char *to, char *shared, int slot, const int is_v, int first,
+                                 int end, const int all)
 {
     const int dim = is_v ? HEAD_DIM_VO : HEAD_DIM_QK;
     const int pitch = is_v ? PREFILL_V_PITCH : PREFILL_K_PITCH;
-    const u32 chunks = (u32)(dim + 15) / 16 * PREFILL_KV, all = PREFILL_N * chunks;
+    const int chunks = (dim + 15) / 16 * PREFILL_KV, count = PREFILL_N * chunks;
+    const int tid = (int)threadIdx.x, even = THREADS % chunks == 0; /* a thread has one chunk */
     const char *const *address = prefill_addresses(shared, slot, is_v);
-    if (aligned) {
+    enum { BATCH = PREFILL_BUFFERS == 2 ? 8 : 4 }; /* addresses first: waiting for each is slow */
 #pragma unroll
-        for (u32 i = 0; i < (all + THREADS - 1) / THREADS; i++) {
-            const u32 at = i * THREADS + threadIdx.x, key = at / chunks, chunk = at % chunks;
-            if (all % THREADS != 0 && at >= all) break;
-            const int bytes = first + (int)key < end ? prefill_chunk_bytes((int)chunk, dim) : 0;
-            cp_async_16(to + key * pitch + chunk * 16, address[key] + chunk * 16, (u32)bytes);
+    for (int first_of = 0; first_of < count; first_of += BATCH * THREADS) {
+        const char *from[BATCH];
+        int key[BATCH], chunk[BATCH];
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+            const int base = first_of + i * THREADS, at = base + tid;
+            key[i] = even ? tid / chunks + base / chunks : at / chunks;
+            chunk[i] = even ? tid % chunks : at % chunks;
+            if (base < count) from[i] = address[key[i]] + chunk[i] * 16;
         }
-        return;
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+            const int base = first_of + i * THREADS, there = prefill_chunk_bytes(chunk[i], dim);
+            if (base + THREADS <= count || base + tid < count)
+                cp_async_16(to + key[i] * pitch + chunk[i] * 16, from[i],
+                            all || first + key[i] < end ? (u32)there : 0);
+        }
     }
+}
+
+QI_INLINE void load_prefill_keys(char *to, char *shared, int slot, const int is_v, int first)
+{
+    const int end = prefill_noted(shared)->work.kv_end, aligned = prefill_noted(shared)->aligned;
+    const int dim = is_v ? HEAD_DIM_VO : HEAD_DIM_QK;
+    const int pitch = is_v ? PREFILL_V_PITCH : PREFILL_K_PITCH;
+    const int chunks = (dim + 15) / 16 * PREFILL_KV;
+    if (aligned && first + PREFILL_N <= end) {
+        copy_prefill_keys(to, shared, slot, is_v, first, end, 1);
+    } else if (aligned) {
+        copy_prefill_keys(to, shared, slot, is_v, first, end, 0);
+    } else {
 #pragma unroll 1
-    for (u32 at = threadIdx.x; at < all; at += THREADS) {
-        const u32 key = at / chunks, chunk = at % chunks;
-        const int bytes = first + (int)key < end ? prefill_chunk_bytes((int)chunk, dim) : 0;
-        copy_elements(to + key * pitch + chunk * 16, address[key] + chunk * 16, bytes);
+        for (int at = (int)threadIdx.x; at < PREFILL_N * chunks; at += THREADS) {
+            const int key = at / chunks, chunk = at % chunks;
+            copy_elements(to + key * pitch + chunk * 16,
+                          prefill_addresses(shared, slot, is_v)[key] + chunk * 16,
+                          first + key < end ? prefill_chunk_bytes(chunk, dim) : 0);
+        }
     }
+}
+
+/* The tile at `first`, the slot's, into the buffer of that slot; where there is one buffer, its keys. */
+QI_INLINE void load_prefill_tile(char *shared, int slot, int first)
+{
+    const int buffer = PREFILL_BUFFERS == 2 ? slot : 0;
+    load_prefill_keys(shared + PREFILL_K_AT + buffer * PREFILL_N * PREFILL_K_PITCH, shared, slot, 0,
+                      first);
+    if (PREFILL_BUFFERS == 2)
+        load_prefill_keys(shared + PREFILL_V_AT + buffer * PREFILL_N * PREFILL_V_PITCH, shared,
+                          slot, 1, first);
 }
 
 #endif

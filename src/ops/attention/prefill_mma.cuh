@@ -106,17 +106,20 @@ QI_INLINE void cap_scores(float cap, const prefill_row *rows, prefill_scores s, 
 }
 
 /* Hides from each row what it does not see of the tile at key `first`. */
-QI_INLINE void mask_scores(const attention_params *p, const qi_group *g, int first, int end,
-                           const prefill_row *rows, prefill_scores s, const int tiles)
+QI_INLINE void mask_scores(const attention_params *p, int first, const char *shared,
+                           prefill_scores s, const int tiles)
 {
+    const prefill_item_notes *n = prefill_noted(shared);
+    const prefill_row *rows = prefill_rows_of(shared);
     const int column = (int)threadIdx.x % 4 * 2;
 #pragma unroll
     for (int t = 0; t < tiles; t++)
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             /* the row itself, and keys from low to high, as numbers of the tile's */
-            const i64 own = (i64)rows[prefill_row_index(t, h)].row.position - g->kv_offset - first;
-            i64 low = 0, high = end - 1 - first;
+            const i64 own =
+                (i64)rows[prefill_row_index(t, h)].row.position - n->group.kv_offset - first;
+            i64 low = 0, high = n->work.kv_end - 1 - first;
             if (CAUSAL && own < high) high = own;
             if (WINDOW && p->window_right >= 0 && own + p->window_right < high)
                 high = own + p->window_right;
@@ -133,11 +136,12 @@ QI_INLINE void mask_scores(const attention_params *p, const qi_group *g, int fir
 }
 
 /* Scores of every feature; 8 keys at a time, for which the others move on, since this is long. */
-QI_INLINE void general_prefill_scores(const attention_cuda_params *c, const qi_work *w,
-                                      const qi_group *g, int first, char *shared, int slot,
-                                      prefill_scores s, const int tiles)
+QI_INLINE void general_prefill_scores(const attention_cuda_params *c, int first, const char *shared,
+                                      int slot, prefill_scores s, const int tiles)
 {
-    const prefill_row *rows = (const prefill_row *)shared;
+    const prefill_row *rows = prefill_rows_of(shared);
+    const qi_work *w = &prefill_noted(shared)->work;
+    const qi_group *g = &prefill_noted(shared)->group;
 #pragma unroll 1
     for (int n = 0; n < PREFILL_S; n++) {
 #pragma unroll
@@ -147,7 +151,7 @@ QI_INLINE void general_prefill_scores(const attention_cuda_params *c, const qi_w
             float x = SOFTMAX ? -QI_INFINITY : 0.f;
             if (index < w->kv_end) {
                 const int kv_pos =
-                    SPARSE ? prefill_positions(shared, slot)[key] : g->kv_offset + index;
+                    SPARSE ? prefill_positions((char *)shared, slot)[key] : g->kv_offset + index;
                 x = score(c, g, rows[m].row, prefill_head(w, m), index, kv_pos, s[t][0][i % 4],
                           fabsf(rows[m].scale));
             }
@@ -301,9 +305,10 @@ QI_INLINE void store_piece(const attention_cuda_params *c, const prefill_row *r,
 }
 
 /* The staged 16 rows of the warp's tile t: to o, or to partial rows. */
-QI_INLINE void store_staged(const attention_cuda_params *c, const qi_work *w, const char *shared,
-                            const char *stage, int t)
+QI_INLINE void store_staged(const attention_cuda_params *c, const char *shared, const char *stage,
+                            int t)
 {
+    const qi_work *w = &prefill_noted(shared)->work;
     const attention_params *p = &c->at;
     const int all = w->num_rows * GROUP_SIZE, pieces = HEAD_DIM_VO / 8;
     const int size = qi_size_of(DTYPE_O), unit = size == 1 ? 8 : 16;
@@ -316,18 +321,19 @@ QI_INLINE void store_staged(const attention_cuda_params *c, const qi_work *w, co
         float x[8];
         qi_load(x, stage + row * PREFILL_STAGE_PITCH + d * 4, QI_F32, 8);
         if (w->slot < 0)
-            store_piece(c, (const prefill_row *)shared + m, prefill_head(w, m), d, x, aligned);
+            store_piece(c, prefill_rows_of(shared) + m, prefill_head(w, m), d, x, aligned);
         else
             qi_store(p->plan.o_partial + ((i64)w->slot + m) * HEAD_DIM_VO + d, x, QI_F32, 8);
     }
 }
 
 /* Completes the warp's rows. */
-QI_INLINE void store_prefill_rows(const attention_cuda_params *c, const qi_work *w, prefill_sums o,
+QI_INLINE void store_prefill_rows(const attention_cuda_params *c, prefill_sums o,
                                   const prefill_of_rows max, prefill_of_rows sum, char *shared,
                                   const int tiles)
 {
     const attention_params *p = &c->at;
+    const qi_work *w = &prefill_noted(shared)->work;
     const int all = w->num_rows * GROUP_SIZE, first = threadIdx.x % 4 == 0;
     char *stage = shared + PREFILL_Q_AT + (int)threadIdx.x / WARP * 16 * PREFILL_STAGE_PITCH;
 #pragma unroll
@@ -342,7 +348,7 @@ QI_INLINE void store_prefill_rows(const attention_cuda_params *c, const qi_work 
             norm[h] = !SOFTMAX ? 1.f : seen ? 1.f / total : 0.f;
             if (m >= all) continue;
             if (w->slot < 0)
-                norm[h] = finish_row(c, ((const prefill_row *)shared)[m].row, prefill_head(w, m),
+                norm[h] = finish_row(c, prefill_rows_of(shared)[m].row, prefill_head(w, m),
                                      max[t][h], total, first);
             else if (first)
                 p->plan.lse_partial[(i64)w->slot + m] =
@@ -350,51 +356,26 @@ QI_INLINE void store_prefill_rows(const attention_cuda_params *c, const qi_work 
         }
         stage_output(o[t], norm, stage);
         __syncwarp();
-        store_staged(c, w, shared, stage, t);
+        store_staged(c, shared, stage, t);
         __syncwarp();
     }
 }
 
 /* ---- the tile ----------------------------------------------------------------------------- */
 
-/* Keys [begin, end) of the group's list are seen by all rows of an item as far as causality, windows and
- * the end of the item's keys go. */
-typedef struct plain_keys {
-    int begin, end;
-} plain_keys;
-
-QI_INLINE plain_keys find_plain_keys(const attention_params *p, const qi_work *w, const qi_group *g)
-{
-    i64 lowest = g->pos_first, highest = g->pos_last;
-    if (!MIXED || !(g->flags & QI_GROUP_MIXED)) {
-        lowest += w->row_begin - g->row_begin;
-        highest = lowest + w->num_rows - 1;
-    }
-    i64 begin = w->kv_begin, end = w->kv_end;
-    if (CAUSAL && lowest - g->kv_offset + 1 < end) end = lowest - g->kv_offset + 1;
-    if (WINDOW && p->window_right >= 0 && lowest + p->window_right - g->kv_offset + 1 < end)
-        end = lowest + p->window_right - g->kv_offset + 1;
-    if (WINDOW && p->window_left >= 0 && highest - p->window_left - g->kv_offset > begin)
-        begin = highest - p->window_left - g->kv_offset;
-    const plain_keys of = {(int)(begin < w->kv_end ? begin : w->kv_end),
-                           (int)(end > w->kv_begin ? end : w->kv_begin)};
-    return of;
-}
-
 /* From products of the tile of keys at `first` to its part of o. */
-QI_INLINE void add_tile(const attention_cuda_params *c, const qi_work *w, const qi_group *g,
-                        plain_keys plain, int first, char *shared, int slot, const char *v,
-                        prefill_scores s, prefill_sums o, prefill_of_rows max, prefill_of_rows sum,
-                        const int tiles)
+QI_INLINE void add_tile(const attention_cuda_params *c, int first, const char *shared, int slot,
+                        const char *v, prefill_scores s, prefill_sums o, prefill_of_rows max,
+                        prefill_of_rows sum, const int tiles)
 {
-    const attention_params *p = &c->at;
-    const prefill_row *rows = (const prefill_row *)shared;
+    const prefill_item_notes *n = prefill_noted(shared);
+    const prefill_row *rows = prefill_rows_of(shared);
     if (PREFILL_GENERAL) {
-        general_prefill_scores(c, w, g, first, shared, slot, s, tiles);
+        general_prefill_scores(c, first, shared, slot, s, tiles);
     } else {
-        if (SOFT_CAP) cap_scores(p->logits_soft_cap, rows, s, tiles);
-        if (first < plain.begin || first + PREFILL_N > plain.end)
-            mask_scores(p, g, first, w->kv_end, rows, s, tiles);
+        if (SOFT_CAP) cap_scores(c->at.logits_soft_cap, rows, s, tiles);
+        if (first < n->plain_begin || first + PREFILL_N > n->plain_end)
+            mask_scores(&c->at, first, shared, s, tiles);
     }
     if (SOFTMAX) {
         prefill_of_rows scale;
@@ -410,76 +391,73 @@ QI_INLINE void add_tile(const attention_cuda_params *c, const qi_work *w, const 
     multiply_values(v, s, o, tiles);
 }
 
-/* One work item of one KV head, by all threads. w may lie in global or shared memory (not in what is handed
- * over); that, PREFILL_SHARED_BYTES, is free afterwards. */
-QI_INLINE void prefill_item(const attention_cuda_params *c, const qi_work *w, char *shared)
+/* The item's keys, tile by tile, and then results, by a warp that has rows in `tiles` tiles of 16, or none:
+ * then it helps to load. Notes, queries and the first keys are on their way. */
+QI_INLINE void walk_keys(const attention_cuda_params *c, char *shared, const int tiles)
 {
     const attention_params *p = &c->at;
-    const qi_group *g = &p->plan.groups[w->group];
-    const int end = w->kv_end, list = g->kv_begin, aligned = prefill_is_aligned(p);
-    const int below = w->num_rows * GROUP_SIZE - (int)threadIdx.x / WARP * 16;
-    const int tiles = PREFILL_WARP_TILES == 2 && below > 64 ? 2 : below > 0; /* that have rows */
-    const plain_keys plain = find_plain_keys(p, w, g);
-    char *k = shared + PREFILL_K_AT, *v = shared + PREFILL_V_AT;
+    const prefill_item_notes *n = prefill_noted(shared);
+    const char *q = shared + PREFILL_Q_AT + (int)threadIdx.x / WARP * 16 * PREFILL_Q_PITCH;
     prefill_scores s;
     prefill_sums o = {};
     prefill_of_rows max, sum = {};
     for (int i = 0; i < 2 * PREFILL_WARP_TILES; i++) max[i / 2][i % 2] = -QI_INFINITY;
-
-    note_prefill_rows(c, w, shared);
-    if (w->kv_begin < end)
-        for (int i = 0; i < 2; i++)
-            note_prefill_key(p, find_prefill_key(p, g, list, w->kv_begin + i * PREFILL_N, end),
-                             list, w->kv_head, i, shared);
-    __syncthreads();
-    if (w->kv_begin < end) {
-        load_prefill_keys(k, shared, 0, 0, w->kv_begin, end, aligned);
-        if (PREFILL_BUFFERS == 2) load_prefill_keys(v, shared, 0, 1, w->kv_begin, end, aligned);
-    }
-    load_prefill_queries(c, w, shared);
-    cp_async_commit_group();
-
-    for (int first = w->kv_begin, slot = 0; first < end; first += PREFILL_N, slot ^= 1) {
-        const int next = first + PREFILL_N, other = PREFILL_BUFFERS == 2 ? slot ^ 1 : 0;
+    for (int first = n->work.kv_begin, slot = 0; first < n->work.kv_end;
+         first += PREFILL_N, slot ^= 1) {
+        const int next = first + PREFILL_N, after = next + PREFILL_N;
         const int here = PREFILL_BUFFERS == 2 ? slot : 0;
+        char *k = shared + PREFILL_K_AT + here * PREFILL_N * PREFILL_K_PITCH;
+        char *v = shared + PREFILL_V_AT + here * PREFILL_N * PREFILL_V_PITCH;
         cp_async_wait_group(0);
         __syncthreads(); /* this tile is there, and nobody is at the one before */
-        const prefill_place after = find_prefill_key(p, g, list, next + PREFILL_N, end);
-        if (PREFILL_BUFFERS == 1) {
-            load_prefill_keys(v, shared, slot, 1, first, end, aligned);
-        } else if (next < end) {
-            load_prefill_keys(k + other * PREFILL_N * PREFILL_K_PITCH, shared, slot ^ 1, 0, next,
-                              end, aligned);
-            load_prefill_keys(v + other * PREFILL_N * PREFILL_V_PITCH, shared, slot ^ 1, 1, next,
-                              end, aligned);
-        }
+        const int page = find_prefill_page(p, &n->group, after, n->work.kv_end);
+        if (PREFILL_BUFFERS == 1)
+            load_prefill_keys(v, shared, slot, 1, first);
+        else if (next < n->work.kv_end)
+            load_prefill_tile(shared, slot ^ 1, next);
         cp_async_commit_group();
-        const char *q = shared + PREFILL_Q_AT + (int)threadIdx.x / WARP * 16 * PREFILL_Q_PITCH;
-        const char *keys = k + here * PREFILL_N * PREFILL_K_PITCH;
-        if (tiles == 2)
-            multiply_keys(q, keys, s, PREFILL_WARP_TILES);
-        else if (tiles == 1)
-            multiply_keys(q, keys, s, 1);
+        multiply_keys(q, k, s, tiles);
         if (PREFILL_BUFFERS == 1) {
             cp_async_wait_group(0);
             __syncthreads(); /* the values are there, and nobody is at the keys */
-            if (next < end) load_prefill_keys(k, shared, slot ^ 1, 0, next, end, aligned);
+            if (next < n->work.kv_end) load_prefill_keys(k, shared, slot ^ 1, 0, next);
             cp_async_commit_group();
         }
-        const char *values = v + here * PREFILL_N * PREFILL_V_PITCH;
-        if (tiles == 2)
-            add_tile(c, w, g, plain, first, shared, slot, values, s, o, max, sum,
-                     PREFILL_WARP_TILES);
-        else if (tiles == 1)
-            add_tile(c, w, g, plain, first, shared, slot, values, s, o, max, sum, 1);
+        if (tiles > 0) add_tile(c, first, shared, slot, v, s, o, max, sum, tiles);
         if (SPARSE) __syncthreads(); /* nobody looks at this tile's positions */
-        note_prefill_key(p, after, list, w->kv_head, slot, shared);
+        note_prefill_key(p, &n->group, n->work.kv_head, after, n->work.kv_end, page, slot, shared);
     }
     __syncthreads();
-    if (tiles == 2)
-        store_prefill_rows(c, w, o, max, sum, shared, PREFILL_WARP_TILES);
-    else if (tiles == 1)
-        store_prefill_rows(c, w, o, max, sum, shared, 1);
+    store_prefill_rows(c, o, max, sum, shared, tiles);
+}
+
+/* One work item of one KV head, by all threads. What is handed over, PREFILL_SHARED_BYTES, is free
+ * afterwards. */
+QI_INLINE void prefill_item(const attention_cuda_params *c, const qi_work *w, char *shared)
+{
+    const attention_params *p = &c->at;
+    const qi_group *g = &p->plan.groups[w->group];
+    const int last = THREADS - 1; /* it has no row where a tile has fewer */
+    if (threadIdx.x == last) note_prefill_item(p, w, shared);
+    note_prefill_rows(c, w, shared);
+    for (int i = 0; i < 2 && w->kv_begin < w->kv_end; i++) {
+        const int first = w->kv_begin + i * PREFILL_N;
+        note_prefill_key(p, g, w->kv_head, first, w->kv_end,
+                         find_prefill_page(p, g, first, w->kv_end), i, shared);
+    }
+    __syncthreads();
+    if (w->kv_begin < w->kv_end) load_prefill_tile(shared, 0, w->kv_begin);
+    load_prefill_queries(c, w, shared);
+    cp_async_commit_group();
+    /* A copy of the loop for each number of 16 rows that a warp may have; they meet at its barriers. */
+    const int below = w->num_rows * GROUP_SIZE - (int)threadIdx.x / WARP * 16;
+    if (PREFILL_WARP_TILES == 2 && below > 64)
+        walk_keys(c, shared, PREFILL_WARP_TILES);
+    else if (below > 0)
+        walk_keys(c, shared, 1);
+    else
+        walk_keys(c, shared, 0);
+    cp_async_wait_group(0); /* an item without keys */
     __syncthreads();
 }
 
