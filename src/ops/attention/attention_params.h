@@ -95,7 +95,7 @@ enum {
 #define PREFILL_FIXED(qk, vo) (PREFILL_NOTES(vo) + PREFILL_TILE_M(vo) * PREFILL_PITCH(qk, 2))
 #define PREFILL_STAGE(qk, vo, kv_bytes, keys)                                                      \
     ((keys) * (PREFILL_PITCH(qk, kv_bytes) + PREFILL_PITCH(vo, kv_bytes)))
-#define PREFILL_MOST_SHARED (113 * 1024)
+#define PREFILL_MOST_SHARED (111 * 1024)
 #define PREFILL_FITS(qk, vo, kv_bytes, keys, stages)                                               \
     (PREFILL_FIXED(qk, vo) + (stages)*PREFILL_STAGE(qk, vo, kv_bytes, keys) + 16 <=                \
      PREFILL_MOST_SHARED)

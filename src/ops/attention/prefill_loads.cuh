@@ -101,7 +101,7 @@ QI_INLINE int prefill_head(const qi_work *w, int m)
 /* Rows past the last are as it is, for what looks at all of them. */
 QI_INLINE void note_prefill_rows(const attention_cuda_params *c, const qi_work *w, char *shared)
 {
-    const int all = w->num_rows * GROUP_SIZE, tid = (int)threadIdx.x;
+    const int all = w->num_rows * GROUP_SIZE, tid = tid_x();
     if (tid >= PREFILL_ROWS) return;
     const int m = tid < all ? tid : all - 1, head = prefill_head(w, m);
     prefill_row r;
@@ -147,7 +147,7 @@ QI_INLINE void load_prefill_queries(const attention_cuda_params *c, const qi_wor
 {
     const attention_params *p = &c->at;
     const int all = w->num_rows * GROUP_SIZE, pairs = PREFILL_QK / 2;
-    for (int i = (int)threadIdx.x; i < PREFILL_ROWS * pairs; i += THREADS) {
+    for (int i = tid_x(); i < PREFILL_ROWS * pairs; i += THREADS) {
         const int m = i / pairs, pair = i % pairs, real = pair < HEAD_DIM_QK / 2;
         const int a = real ? PAIR_FIRST(pair, HEAD_DIM_QK) : 2 * pair;
         const int b = real ? PAIR_SECOND(pair, HEAD_DIM_QK) : 2 * pair + 1;
@@ -178,7 +178,7 @@ QI_INLINE void load_prefill_queries(const attention_cuda_params *c, const qi_wor
         (((i64)p->q | p->q_stride[0] * size | p->q_stride[1] * size) & (unit - 1)) == 0;
     const int same = DTYPE_Q == DTYPE_KV && PREFILL_KV == 2;
 #pragma unroll 4
-    for (int i = (int)threadIdx.x; i < PREFILL_ROWS * pieces; i += THREADS) {
+    for (int i = tid_x(); i < PREFILL_ROWS * pieces; i += THREADS) {
         const int m = i / pieces, d = i % pieces * 8, there = m < all && d < HEAD_DIM_QK;
         const prefill_row *r = prefill_rows_of(shared) + m;
         const i64 at = r->row.token * p->q_stride[0] + prefill_head(w, m) * p->q_stride[1] + d;
@@ -212,7 +212,7 @@ QI_INLINE int *prefill_positions(char *shared, int slot)
 /* This thread's key of the tile at `first`, as it stands in the list; past the last key: that one. */
 QI_INLINE int prefill_key_index(int first, int end)
 {
-    const int index = first + (int)threadIdx.x % PREFILL_KEYS_MOST;
+    const int index = first + tid_x() % PREFILL_KEYS_MOST;
     return index < end ? index : end - 1;
 }
 
@@ -237,8 +237,7 @@ QI_INLINE int find_prefill_page(const attention_params *p, const qi_group *g, in
 QI_INLINE void note_prefill_key(const attention_params *p, const qi_group *g, int kv_head,
                                 int first, int end, int page, int slot, char *shared)
 {
-    const int key = (int)threadIdx.x % PREFILL_KEYS_MOST;
-    const int is_v = (int)threadIdx.x / PREFILL_KEYS_MOST;
+    const int tid = tid_x(), key = tid % PREFILL_KEYS_MOST, is_v = tid / PREFILL_KEYS_MOST;
     const int index = prefill_key_index(first, end), in_list = prefill_key_in_list(p, g, index);
     const i64 *stride = is_v ? p->v_stride : p->k_stride;
     i64 offset = kv_head * stride[2];
@@ -254,7 +253,7 @@ QI_INLINE void note_prefill_key(const attention_params *p, const qi_group *g, in
 }
 
 /* The first `bytes` of 16, element by element, then zeros. */
-QI_INLINE void copy_elements(char *to, const char *from, int bytes)
+QI_INLINE void copy_prefill_elements(char *to, const char *from, int bytes)
 {
 #pragma unroll 1
     for (int i = 0; i < 16; i += PREFILL_KV)
@@ -277,29 +276,34 @@ QI_INLINE int prefill_chunk_bytes(int chunk, const int dim)
 QI_INLINE void copy_prefill_keys(char *to, char *shared, int slot, const int is_v, int first,
                                  int end, const int all)
 {
+    enum { BATCH = PREFILL_BUFFERS == 2 ? 8 : 4 }; /* addresses first: waiting for each is slow */
     const int dim = is_v ? HEAD_DIM_VO : HEAD_DIM_QK;
     const int pitch = is_v ? PREFILL_V_PITCH : PREFILL_K_PITCH;
     const int chunks = (dim + 15) / 16 * PREFILL_KV, count = PREFILL_N * chunks;
-    const int tid = (int)threadIdx.x, even = THREADS % chunks == 0; /* a thread has one chunk */
-    const char *const *address = prefill_addresses(shared, slot, is_v);
-    enum { BATCH = PREFILL_BUFFERS == 2 ? 8 : 4 }; /* addresses first: waiting for each is slow */
+    const int even =
+        THREADS % chunks == 0; /* a thread copies the same chunk of every so many keys */
+    const int tid = tid_x(), key = even ? tid / chunks : 0, chunk = even ? tid % chunks : 0;
+    const char *const *address = (const char *const *)prefill_addresses(shared, slot, is_v) + key;
+    char *mine = to + key * pitch + chunk * 16;
 #pragma unroll
-    for (int first_of = 0; first_of < count; first_of += BATCH * THREADS) {
+    for (int begin = 0; begin < count; begin += BATCH * THREADS) {
         const char *from[BATCH];
-        int key[BATCH], chunk[BATCH];
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
-            const int base = first_of + i * THREADS, at = base + tid;
-            key[i] = even ? tid / chunks + base / chunks : at / chunks;
-            chunk[i] = even ? tid % chunks : at % chunks;
-            if (base < count) from[i] = address[key[i]] + chunk[i] * 16;
+            const int base = begin + i * THREADS, at = base + tid;
+            if (base >= count) break;
+            from[i] = even ? address[base / chunks] + chunk * 16
+                           : address[at / chunks] + at % chunks * 16;
         }
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
-            const int base = first_of + i * THREADS, there = prefill_chunk_bytes(chunk[i], dim);
-            if (base + THREADS <= count || base + tid < count)
-                cp_async_16(to + key[i] * pitch + chunk[i] * 16, from[i],
-                            all || first + key[i] < end ? (u32)there : 0);
+            const int base = begin + i * THREADS, at = base + tid;
+            if (base >= count) break;
+            const int of = even ? base / chunks + key : at / chunks;
+            const int there = prefill_chunk_bytes(even ? chunk : at % chunks, dim);
+            char *place = even ? mine + base / chunks * pitch : to + of * pitch + at % chunks * 16;
+            if (base + THREADS <= count || at < count)
+                cp_async_16(place, from[i], all || first + of < end ? (u32)there : 0);
         }
     }
 }
@@ -316,11 +320,11 @@ QI_INLINE void load_prefill_keys(char *to, char *shared, int slot, const int is_
         copy_prefill_keys(to, shared, slot, is_v, first, end, 0);
     } else {
 #pragma unroll 1
-        for (int at = (int)threadIdx.x; at < PREFILL_N * chunks; at += THREADS) {
+        for (int at = tid_x(); at < PREFILL_N * chunks; at += THREADS) {
             const int key = at / chunks, chunk = at % chunks;
-            copy_elements(to + key * pitch + chunk * 16,
-                          prefill_addresses(shared, slot, is_v)[key] + chunk * 16,
-                          first + key < end ? prefill_chunk_bytes(chunk, dim) : 0);
+            copy_prefill_elements(to + key * pitch + chunk * 16,
+                                  prefill_addresses(shared, slot, is_v)[key] + chunk * 16,
+                                  first + key < end ? prefill_chunk_bytes(chunk, dim) : 0);
         }
     }
 }

@@ -36,7 +36,8 @@ typedef float prefill_of_rows[PREFILL_WARP_TILES][2]; /* of rows g and g + 8 */
 /* Of a warp's 16 rows number t, the one that is this lane's h-th. */
 QI_INLINE int prefill_row_index(int t, int h)
 {
-    return t * 64 + (int)threadIdx.x / WARP * 16 + h * 8 + (int)threadIdx.x % WARP / 4;
+    const int tid = tid_x();
+    return t * 64 + tid / WARP * 16 + h * 8 + tid % WARP / 4;
 }
 
 QI_INLINE void prefill_mma(float d[4], const u32 a[4], u32 b0, u32 b1)
@@ -60,7 +61,7 @@ QI_INLINE u32 prefill_widen(u32 bits)
 /* s = q k^T of the tile at k; q: of the warp's first row. */
 QI_INLINE void multiply_keys(const char *q, const char *k, prefill_scores s, const int tiles)
 {
-    const int lane = threadIdx.x % WARP;
+    const int lane = tid_x() % WARP;
     q += lane % 16 * PREFILL_Q_PITCH + lane / 16 * 16;
     k += PREFILL_KV == 2 ? (lane / 16 * 8 + lane % 8) * PREFILL_K_PITCH + lane / 8 % 2 * 16
                          : lane * PREFILL_K_PITCH;
@@ -111,7 +112,7 @@ QI_INLINE void mask_scores(const attention_params *p, int first, const char *sha
 {
     const prefill_item_notes *n = prefill_noted(shared);
     const prefill_row *rows = prefill_rows_of(shared);
-    const int column = (int)threadIdx.x % 4 * 2;
+    const int column = tid_x() % 4 * 2;
 #pragma unroll
     for (int t = 0; t < tiles; t++)
 #pragma unroll
@@ -232,7 +233,7 @@ QI_INLINE void weigh_scores(const prefill_of_rows scale, const prefill_of_rows m
 QI_INLINE void multiply_values(const char *v, const prefill_scores s, prefill_sums o,
                                const int tiles)
 {
-    const int lane = threadIdx.x % WARP;
+    const int lane = tid_x() % WARP;
     v += lane % 16 * PREFILL_V_PITCH + lane / 16 * 16;
 #pragma unroll
     for (int k = 0; k < PREFILL_N; k += 16) {
@@ -267,7 +268,7 @@ QI_INLINE void multiply_values(const char *v, const prefill_scores s, prefill_su
 /* The lane's part of 16 rows of o, multiplied, as rows of f32 in shared memory. */
 QI_INLINE void stage_output(const float o[PREFILL_O][4], const float norm[2], char *stage)
 {
-    const int lane = threadIdx.x % WARP;
+    const int lane = tid_x() % WARP;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         char *row = stage + (lane / 4 + 8 * h) * PREFILL_STAGE_PITCH;
@@ -295,7 +296,8 @@ QI_INLINE void store_piece(const attention_cuda_params *c, const prefill_row *r,
     aligned = 0;
 #endif
     if (!aligned) {
-        for (int i = 0; i < 8; i++) store_output(c, r->row, head, d + i, x[i]);
+        store_outputs(c, r->row, head, d, x);
+        store_outputs(c, r->row, head, d + 4, x + 4);
         return;
     }
     const float scale = qi_scale_at(&c->o_scale, head);
@@ -314,9 +316,10 @@ QI_INLINE void store_staged(const attention_cuda_params *c, const char *shared, 
     const int size = qi_size_of(DTYPE_O), unit = size == 1 ? 8 : 16;
     const int aligned =
         (((i64)p->o | p->o_stride[0] * size | p->o_stride[1] * size) & (unit - 1)) == 0;
-    for (int i = (int)threadIdx.x % WARP; i < 16 * pieces; i += WARP) {
+    const int tid = tid_x();
+    for (int i = tid % WARP; i < 16 * pieces; i += WARP) {
         const int row = i / pieces, d = i % pieces * 8;
-        const int m = t * 64 + (int)threadIdx.x / WARP * 16 + row;
+        const int m = t * 64 + tid / WARP * 16 + row;
         if (m >= all) break;
         float x[8];
         qi_load(x, stage + row * PREFILL_STAGE_PITCH + d * 4, QI_F32, 8);
@@ -334,8 +337,8 @@ QI_INLINE void store_prefill_rows(const attention_cuda_params *c, prefill_sums o
 {
     const attention_params *p = &c->at;
     const qi_work *w = &prefill_noted(shared)->work;
-    const int all = w->num_rows * GROUP_SIZE, first = threadIdx.x % 4 == 0;
-    char *stage = shared + PREFILL_Q_AT + (int)threadIdx.x / WARP * 16 * PREFILL_STAGE_PITCH;
+    const int tid = tid_x(), all = w->num_rows * GROUP_SIZE, first = tid % 4 == 0;
+    char *stage = shared + PREFILL_Q_AT + tid / WARP * 16 * PREFILL_STAGE_PITCH;
 #pragma unroll
     for (int t = 0; t < tiles; t++) {
         float norm[2];
@@ -397,7 +400,7 @@ QI_INLINE void walk_keys(const attention_cuda_params *c, char *shared, const int
 {
     const attention_params *p = &c->at;
     const prefill_item_notes *n = prefill_noted(shared);
-    const char *q = shared + PREFILL_Q_AT + (int)threadIdx.x / WARP * 16 * PREFILL_Q_PITCH;
+    const char *q = shared + PREFILL_Q_AT + tid_x() / WARP * 16 * PREFILL_Q_PITCH;
     prefill_scores s;
     prefill_sums o = {};
     prefill_of_rows max, sum = {};
@@ -438,7 +441,7 @@ QI_INLINE void prefill_item(const attention_cuda_params *c, const qi_work *w, ch
     const attention_params *p = &c->at;
     const qi_group *g = &p->plan.groups[w->group];
     const int last = THREADS - 1; /* it has no row where a tile has fewer */
-    if (threadIdx.x == last) note_prefill_item(p, w, shared);
+    if (tid_x() == last) note_prefill_item(p, w, shared);
     note_prefill_rows(c, w, shared);
     for (int i = 0; i < 2 && w->kv_begin < w->kv_end; i++) {
         const int first = w->kv_begin + i * PREFILL_N;
@@ -450,7 +453,7 @@ QI_INLINE void prefill_item(const attention_cuda_params *c, const qi_work *w, ch
     load_prefill_queries(c, w, shared);
     cp_async_commit_group();
     /* A copy of the loop for each number of 16 rows that a warp may have; they meet at its barriers. */
-    const int below = w->num_rows * GROUP_SIZE - (int)threadIdx.x / WARP * 16;
+    const int below = w->num_rows * GROUP_SIZE - tid_x() / WARP * 16;
     if (PREFILL_WARP_TILES == 2 && below > 64)
         walk_keys(c, shared, PREFILL_WARP_TILES);
     else if (below > 0)
