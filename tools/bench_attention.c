@@ -21,6 +21,7 @@ typedef struct state {
     attention_problem a;
     qkv_attention *op;
     int32_t *qo_indptr, *kv_indptr, *kv_indices, *last_page_len; /* the host's */
+    int32_t *device_index[4]; /* the same for the device, where plans of it are made */
     int64_t
         io_sets; /* of q, o and lse: layers share them on the CPU, where they are hardly noticed */
     bench_array q, k, v; /* k, v: num_sets pools */
@@ -143,7 +144,7 @@ static void make_index(bench *b, state *s)
 }
 
 /* The shared keys as a level of their own, the rest as the requests'. */
-static void plan_levels(const bench *b, const state *s)
+static qkv_status plan_levels(const bench *b, const state *s)
 {
     const attention_problem *a = &s->a;
     const int64_t page = a->spec.page_size, shared = a->shared / page, batch = a->batch;
@@ -171,31 +172,44 @@ static void plan_levels(const bench *b, const state *s)
                                     .kv_indices = &t[6].t, .kv_last_page_len = &t[7].t}};
     const qkv_attention_batch levels_of = {QKV_ATTENTION_BATCH_INIT, .num_levels = 2,
                                            .levels = levels};
-    tool_check(qkv_attention_plan(s->op, &levels_of, b->stream), "qkv_attention_plan");
+    const qkv_status status = qkv_attention_plan(s->op, &levels_of, b->stream);
     data_free(indptr);
     data_free(indices);
+    return status;
 }
 
-static void plan(const bench *b, const state *s)
+/* From arrays where tensors of this device are. */
+static qkv_status plan_from(const bench *b, int32_t *const index_arrays[4], DLDevice device)
 {
+    const state *s = b->state;
     const attention_problem *a = &s->a;
-    if (a->form == FORM_LEVELS) {
-        plan_levels(b, s);
-        return;
+    const int64_t sizes[] = {a->batch + 1, a->batch + 1, a->num_pages, a->batch};
+    data_tensor t[4];
+    for (int i = 0; i < 4; i++) {
+        DATA_TENSOR(&t[i], index_arrays[i], QKV_I32, sizes[i]);
+        t[i].t.device = device;
     }
-    data_tensor qo, kv, indices, last;
-    DATA_TENSOR(&qo, s->qo_indptr, QKV_I32, a->batch + 1);
-    DATA_TENSOR(&kv, s->kv_indptr, QKV_I32, a->batch + 1);
-    DATA_TENSOR(&indices, s->kv_indices, QKV_I32, a->num_pages);
-    DATA_TENSOR(&last, s->last_page_len, QKV_I32, a->batch);
-    qkv_kv_index index = {QKV_KV_INDEX_INIT, .qo_indptr = &qo.t, .kv_indptr = &kv.t};
+    qkv_kv_index index = {QKV_KV_INDEX_INIT, .qo_indptr = &t[0].t, .kv_indptr = &t[1].t};
     if (a->spec.page_size) {
-        index.kv_indices = &indices.t;
-        index.kv_last_page_len = &last.t;
+        index.kv_indices = &t[2].t;
+        index.kv_last_page_len = &t[3].t;
     }
     const qkv_attention_batch batch = {QKV_ATTENTION_BATCH_INIT, .num_levels = 1, .levels = &index,
                                        .detect_shared_prefix = a->form == FORM_DETECT};
-    tool_check(qkv_attention_plan(s->op, &batch, b->stream), "qkv_attention_plan");
+    return qkv_attention_plan(s->op, &batch, b->stream);
+}
+
+static qkv_status plan(bench *b, bool on_device)
+{
+    state *s = b->state;
+    const attention_problem *a = &s->a;
+    int32_t *const host[] = {s->qo_indptr, s->kv_indptr, s->kv_indices, s->last_page_len};
+    const int64_t sizes[] = {a->batch + 1, a->batch + 1, a->num_pages, a->batch};
+    if (!on_device && a->form == FORM_LEVELS) return plan_levels(b, s);
+    if (!on_device) return plan_from(b, host, (DLDevice){kDLCPU, 0});
+    for (int i = 0; i < 4 && !s->device_index[3]; i++)
+        s->device_index[i] = bench_upload(b, host[i], (size_t)sizes[i] * sizeof(int32_t));
+    return plan_from(b, s->device_index, b->device);
 }
 
 static void setup(bench *b)
@@ -225,7 +239,7 @@ static void setup(bench *b)
     make_index(b, s);
     tool_check(qkv_attention_create(b->ctx, spec, &a->limits, NULL, &s->op),
                "qkv_attention_create");
-    plan(b, s);
+    tool_check(plan(b, false), "qkv_attention_plan");
 }
 
 static void pool_tensor(const bench *b, void *pool, int64_t dim, data_tensor *t)
@@ -412,6 +426,6 @@ static void compile(bench *b)
     attention_problem_destroy(&a);
 }
 
-const bench_op bench_decode = {"decode", setup, run, verify, teardown, compile};
-const bench_op bench_prefill = {"prefill", setup, run, verify, teardown, compile};
-const bench_op bench_mixed = {"mixed", setup, run, verify, teardown, compile};
+const bench_op bench_decode = {"decode", setup, run, verify, teardown, compile, plan};
+const bench_op bench_prefill = {"prefill", setup, run, verify, teardown, compile, plan};
+const bench_op bench_mixed = {"mixed", setup, run, verify, teardown, compile, plan};

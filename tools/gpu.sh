@@ -36,13 +36,15 @@ make_build() {
     cmake --build "$build" -j "$(nproc)" >>"$out/build.log" 2>&1 || { tail -20 "$out/build.log"; exit 1; }
 }
 
-# NVIDIA's libraries that the loader does not find by itself: beside nvcc, or of a Python's packages.
+# NVIDIA's libraries that the loader may not find by itself: beside nvcc, or of a Python's packages.
 find_libraries() {
-  local nvcc folders="$build"
+  local folder nvcc packages folders=$build
   nvcc=$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)
-  for folder in "$(dirname "$nvcc")/../lib64" \
-    $(python3 -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' 2>/dev/null)/nvidia/*/lib; do
-    ls "$folder"/libnvrtc.so.* "$folder"/libcublasLt.so.* >/dev/null 2>&1 && folders="$folders:$folder"
+  packages=$(python3 -c 'import nvidia; print(list(nvidia.__path__)[0])' 2>/dev/null)
+  for folder in "$(dirname "$nvcc")/../lib64" "${packages:-/none}"/*/lib; do
+    if compgen -G "$folder/libnvrtc.so.*" >/dev/null || compgen -G "$folder/libcublasLt.so.*" >/dev/null; then
+      folders=$folders:$folder
+    fi
   done
   export LD_LIBRARY_PATH="$folders${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
 }

@@ -131,6 +131,16 @@ class Tool(unittest.TestCase):
             f32_level = {"avx512_bf16": "avx512", "amx": "avx512"}.get(level, level)
             self.assertEqual(r["ceiling_name"], "fma_" + f32_level)
 
+    def test_host_figures_without_a_gpu(self):
+        lines = self.succeeds("bench", "host", QKV_NVRTC="/nonexistent").splitlines()
+        self.assertRegex(lines[0], r"^# qkv .*, cpu:\w+, kernels for sm_90a by no compiler$")
+        figures = json.loads(self.succeeds("bench", "host", "--json", QKV_NVRTC="/nonexistent"))
+        self.assertEqual((figures["op"], figures["compiler"]), ("host", ""))
+        for key in ("open_ms", "plan_us", "plan_zipf_us"):
+            self.assertGreater(figures[key], 0, key)
+        for key in ("cold_decode_ms", "cached_decode_ms", "run_decode_us", "device_plan_us"):
+            self.assertNotIn(key, figures)
+
     def test_compile_fills_a_cache_for_machines_without_nvrtc(self):
         with tempfile.TemporaryDirectory() as folder, \
                 tempfile.NamedTemporaryFile("w", suffix=".txt") as f:
