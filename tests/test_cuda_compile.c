@@ -12,7 +12,7 @@ enum { F32, F16, BF16, E4M3, E5M2, I8 };
 
 static const struct {
     const char *row;
-    i32 constants[QI_MAX_CONSTANTS];
+    i32 constants[20];
 } kernels[] = {
     {"rmsnorm.cuda", {BF16, F32, 8, 128, 4, 128, 1}},
     {"rmsnorm.cuda", {F16, F16, 8, 32, 1, 128, 0}},
@@ -30,6 +30,10 @@ static const struct {
     {"merge.cuda", {BF16, BF16, 8, 128}},
     {"merge.cuda", {F32, F16, 1, 128}},
     {"attention.cuda", {128}},
+    {"attention.mma",
+     {128, 128, 4, 16, BF16, BF16, BF16, 1, 0, 0, 0, 0, 0, 0, 8, 3, 0, 2, 128}}, /* decode */
+    {"attention.mma", {128, 128, 4, 1, BF16, E4M3, BF16, 1, 0, 0, 0, 0, 0, 0, 8, 3, 0, 2, 128}},
+    {"attention.mma", {64, 64, 1, 0, F16, F16, F16, 1, 1, 1, 1, 1, 1, 1, 16, 5, 0, 2, 128}},
     {"gemm.thin", {BF16, BF16, BF16, 8, 8, 256}},
     {"gemm.thin", {F32, F32, F16, 1, 4, 256}},
     {"gemm.tile", {BF16, F16, BF16, 1, 1, 256}},

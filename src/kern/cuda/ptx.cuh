@@ -59,6 +59,13 @@ QI_INLINE u32 hmul2_f16(u32 a, u32 b)
     return product;
 }
 
+QI_INLINE u32 hadd2_f16(u32 a, u32 b)
+{
+    u32 sum;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+    return sum;
+}
+
 /* The two 8-bit floats in the lower half of `bits` as two f16, exactly; NaN stays NaN. */
 QI_INLINE u32 e4m3x2_to_f16x2(u32 bits)
 {
@@ -80,11 +87,25 @@ QI_INLINE u32 e5m2x2_to_f16x2(u32 bits)
     return (bits & 0xff) << 8 | (bits & 0xff00) << 16;
 }
 
+/* The two signed bytes in the lower half of `bits`: as the last bits of 1024 + 128 + x. */
+QI_INLINE u32 i8x2_to_f16x2(u32 bits)
+{
+    return hadd2_f16(__byte_perm(bits ^ 0x8080, 0x64646464, 0x4140), 0xe480e480);
+}
+
 /* 2^x, within 2 units of the last place; subnormal results are 0. */
 QI_INLINE float ex2(float x)
 {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* 1 / x, within 1 unit of the last place; of a subnormal number infinity. */
+QI_INLINE float rcp(float x)
+{
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 

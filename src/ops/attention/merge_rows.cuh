@@ -1,0 +1,119 @@
+/* merge_rows.cuh - merging partial results on a GPU: o = sum_i w_i o_i / sum_i w_i with w_i = 2^(lse_i - max),
+ * over a row's pieces in key order; without a softmax their plain sum. A warp takes a row of one query head:
+ * lanes read the pieces' lse side by side, then every lane sums four dims of each piece. What other blocks
+ * wrote is read past L1.
+ * SPDX-License-Identifier: Apache-2.0 */
+#ifndef QI_ATTENTION_MERGE_ROWS_CUH
+#define QI_ATTENTION_MERGE_ROWS_CUH
+
+#include "ops/attention/rows.cuh"
+
+/* The pieces of one (row, query head) of one tile: piece i at partial row slot + i * step. */
+typedef struct pieces {
+    i64 slot;
+    int step, count;
+} pieces;
+
+QI_INLINE pieces pieces_of(const attention_params *p, const qi_merge *m, int row, int qo_head)
+{
+    const int group = p->num_qo_heads / p->num_kv_heads, head = qo_head / group - m->kv_head;
+    pieces of;
+    of.slot = m->slot + ((i64)head * m->num_rows + (row - m->row_begin)) * group + qo_head % group;
+    of.step = m->rows_per_piece;
+    of.count = m->num_pieces;
+    return of;
+}
+
+/* The partial row of piece i over all lists. */
+QI_INLINE i64 piece_slot(const pieces *lists, int i)
+{
+    while (i >= lists->count) i -= (lists++)->count;
+    return lists->slot + (i64)i * lists->step;
+}
+
+/* By one warp. */
+QI_INLINE void merge_row(const attention_cuda_params *c, const pieces *lists, int num_lists,
+                         tile_row row, int qo_head)
+{
+    const attention_params *p = &c->at;
+    const int lane = threadIdx.x % WARP;
+    int total = 0;
+    for (int l = 0; l < num_lists; l++) total += lists[l].count;
+    float max = -QI_INFINITY, sum = 0.f;
+    for (int i = lane; SOFTMAX && i < total; i += WARP)
+        max = fmaxf(max, __ldcg(p->plan.lse_partial + piece_slot(lists, i)));
+    if (SOFTMAX) max = warp_max(max);
+    for (int first = 0; first < p->head_dim_vo; first += 4 * WARP) {
+        const int d = first + 4 * lane;
+        float o[4] = {};
+        for (int from = 0; from < total; from += WARP) { /* pieces, a lane each */
+            const int here = total - from < WARP ? total - from : WARP;
+            const i64 slot = lane < here ? piece_slot(lists, from + lane) : 0;
+            float weight = lane < here ? 1.f : 0.f;
+            if (SOFTMAX && lane < here) {
+                const float lse = __ldcg(p->plan.lse_partial + slot);
+                weight = lse == -QI_INFINITY ? 0.f : exp2f(lse - max);
+            }
+            if (first == 0) sum += warp_sum(weight);
+#pragma unroll 8
+            for (int i = 0; i < here; i++) {
+                const float w = __shfl_sync(ALL_LANES, weight, i);
+                const float *at =
+                    p->plan.o_partial + __shfl_sync(ALL_LANES, slot, i) * p->head_dim_vo;
+                if (d >= p->head_dim_vo) continue;
+                const float4 v = __ldcg((const float4 *)(at + d));
+                o[0] += w * v.x, o[1] += w * v.y, o[2] += w * v.z, o[3] += w * v.w;
+            }
+        }
+        const float norm = finish_row(c, row, qo_head, max, sum, first == 0 && lane == 0);
+        for (int i = 0; i < 4; i++) o[i] *= norm;
+        if (d < p->head_dim_vo) store_outputs(c, row, qo_head, d, o);
+    }
+}
+
+/* Counts a finished piece of a tile; the block that finishes the last one merges the tile, in key order, and
+ * leaves the ticket as it was found. By all threads; is_last: shared. */
+QI_INLINE void finish_piece(const attention_cuda_params *c, const qi_work *w, int *is_last)
+{
+    const attention_params *p = &c->at;
+    const qi_merge m = p->plan.merge[w->merge];
+    int *ticket = &p->plan.ticket[w->merge];
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) *is_last = atomicAdd(ticket, 1) == m.num_pieces - 1;
+    __syncthreads();
+    if (!*is_last) return;
+    __threadfence();
+    const int group = p->num_qo_heads / p->num_kv_heads, heads = m.num_kv_heads * group;
+    for (int i = (int)threadIdx.x / WARP; i < m.num_rows * heads; i += THREADS / WARP) {
+        const int row = m.row_begin + i / heads, head = m.kv_head * group + i % heads;
+        const pieces of = pieces_of(p, &m, row, head);
+        merge_row(c, &of, 1, row_at(p, row), head);
+    }
+    if (threadIdx.x == 0) *ticket = 0;
+    __syncthreads();
+}
+
+/* Several levels: all rows that have partial ones, a warp a (row, query head). By the whole grid. */
+QI_INLINE void merge_levels(const attention_cuda_params *c)
+{
+    const attention_params *p = &c->at;
+    enum { WARPS_OF_BLOCK = THREADS / WARP };
+    const int levels = p->plan.header->num_levels, group = p->num_qo_heads / p->num_kv_heads;
+    if (levels == 1) return;
+    const i64 count = (i64)p->plan.header->num_tokens * p->num_qo_heads;
+    for (i64 i = (i64)blockIdx.x * WARPS_OF_BLOCK + threadIdx.x / WARP; i < count;
+         i += gridDim.x * WARPS_OF_BLOCK) {
+        const int row = (int)(i / p->num_qo_heads), head = (int)(i % p->num_qo_heads);
+        pieces of[MAX_LEVELS];
+        int n = 0;
+        for (int l = 0; l < levels; l++) {
+            const int merge =
+                p->plan.row_merge[(l * p->plan.max_tokens + row) * p->num_kv_heads + head / group];
+            if (merge >= 0) of[n++] = pieces_of(p, &p->plan.merge[merge], row, head);
+        }
+        if (n > 0) merge_row(c, of, n, row_at(p, row), head);
+    }
+}
+
+#endif
