@@ -103,6 +103,10 @@ run_tests() {
     QKV_TEST_DEVICE=cuda QKV_TEST_CASES=${QKV_TEST_CASES-1000} run "$test" \
       $((seconds < 120 ? seconds : 120)) "$build/$test"
   done
+  if [ -z "${TESTS:-}" ] && command -v python3 >/dev/null; then
+    QKV_TEST_DEVICE=cuda run cli "$(left "$budget" "$start")" \
+      python3 "$here/tests/tools/test_cli.py" "$build/qkv"
+  fi
 }
 
 # The benches' small problems have memory of exact sizes, the tests many forms.

@@ -82,21 +82,6 @@ class Tool(unittest.TestCase):
             rate = {"GB/s": "gbps", "GFLOP/s": "gflops"}[r["ceiling_unit"]]
             self.assertAlmostEqual(r["share"], r[rate] / r["ceiling"], delta=0.01 * r["share"])
 
-    @unittest.skipUnless(os.environ.get("QKV_TEST_DEVICE") == "cuda", "QKV_TEST_DEVICE is not cuda")
-    def test_every_operator_is_verified_on_a_gpu(self):
-        passed_on = {k: os.environ[k] for k in ("QKV_NVRTC", "QKV_CACHE_DIR") if k in os.environ}
-        status, out, err = qkv("bench", "--device", "cuda", "--json", "--seconds", "0", "--file",
-                               SMOKE, **passed_on)
-        self.assertEqual(status, 0, err)
-        results = [json.loads(line) for line in out.splitlines()]
-        with open(SMOKE) as f:
-            self.assertEqual([r["op"] for r in results],
-                             [line.split()[0] for line in f if line[0].isalpha()])
-        for r in results:
-            self.assertTrue(r["device"].startswith("cuda:0:sm_"), r)
-            for key in ("us", "us_best", "host_us", "runs"):
-                self.assertGreater(r[key], 0, key)
-
     def test_a_printed_problem_is_the_same_problem(self):
         (first,) = self.bench(*TINY)
         (second,) = self.bench(first["op"], first["problem"])
@@ -216,8 +201,56 @@ class Tool(unittest.TestCase):
             self.assertIn(message, err)
 
 
+class Gpu(unittest.TestCase):
+    """The same on a GPU, or on an emulated one: QKV_TEST_DEVICE=cuda."""
+
+    environment = {k: os.environ[k] for k in ("QKV_NVRTC", "QKV_CACHE_DIR") if k in os.environ}
+
+    def bench(self, *arguments, **environment):
+        status, out, err = qkv("bench", "--device", "cuda", "--json", "--seconds", "0", *arguments,
+                               **dict(self.environment, **environment))
+        self.assertEqual(status, 0, err)
+        return [json.loads(line) for line in out.splitlines()]
+
+    def test_info_names_the_gpu(self):
+        status, out, err = qkv("info", "--device", "cuda", **self.environment)
+        self.assertEqual((status, err), (0, ""))
+        self.assertRegex(out, r"(?m)^device +cuda:0:sm_\w+, \d+ threads$")
+        self.assertRegex(out, r"(?m)^gpu +\S.*, \d+ multiprocessors, driver of CUDA \d+\.\d+$")
+        self.assertRegex(out, r"(?m)^compiler +nvrtc \d+\.\d+$")
+        status, out, err = qkv("info", "--device", "cuda:99", **self.environment)
+        self.assertEqual((status, out), (1, ""))
+        self.assertIn("device_id", err)
+
+    def test_every_operator_is_verified(self):
+        results = self.bench("--file", SMOKE)
+        with open(SMOKE) as f:
+            self.assertEqual([r["op"] for r in results],
+                             [line.split()[0] for line in f if line[0].isalpha()])
+        for r in results:
+            self.assertTrue(r["device"].startswith("cuda:0:sm_"), r)
+            for key in ("us", "us_best", "host_us", "runs"):
+                self.assertGreater(r[key], 0, key)
+
+    def test_a_filled_cache_serves_without_nvrtc(self):
+        problem = ["rmsnorm", "tokens=3,size=64,data=cache"]
+        with tempfile.TemporaryDirectory() as folder, \
+                tempfile.NamedTemporaryFile("w", suffix=".txt") as f:
+            f.write(" ".join(problem))
+            f.flush()
+            without = {"QKV_NVRTC": "/nonexistent", "QKV_CACHE_DIR": folder}
+            arch = qkv("info", "--device", "cuda")[1].split("cuda:0:")[1].split(",")[0]
+            status, _, err = qkv("bench", "--device", "cuda", *problem, **without)
+            self.assertEqual(status, 1)
+            self.assertIn("expected NVRTC", err)
+            self.assertEqual(qkv("compile", f.name, "--arch", arch, "--cache", folder,
+                                 **self.environment)[0], 0)
+            self.assertEqual(len(self.bench(*problem, **without)), 1)
+
+
 if __name__ == "__main__":
     QKV = sys.argv[1:]
     if not QKV:
         sys.exit(__doc__)
-    unittest.main(argv=sys.argv[:1])
+    unittest.main(argv=sys.argv[:1],
+                  defaultTest="Gpu" if os.environ.get("QKV_TEST_DEVICE") == "cuda" else "Tool")
