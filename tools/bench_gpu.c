@@ -3,27 +3,35 @@
 
 #include <math.h>
 
-#define GRAPH_SECONDS                                                                              \
-    2e-3 /* of a replay at least: what lies between two of them then counts little */
-#define LONG_SECONDS 2.0 /* that ten replays may take */
+/* Of a replay, at least: what lies between two of them then counts little. */
+#define GRAPH_SECONDS 2e-3
+/* That ten replays may take. */
+#define LONG_SECONDS 2.0
+/* Of a call that is made as few times as possible. */
+#define LONG_CALL 0.02
 enum { MIN_CALLS = 10, MIN_REPLAYS = 10, MAX_HOST_CALLS = 200 };
 
-/* Seconds of a call on the device, roughly. */
+/* Seconds of the n calls that follow, each. */
+static double time_calls(const bench_op *op, bench *b, int n)
+{
+    cuda_mark(b->gpu, 0);
+    for (int i = 0; i < n; i++) op->run(b, i % b->num_sets);
+    cuda_mark(b->gpu, 1);
+    return fmax(1e-6, cuda_between(b->gpu, 0, 1) / n);
+}
+
+/* Seconds of a call on the device, roughly: of later ones where they are short. */
 static double estimate(const bench_op *op, bench *b)
 {
-    const int warm = 2;
-    for (int i = 0; i < warm; i++) op->run(b, i % b->num_sets);
-    cuda_mark(b->gpu, 0);
-    for (int i = 0; i < warm; i++) op->run(b, i % b->num_sets);
-    cuda_mark(b->gpu, 1);
-    return fmax(1e-6, cuda_between(b->gpu, 0, 1) / warm);
+    const double first = time_calls(op, b, 1);
+    return first > LONG_CALL ? first : time_calls(op, b, 3);
 }
 
 /* The median seconds that the host takes to make a call; fewer than the driver's queue holds. */
 static double time_host(const bench_op *op, bench *b, double each)
 {
     double took[MAX_HOST_CALLS];
-    const int n = (int)fmax(3, fmin(MAX_HOST_CALLS, 0.05 / each));
+    const int n = (int)fmax(1, fmin(MAX_HOST_CALLS, 0.05 / each));
     cuda_wait(b->gpu);
     double now = tool_seconds();
     for (int i = 0; i < n; i++) {
@@ -84,7 +92,7 @@ double bench_time_device_plan(const bench_op *op, bench *b)
 /* Each set as often as any other. */
 static int64_t calls_of_graph(const bench *b, double each, double seconds)
 {
-    double wanted = seconds > 0 ? fmax(GRAPH_SECONDS / each, each < 1e-2 ? MIN_CALLS : 1) : 1;
+    double wanted = seconds > 0 ? fmax(GRAPH_SECONDS / each, each < LONG_CALL ? MIN_CALLS : 1) : 1;
     return (int64_t)ceil(wanted / (double)b->num_sets) * b->num_sets;
 }
 
