@@ -5,6 +5,7 @@ JOBS ?= $(shell nproc)
 BUILD ?= build
 PREFIX ?= /usr/local
 MODEL ?=
+DEVICE ?= cpu
 PROBLEMS ?= bench/problems/smoke.txt
 SECONDS ?= 600
 
@@ -21,9 +22,9 @@ build: ## library, qkv tool and examples, in build/
 	$(call configure_and_build,$(BUILD),-DQKV_BUILD_TESTS=OFF)
 
 .PHONY: demo
-demo: build ## a real model answers a batch of prompts; MODEL=file.gguf takes another
+demo: build ## a real model answers a batch of prompts; MODEL=file.gguf takes another, DEVICE=cuda a GPU
 	@tools/setup.sh demo
-	@tools/demo.sh $(BUILD)/qkv-generate "$(MODEL)"
+	@tools/demo.sh $(BUILD)/qkv-generate "$(DEVICE)" "$(MODEL)"
 
 .PHONY: check
 check: lint check-clang check-aarch64 check-asan check-tsan check-fuzz docs ## all of it; the tests' summary comes last
@@ -71,7 +72,7 @@ check-fuzz: setup-check ## 15 seconds of each fuzzer
 .PHONY: check-model
 check-model: build ## the demo's model against an independent forward pass in NumPy; some minutes
 	@tools/setup.sh check-model
-	@tools/check_model.sh $(BUILD)/qkv-generate "$(MODEL)"
+	@tools/check_model.sh $(BUILD)/qkv-generate "$(DEVICE)" "$(MODEL)"
 
 .PHONY: docs
 docs: setup-check ## API reference into build/docs; a warning is an error
