@@ -118,6 +118,12 @@ run_sanitizer() {
     echo "sanitize: no compute-sanitizer on the PATH"
     return
   fi
+  if ! timeout 60 compute-sanitizer --error-exitcode 9 "$build/qkv" bench --device "$device" --seconds 0 \
+    rmsnorm tokens=1,data=cache >"$out/sanitize.log" 2>&1; then
+    failed=1
+    echo "sanitize: compute-sanitizer does not work on this device: $(grep = "$out/sanitize.log" | head -3)"
+    return
+  fi
   echo "sanitize, $budget s:"
   for tool in memcheck racecheck; do
     run "$tool-bench" "$(left "$budget" "$start")" compute-sanitizer --tool $tool --error-exitcode 9 \
@@ -171,7 +177,7 @@ bench_table() {
 
 make_build
 find_libraries
-export QKV_CACHE_DIR=${QKV_CACHE_DIR-$out/cache}
+export QKV_CACHE_DIR=${QKV_CACHE_DIR-$build/cache-gpu}
 echo "$(header)"
 [ "$part" = tests ] || [ "$part" = all ] && run_tests
 [ "$part" = sanitize ] || [ "$part" = all ] && run_sanitizer
