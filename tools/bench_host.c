@@ -153,6 +153,18 @@ static void measure_calls(const setting *s, measured *m)
 
 /* ---- children ----------------------------------------------------------------------------------- */
 
+static void remove_folder(const char *path)
+{
+    DIR *folder = opendir(path);
+    for (struct dirent *entry; folder && (entry = readdir(folder));) {
+        char file[512];
+        snprintf(file, sizeof file, "%s/%.255s", path, entry->d_name);
+        if (entry->d_name[0] != '.') unlink(file);
+    }
+    if (folder) closedir(folder);
+    rmdir(path);
+}
+
 static void in_child(void (*measure)(const setting *s, measured *m), const setting *s, measured *m)
 {
     int ends[2], status;
@@ -168,19 +180,9 @@ static void in_child(void (*measure)(const setting *s, measured *m), const setti
     const bool whole = read(ends[0], m, sizeof *m) == (ssize_t)sizeof *m;
     close(ends[0]);
     waitpid(child, &status, 0);
-    if (!whole) exit(WIFEXITED(status) ? WEXITSTATUS(status) : EXIT_WRONG); /* it said why */
-}
-
-static void remove_folder(const char *path)
-{
-    DIR *folder = opendir(path);
-    for (struct dirent *entry; folder && (entry = readdir(folder));) {
-        char file[512];
-        snprintf(file, sizeof file, "%s/%.255s", path, entry->d_name);
-        if (entry->d_name[0] != '.') unlink(file);
-    }
-    if (folder) closedir(folder);
-    rmdir(path);
+    if (whole) return;
+    remove_folder(s->cache_dir);
+    exit(WIFEXITED(status) ? WEXITSTATUS(status) : EXIT_WRONG); /* it said why */
 }
 
 static void print_figures(const setting *s, const measured *m)
