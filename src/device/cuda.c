@@ -10,6 +10,7 @@
 /* Makes the device current until leave(): most often it is already, and the driver's get is cheap. */
 static int enter(const qi_cuda_device *device, cu_context *before)
 {
+    if (!device->context) return CU_NOT_INITIALIZED; /* QKV_JIT_FILL */
     const int result = qi_cuda.context_current(before);
     if (result != CU_SUCCESS || *before == device->context) return result;
     return qi_cuda.context_set(device->context);
@@ -133,7 +134,7 @@ static cu_ptr ptr_of(const void *memory)
 static int free_on(const qi_cuda_device *device, void *memory, int pinned)
 {
     cu_context before;
-    const int result = device->context ? enter(device, &before) : CU_NOT_INITIALIZED;
+    const int result = enter(device, &before);
     if (result != CU_SUCCESS) return result;
     if (pinned)
         qi_cuda.host_free(memory);
