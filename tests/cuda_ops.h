@@ -4,6 +4,8 @@
 #ifndef QKV_TESTS_CUDA_OPS_H
 #define QKV_TESTS_CUDA_OPS_H
 
+#include <pthread.h>
+
 #include "support.h"
 
 /* ---- the driver ----------------------------------------------------------------------------- */
@@ -398,10 +400,14 @@ static inline qkv_attention *ops_attention_new(qkv_context *ctx, int which)
     return a;
 }
 
+static pthread_mutex_t ops_random =
+    PTHREAD_MUTEX_INITIALIZER; /* of test_state, where threads plan */
+
 /* Random lengths and pages, by the seed; several levels share up to 8 pages. The arrays are gone on return,
  * and poison. */
 static inline qkv_status ops_plan(const ops *s, int which, uint64_t seed, void *stream)
 {
+    pthread_mutex_lock(&ops_random);
     const uint64_t before = test_state;
     test_state = seed;
     const int decode = which == OPS_DECODE;
@@ -412,7 +418,10 @@ static inline qkv_status ops_plan(const ops *s, int which, uint64_t seed, void *
         lens[r] = qo[r + 1] - qo[r] + (int32_t)test_below(OPS_PAGES * OPS_PAGE_SIZE - OPS_ROWS);
     }
     for (int i = 0; i < OPS_REQUESTS * OPS_PAGES; i++) table[i] = (int32_t)test_below(OPS_PAGES);
-    int32_t shared_qo[2] = {0, qo[n]}, shared_len = OPS_PAGE_SIZE * (1 + (int32_t)test_below(8));
+    int32_t shared_qo[2] = {0, qo[n]};
+    int32_t shared_len = OPS_PAGE_SIZE * (1 + (int32_t)test_below(8));
+    test_state = before;
+    pthread_mutex_unlock(&ops_random);
     const qkv_kv_index index[] = {
         {QKV_KV_INDEX_INIT, .qo_indptr = OPS_INTS(shared_qo, 2),
          .block_table = TENSOR(table, QKV_I32, 1, OPS_PAGES), .kv_lens = OPS_INTS(&shared_len, 1)},
@@ -423,7 +432,6 @@ static inline qkv_status ops_plan(const ops *s, int which, uint64_t seed, void *
                                        .levels = index + !several};
     const qkv_status status = qkv_attention_plan(s->attention[which], &batch, stream);
     memset(qo, 0xff, sizeof qo), memset(lens, 0xff, sizeof lens), memset(table, 0xff, sizeof table);
-    test_state = before;
     return status;
 }
 
