@@ -99,20 +99,25 @@ QI_INLINE void merge_levels(const attention_cuda_params *c)
 {
     const attention_params *p = &c->at;
     enum { WARPS_OF_BLOCK = THREADS / WARP };
+    __shared__ pieces lists[WARPS_OF_BLOCK][MAX_LEVELS];
     const int levels = p->plan.header->num_levels, group = p->num_qo_heads / p->num_kv_heads;
+    const int lane = threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
     if (levels == 1) return;
     const i64 count = (i64)p->plan.header->num_tokens * p->num_qo_heads;
-    for (i64 i = (i64)blockIdx.x * WARPS_OF_BLOCK + threadIdx.x / WARP; i < count;
+    for (i64 i = (i64)blockIdx.x * WARPS_OF_BLOCK + warp; i < count;
          i += gridDim.x * WARPS_OF_BLOCK) {
         const int row = (int)(i / p->num_qo_heads), head = (int)(i % p->num_qo_heads);
-        pieces of[MAX_LEVELS];
-        int n = 0;
-        for (int l = 0; l < levels; l++) {
-            const int merge =
-                p->plan.row_merge[(l * p->plan.max_tokens + row) * p->num_kv_heads + head / group];
-            if (merge >= 0) of[n++] = pieces_of(p, &p->plan.merge[merge], row, head);
+        pieces of = {};
+        if (lane < levels) {
+            const i64 at = (lane * p->plan.max_tokens + row) * p->num_kv_heads + head / group;
+            const int merge = p->plan.row_merge[at];
+            if (merge >= 0) of = pieces_of(p, &p->plan.merge[merge], row, head);
         }
-        if (n > 0) merge_row(c, of, n, row_at(p, row), head);
+        __syncwarp(); /* the row before has been merged */
+        if (lane < levels) lists[warp][lane] = of;
+        const int any = __any_sync(ALL_LANES, of.count > 0);
+        __syncwarp();
+        if (any) merge_row(c, lists[warp], levels, row_at(p, row), head);
     }
 }
 
