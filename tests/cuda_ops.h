@@ -299,11 +299,12 @@ static inline qkv_status ops_merge(const ops *s, void *stream)
                                stream);
 }
 
+/* Of two dtypes: by a kernel of the library's. Halves of such bits are finite, too. */
 static inline qkv_status ops_gemm(const ops *s, void *stream)
 {
     ops_data *d = s->d;
     return qkv_gemm(s->ctx, OPS_MATRIX(d->product, OPS_COLUMNS), OPS_MATRIX(d->x, OPS_SIZE),
-                    TENSOR(d->matrix, QKV_BF16, OPS_COLUMNS, OPS_SIZE), stream);
+                    TENSOR(d->matrix, QKV_F16, OPS_COLUMNS, OPS_SIZE), stream);
 }
 
 static inline qkv_status ops_argmax(const ops *s, void *stream)

@@ -18,9 +18,9 @@ enum {
         TABLE_COUNT
 };
 
-static const char *const table_names[] = {
-#define X(name, symbol, version, args) #name,
-    QI_CUDA_API(X)
+static const char *const table_names[] = {/* the driver's */
+#define X(name, symbol, version, args) symbol,
+                                          QI_CUDA_API(X)
 #undef X
 };
 
@@ -29,28 +29,38 @@ static int table_calls[TABLE_COUNT];
 static atomic_long
     *table_allocs; /* NULL, or a count of allocations that the driver's own leave as it is */
 
-/* The entry that fails: its call number `skip` (0: the next) and all after it, by this result. */
+/* What fails: calls [skip, skip + times) of an entry, from table_fail() on, by this result. */
+enum { TABLE_NONE = -1, TABLE_ANY = TABLE_COUNT };
 static struct {
-    int entry, skip, result;
-} table_fault = {.entry = -1};
+    int entry, skip, times, result;
+    bool hit; /* has one failed? */
+} table_fault = {.entry = TABLE_NONE};
 
 static inline int table_enter(int entry)
 {
     table_calls[entry]++;
-    if (entry != table_fault.entry || table_fault.skip-- > 0) return CU_SUCCESS;
+    const bool any = table_fault.entry == TABLE_ANY && entry != TABLE_error_string;
+    if ((entry != table_fault.entry && !any) || table_fault.skip-- > 0 || table_fault.times <= 0)
+        return CU_SUCCESS;
+    table_fault.times--;
+    table_fault.hit = true;
     return table_fault.result;
 }
 
-static inline void table_fail(int entry, int skip, int result)
+static inline void table_fail(int entry, int skip, int times, int result)
 {
     table_fault.entry = entry;
     table_fault.skip = skip;
+    table_fault.times = times;
     table_fault.result = result;
+    table_fault.hit = false;
 }
 
-static inline void table_heal(void)
+/* Nothing fails any more. Has anything? */
+static inline bool table_heal(void)
 {
-    table_fault.entry = -1;
+    table_fault.entry = TABLE_NONE;
+    return table_fault.hit;
 }
 
 #define COUNTED(name, params, args)                                                                \

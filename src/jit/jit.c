@@ -156,14 +156,21 @@ static void *load_library(const void *image, size_t bytes, const char **error)
     return handle;
 }
 
-static void *load_image(DLDeviceType device, const void *image, size_t bytes, const char **error)
+/* *out stays NULL for an image that cannot be loaded; *error is why. MEMORY, DEVICE: the GPU is at fault. */
+static qkv_status load_image(DLDeviceType device, const void *image, size_t bytes, void **out,
+                             const char **error)
 {
-    return device == kDLCUDA ? qi_cuda_load_image(image, error) : load_library(image, bytes, error);
+    if (device == kDLCUDA) return qi_cuda_load_image(image, out, error);
+    *out = load_library(image, bytes, error);
+    return QKV_OK;
 }
 
-static void *find_symbol(DLDeviceType device, void *handle, const char *symbol)
+/* *out: NULL where there is none. */
+static qkv_status find_symbol(DLDeviceType device, void *handle, const char *symbol, void **out)
 {
-    return device == kDLCUDA ? qi_cuda_find(handle, symbol) : dlsym(handle, symbol);
+    if (device == kDLCUDA) return qi_cuda_find(handle, symbol, out);
+    *out = dlsym(handle, symbol);
+    return QKV_OK;
 }
 
 const char *qi_jit_compiler(const qi_jit *jit, DLDeviceType device)
@@ -190,9 +197,9 @@ static qkv_status load_cached(const qi_jit *jit, const qi_jit_job *job, const ch
     const int found = jit->cache_dir[0] ? qi_cache_read(jit->cache_dir, key, &image, &bytes) : 0;
     if (found < 0) QI_FAIL(QKV_ERR_MEMORY, "%s: out of memory", job->what);
     if (found == 0) return QKV_OK;
-    *handle = load_image(job->device, image, bytes, &error);
+    const qkv_status status = load_image(job->device, image, bytes, handle, &error);
     free(image);
-    return QKV_OK;
+    return status;
 }
 
 /* By the compiler. */
@@ -222,9 +229,10 @@ static qkv_status compile(const qi_jit *jit, const qi_jit_job *job, const char *
     size_t bytes;
     const char *error;
     QI_TRY(make_image(jit, job, &image, &bytes));
-    *handle = load_image(job->device, image, bytes, &error);
+    const qkv_status status = load_image(job->device, image, bytes, handle, &error);
     if (*handle && jit->cache_dir[0]) write_cached(jit, key, any_key, image, bytes);
     free(image);
+    if (status != QKV_OK) return status;
     if (!*handle) QI_FAIL(QKV_ERR_COMPILE, "%s: cannot be loaded: %s", job->what, error);
     return QKV_OK;
 }
@@ -297,7 +305,7 @@ qkv_status qi_jit_get(const qi_jit *jit, const qi_logger *logger, const qi_jit_j
         qi_log(logger, "jit,%s,%s,%s,ms=%.2f", job->what, job->level, how,
                (double)(qi_now_ns() - start) * 1e-6);
     for (int i = 0; i < num_symbols; i++) {
-        functions[i] = find_symbol(job->device, handle, symbols[i]);
+        QI_TRY(find_symbol(job->device, handle, symbols[i], &functions[i]));
         if (!functions[i])
             QI_FAIL(QKV_ERR_INTERNAL, "%s: expected the symbol %s in the compiled kernel",
                     job->what, symbols[i]);
