@@ -246,8 +246,10 @@ static int is_cached(const qi_jit *jit, const char *key)
     return 1;
 }
 
-/* Sees to it that the cache has the kernel; nothing is loaded. */
-static qkv_status fill_cache(const qi_jit *jit, const qi_jit_job *job, const char *key,
+/* How long to wait for another process that is at the same kernel. */
+enum { PATIENCE_MS = 60000 };
+
+static qkv_status fill_entry(const qi_jit *jit, const qi_jit_job *job, const char *key,
                              const char *any_key)
 {
     void *image;
@@ -260,6 +262,31 @@ static qkv_status fill_cache(const qi_jit *jit, const qi_jit_job *job, const cha
         QI_FAIL(QKV_ERR_COMPILE, "%s: cannot be written to the cache (%s)", job->what,
                 jit->cache_dir);
     return QKV_OK;
+}
+
+/* Sees to it that the cache has the kernel; nothing is loaded. */
+static qkv_status fill_cache(const qi_jit *jit, const qi_jit_job *job, const char *key,
+                             const char *any_key)
+{
+    if (is_cached(jit, key) && is_cached(jit, any_key)) return QKV_OK;
+    const int right = qi_cache_lock(jit->cache_dir, key, PATIENCE_MS);
+    const qkv_status status = fill_entry(jit, job, key, any_key);
+    qi_cache_unlock(jit->cache_dir, key, right);
+    return status;
+}
+
+/* One of several processes that want a kernel compiles it. */
+static qkv_status compile_once(const qi_jit *jit, const qi_jit_job *job, const char *key,
+                               const char *any_key, const char **how, void **handle)
+{
+    const int right = qi_cache_lock(jit->cache_dir, key, PATIENCE_MS);
+    qkv_status status = right >= 0 ? load_cached(jit, job, key, handle) : QKV_OK;
+    if (status == QKV_OK && !*handle) {
+        *how = "compiled";
+        status = compile(jit, job, key, any_key, handle);
+    }
+    qi_cache_unlock(jit->cache_dir, key, right);
+    return status;
 }
 
 static qkv_status make_module(const qi_jit *jit, const qi_jit_job *job, const char *key,
@@ -277,8 +304,7 @@ static qkv_status make_module(const qi_jit *jit, const qi_jit_job *job, const ch
             QKV_ERR_COMPILE,
             "%s: jit_policy is QKV_JIT_CACHED, and the cache (%s) has no entry that can be loaded",
             job->what, jit->cache_dir[0] ? jit->cache_dir : "none");
-    *how = "compiled";
-    return compile(jit, job, key, any_key, handle);
+    return compile_once(jit, job, key, any_key, how, handle);
 }
 
 qkv_status qi_jit_get(const qi_jit *jit, const qi_logger *logger, const qi_jit_job *job,
