@@ -65,6 +65,13 @@ static void line_check(line *l, const char *what)
     line_close(&alone);
 }
 
+/* Random cases of other tests are as many as there is time for; steps need memory, too. */
+static int64_t num_steps(int64_t most)
+{
+    const int64_t n = case_count(most);
+    return n < most ? n : most;
+}
+
 static qkv_context *context_new(void)
 {
     qkv_context *ctx;
@@ -106,7 +113,7 @@ static void plans_follow_each_other_without_a_wait(void **state)
     qkv_context *ctx = context_new();
     void *stream = stream_new();
     line l;
-    line_open(&l, ctx, stream, case_count(400));
+    line_open(&l, ctx, stream, num_steps(400));
     for (int64_t step = 0; step < l.num_steps; step++) {
         l.s.d = &l.data[step];
         for (int i = 0; i < OPS_NUM_ATTENTION && l.status == QKV_OK; i++) {
@@ -140,8 +147,8 @@ static void plans_follow_each_other_without_a_wait(void **state)
 static void alternate(qkv_context *a, qkv_context *b, const char *what)
 {
     line l[2];
-    line_open(&l[0], a, stream_new(), case_count(64));
-    line_open(&l[1], b, stream_new(), case_count(64));
+    line_open(&l[0], a, stream_new(), num_steps(64));
+    line_open(&l[1], b, stream_new(), num_steps(64));
     for (int64_t step = 0; step < l[0].num_steps; step++)
         for (int i = 0; i < 2; i++) line_step(&l[i], step, l[i].stream);
     for (int i = 0; i < 2; i++) {
@@ -187,7 +194,7 @@ static void two_threads_share_a_context(void **state)
     qkv_context *ctx = context_new(); /* whose kernels are all to be loaded yet, by both */
     line l[2];
     pthread_t threads[2];
-    for (int i = 0; i < 2; i++) line_open(&l[i], ctx, stream_new(), case_count(64));
+    for (int i = 0; i < 2; i++) line_open(&l[i], ctx, stream_new(), num_steps(64));
     for (int i = 0; i < 2; i++)
         assert_int_equal(pthread_create(&threads[i], NULL, run_line, &l[i]), 0);
     for (int i = 0; i < 2; i++) pthread_join(threads[i], NULL);
