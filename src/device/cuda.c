@@ -28,7 +28,9 @@ static void leave(const qi_cuda_device *device, cu_context before)
         if (!(device)->context)                                                                    \
             QI_FAIL(QKV_ERR_UNSUPPORTED,                                                           \
                     "ctx: expected a context of a device, got one of QKV_JIT_FILL");               \
-        QI_CUDA_TRY(enter((device), &before_));                                                    \
+        const int entered_ = enter((device), &before_);                                            \
+        if (entered_ != CU_SUCCESS)                                                                \
+            return qi_cuda_check(entered_, "cuCtxSetCurrent", __FILE__, __LINE__);                 \
         const int result_ = (call);                                                                \
         leave((device), before_);                                                                  \
         if (result_ != CU_SUCCESS) return qi_cuda_check(result_, #call, __FILE__, __LINE__);       \
@@ -163,19 +165,39 @@ void qi_cuda_free_pinned(const qi_cuda_device *device, void *memory)
 
 /* ---- kernels ------------------------------------------------------------------------------ */
 
-void *qi_cuda_load_image(const void *image, const char **error)
+/* Is it the image that the driver does not take? */
+static int is_of_image(int result)
+{
+    static const int results[] = {
+        CU_INVALID_IMAGE,          CU_NO_BINARY_FOR_GPU,       CU_INVALID_PTX,
+        CU_JIT_COMPILER_NOT_FOUND, CU_UNSUPPORTED_PTX_VERSION, CU_JIT_COMPILATION_DISABLED,
+        CU_INVALID_SOURCE};
+    for (size_t i = 0; i < sizeof results / sizeof results[0]; i++)
+        if (result == results[i]) return 1;
+    return 0;
+}
+
+qkv_status qi_cuda_load_image(const void *image, void **out, const char **error)
 {
     cu_library library = NULL;
     const int result = qi_cuda.library_load(&library, image, NULL, NULL, 0, NULL, NULL, 0);
-    if (result == CU_SUCCESS) return library;
-    if (qi_cuda.error_string(result, error) != CU_SUCCESS) *error = "no text for it";
-    return NULL;
+    *out = NULL;
+    if (result == CU_SUCCESS)
+        *out = library;
+    else if (!is_of_image(result))
+        return qi_cuda_check(result, "cuLibraryLoadData", __FILE__, __LINE__);
+    else if (qi_cuda.error_string(result, error) != CU_SUCCESS)
+        *error = "no text for it";
+    return QKV_OK;
 }
 
-void *qi_cuda_find(void *library, const char *name)
+qkv_status qi_cuda_find(void *library, const char *name, void **out)
 {
     cu_kernel kernel = NULL;
-    return qi_cuda.library_kernel(&kernel, library, name) == CU_SUCCESS ? kernel : NULL;
+    const int result = qi_cuda.library_kernel(&kernel, library, name);
+    *out = kernel;
+    if (result == CU_SUCCESS || result == CU_NOT_FOUND) return QKV_OK;
+    return qi_cuda_check(result, "cuLibraryGetKernel", __FILE__, __LINE__);
 }
 
 qkv_status qi_cuda_function(const qi_cuda_device *device, void *kernel, cu_function *out)

@@ -30,11 +30,11 @@ void qi_cuda_free(const qi_cuda_device *device, void *memory);
 qkv_status qi_cuda_alloc_pinned(const qi_cuda_device *device, size_t bytes, void **out);
 void qi_cuda_free_pinned(const qi_cuda_device *device, void *memory);
 
-/* A compiled image (cubin or PTX), which serves every device of its architecture; *error is the driver's
- * text for NULL. */
-void *qi_cuda_load_image(const void *image, const char **error);
-/* The kernel of that name, NULL if there is none. */
-void *qi_cuda_find(void *library, const char *name);
+/* A compiled image (cubin or PTX), which serves every device of its architecture. *out stays NULL for one that
+ * the driver does not take; *error is why, in its words. MEMORY, DEVICE */
+qkv_status qi_cuda_load_image(const void *image, void **out, const char **error);
+/* *out: the kernel of that name, NULL if there is none. MEMORY, DEVICE */
+qkv_status qi_cuda_find(void *library, const char *name, void **out);
 
 /* Loads a kernel onto the device and allows it all of the shared memory. */
 qkv_status qi_cuda_function(const qi_cuda_device *device, void *kernel, cu_function *out);
