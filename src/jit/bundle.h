@@ -53,7 +53,9 @@
     X(cuda_rows, "ops/attention/rows.cuh")                                                         \
     X(cuda_attention, "ops/attention/attention.cu")                                                \
     X(gemm_params, "ops/gemm/gemm_params.h")                                                       \
-    X(gemm, "ops/gemm/gemm.cu")                                                                    \
+    X(gemm_thin, "ops/gemm/gemm_thin.cu")                                                          \
+    X(gemm_mma, "ops/gemm/gemm_mma.cu")                                                            \
+    X(gemm_tile, "ops/gemm/gemm_tile.cu")                                                          \
     X(sampling_params, "ops/sampling/sampling_params.h")                                           \
     X(philox, "kern/philox.h")                                                                     \
     X(argmax, "ops/sampling/argmax.cu")                                                            \
