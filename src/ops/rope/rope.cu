@@ -12,14 +12,14 @@ enum { TIMES = 2, WORDS = 2 * qi_words(DTYPE, VEC) };
 
 typedef struct piece {
     u32 words[WORDS];
-    char *out; /* of its head; NULL: there is no such piece */
+    char *out; /* of its head; null: there is no such piece */
     rope_place at;
 } piece;
 
 /* Piece i of a token, if it has so many: q's heads stand before k's. */
 QI_INLINE void fetch(const rope_params *p, i64 token, int i, int total, int pieces, piece *x)
 {
-    x->out = NULL;
+    x->out = nullptr;
     if (i >= total) return;
     const int head = i / pieces, of_k = head >= p->q.heads;
     const rope_tensor *t = of_k ? &p->k : &p->q;
