@@ -68,7 +68,7 @@ static int make_objects(qi_cublaslt *lt)
 /* NULL, or why cuBLASLt cannot be used. The caller has made the device current. */
 static const char *open_library(qi_cublaslt *lt, const qi_cuda_device *device)
 {
-    lt->api = qi_cublaslt_find(device->driver);
+    if (!lt->api) lt->api = qi_cublaslt_find(device->driver);
     if (!lt->api) return lt->unusable = "no libcublasLt of version 12 or newer was found";
     if (!make_objects(lt)) return lt->unusable = "libcublasLt cannot be used on this device";
     lt->entries = calloc(CACHE, sizeof *lt->entries);

@@ -31,9 +31,9 @@ typedef struct qi_matmul {
 typedef struct qi_cublaslt_entry qi_cublaslt_entry;
 
 typedef struct qi_cublaslt {
-    pthread_mutex_t lock; /* of all below; a call holds it while it enqueues */
-    const qi_cublaslt_api *api;
-    const char *unusable; /* why, once that is known */
+    pthread_mutex_t lock;       /* of all below; a call holds it while it enqueues */
+    const qi_cublaslt_api *api; /* tests put their own here */
+    const char *unusable;       /* why, once that is known */
     lt_handle handle;
     lt_operation operation;
     lt_layout w, x, out; /* set anew for each call */
