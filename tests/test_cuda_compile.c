@@ -26,8 +26,8 @@ static const struct {
     {"append.cuda", {F32, F16, F16, E4M3, F32, F32, 1, 2, 0, 256, 256}},
     {"copy_pages.cuda", {16, 256}},
     {"copy_pages.cuda", {1, 256}},
-    {"merge.cuda", {BF16, BF16, 8, 128}},
-    {"merge.cuda", {F32, F16, 1, 128}},
+    {"merge.cuda", {BF16, BF16, 8, 16, 128}},
+    {"merge.cuda", {F32, F16, 1, 32, 128}},
     {"attention.cuda", {128}},
     {"gemm.thin", {BF16, BF16, BF16, 8, 8, 4, 256}},
     {"gemm.thin", {BF16, BF16, BF16, 8, 1, 1, 256}},
@@ -39,9 +39,9 @@ static const struct {
     {"gemm.tile", {F32, F32, F32, 4, 8, 256}},
     {"gemm.tile", {F32, F32, F32, 1, 4, 256}},
     {"argmax.cuda", {F32, 4, 1024}},
-    {"argmax.cuda", {BF16, 1, 1024}},
-    {"sample.cuda", {F32, 512}},
-    {"sample.cuda", {BF16, 512}},
+    {"argmax.cuda", {BF16, 8, 1024}},
+    {"sample.cuda", {F32, 4, 512}},
+    {"sample.cuda", {BF16, 8, 512}},
 };
 
 static const qi_kernel *find_row(const char *name)
