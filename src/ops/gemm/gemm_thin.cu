@@ -3,13 +3,21 @@
  *
  * JIT constants: DTYPE_OUT, DTYPE_X, DTYPE_W; VEC, elements of an access; ROWS of x, those past m left out;
  * PARTS, warps that share k; THREADS.
- * Bound: HBM, the bytes of w: a lane has 4 accesses of 16 bytes of w under way, in each turn of its loop, of
- * which two overlap; 16 warps an SM make 32 to 64 KB. x comes from L1, a 4th of w's accesses for each row.
+ * Bound: HBM, the bytes of w: a lane has 4 accesses of 16 bytes of w under way, those of the loop's next turn;
+ * 16 warps an SM make 32 KB, 24 are what latency times bandwidth takes. x comes from L1, a 4th of w's
+ * accesses for each row.
  * SPDX-License-Identifier: Apache-2.0 */
 #include "kern/cuda/prelude.cuh"
 #include "ops/gemm/gemm_params.h"
 
-enum { COLUMNS = 4, WARPS = THREADS / WARP, SUMS = ROWS * COLUMNS };
+enum { COLUMNS = 4, WARPS = THREADS / WARP, SUMS = ROWS * COLUMNS, WORDS = qi_words(DTYPE_W, VEC) };
+
+QI_INLINE void fetch(const char *const *w, i64 k, u32 (*words)[WORDS])
+{
+#pragma unroll
+    for (int c = 0; c < COLUMNS; c++)
+        qi_load_words(words[c], qi_at(w[c], DTYPE_W, k), DTYPE_W, VEC);
+}
 
 /* The sums of this lane's part of k, for columns [column, column + COLUMNS), the last one standing for those
  * past it. */
@@ -21,11 +29,16 @@ QI_INLINE void sum_part(const gemm_params *p, i64 column, int part, float (*acc)
         const i64 at = column + c < p->n ? column + c : p->n - 1;
         w[c] = qi_at(p->w, DTYPE_W, at * p->w_stride);
     }
+    enum { STEP = PARTS * WARP * VEC };
+    i64 k = (part * WARP + threadIdx.x % WARP) * VEC;
+    u32 next[COLUMNS][WORDS];
+    if (k < p->k) fetch(w, k, next);
 #pragma unroll 2
-    for (i64 k = (part * WARP + threadIdx.x % WARP) * VEC; k < p->k; k += PARTS * WARP * VEC) {
+    for (; k < p->k; k += STEP) {
         float from_w[COLUMNS][VEC];
 #pragma unroll
-        for (int c = 0; c < COLUMNS; c++) qi_load(from_w[c], qi_at(w[c], DTYPE_W, k), DTYPE_W, VEC);
+        for (int c = 0; c < COLUMNS; c++) qi_unpack_all(from_w[c], next[c], DTYPE_W, VEC);
+        if (k + STEP < p->k) fetch(w, k + STEP, next);
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             float x[VEC];
