@@ -7,8 +7,8 @@
 
 #include "base/status.h"
 
-/* Makes the device current until leave(): most often it is already, and the driver's get is cheap. */
-static int enter(const qi_cuda_device *device, cu_context *before)
+/* Most often the device is current already, and the driver's get is cheap. */
+int qi_cuda_enter(const qi_cuda_device *device, cu_context *before)
 {
     if (!device->context) return CU_NOT_INITIALIZED; /* QKV_JIT_FILL */
     const int result = qi_cuda.context_current(before);
@@ -16,7 +16,7 @@ static int enter(const qi_cuda_device *device, cu_context *before)
     return qi_cuda.context_set(device->context);
 }
 
-static void leave(const qi_cuda_device *device, cu_context before)
+void qi_cuda_leave(const qi_cuda_device *device, cu_context before)
 {
     if (before != device->context) qi_cuda.context_set(before);
 }
@@ -28,11 +28,11 @@ static void leave(const qi_cuda_device *device, cu_context before)
         if (!(device)->context)                                                                    \
             QI_FAIL(QKV_ERR_UNSUPPORTED,                                                           \
                     "ctx: expected a context of a device, got one of QKV_JIT_FILL");               \
-        const int entered_ = enter((device), &before_);                                            \
+        const int entered_ = qi_cuda_enter((device), &before_);                                    \
         if (entered_ != CU_SUCCESS)                                                                \
             return qi_cuda_check(entered_, "cuCtxSetCurrent", __FILE__, __LINE__);                 \
         const int result_ = (call);                                                                \
-        leave((device), before_);                                                                  \
+        qi_cuda_leave((device), before_);                                                          \
         if (result_ != CU_SUCCESS) return qi_cuda_check(result_, #call, __FILE__, __LINE__);       \
     } while (0)
 
@@ -136,13 +136,13 @@ static cu_ptr ptr_of(const void *memory)
 static int free_on(const qi_cuda_device *device, void *memory, int pinned)
 {
     cu_context before;
-    const int result = enter(device, &before);
+    const int result = qi_cuda_enter(device, &before);
     if (result != CU_SUCCESS) return result;
     if (pinned)
         qi_cuda.host_free(memory);
     else
         qi_cuda.memory_free(ptr_of(memory));
-    leave(device, before);
+    qi_cuda_leave(device, before);
     return CU_SUCCESS;
 }
 
@@ -220,7 +220,7 @@ qkv_status qi_cuda_launch(const qi_cuda_device *device, cu_function function, co
         .shared_bytes = grid->shared_bytes,
         .stream = stream,
         .attributes = &overlap,
-        .num_attributes = grid->overlaps_before != 0,
+        .num_attributes = grid->overlaps_before && device->major >= 9,
     };
     void *arguments[] = {(void *)(uintptr_t)params}; /* read, though not declared so */
     ON_DEVICE(device, qi_cuda.launch(&config, function, arguments, NULL));
@@ -245,9 +245,9 @@ qkv_status qi_cuda_event_create(const qi_cuda_device *device, cu_event *out)
 void qi_cuda_event_destroy(const qi_cuda_device *device, cu_event event)
 {
     cu_context before;
-    if (!event || enter(device, &before) != CU_SUCCESS) return;
+    if (!event || qi_cuda_enter(device, &before) != CU_SUCCESS) return;
     qi_cuda.event_destroy(event);
-    leave(device, before);
+    qi_cuda_leave(device, before);
 }
 
 qkv_status qi_cuda_event_record(const qi_cuda_device *device, cu_event event, void *stream)

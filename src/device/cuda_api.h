@@ -46,7 +46,7 @@ enum {
 };
 
 enum { CU_FUNCTION_SHARED_BYTES = 1, CU_FUNCTION_MAX_DYNAMIC_SHARED_BYTES = 8 };
-enum { CU_CAPTURE_NONE = 0 };
+enum { CU_CAPTURE_NONE = 0, CU_CAPTURE_RELAXED = 2 };
 enum { CU_LAUNCH_PROGRAMMATIC = 6 };
 enum { CU_EVENT_NO_TIMING = 2 };
 
@@ -102,6 +102,7 @@ typedef struct cu_launch_config {
       (cu_ptr dst, unsigned char value, size_t bytes, cu_stream stream))                           \
     X(stream_synchronize, "cuStreamSynchronize", 2000, (cu_stream stream))                         \
     X(stream_capturing, "cuStreamIsCapturing", 10000, (cu_stream stream, int *status))             \
+    X(capture_mode, "cuThreadExchangeStreamCaptureMode", 10010, (int *mode))                       \
     X(event_create, "cuEventCreate", 2000, (cu_event * event, unsigned flags))                     \
     X(event_destroy, "cuEventDestroy", 4000, (cu_event event))                                     \
     X(event_record, "cuEventRecord", 2000, (cu_event event, cu_stream stream))                     \
