@@ -28,6 +28,7 @@ static const struct {
     {"merge.cuda", {BF16, BF16, 8, 128}},
     {"merge.cuda", {F32, F16, 1, 128}},
     {"attention.cuda", {128}},
+    {"attention.plan", {512}},
     {"gemm.thin", {BF16, BF16, BF16, 8, 8, 256}},
     {"gemm.thin", {F32, F32, F16, 1, 4, 256}},
     {"gemm.tile", {BF16, F16, BF16, 1, 1, 256}},

@@ -52,6 +52,14 @@
     X(cuda_hooks, "ops/attention/hooks.cuh")                                                       \
     X(cuda_rows, "ops/attention/rows.cuh")                                                         \
     X(cuda_attention, "ops/attention/attention.cu")                                                \
+    X(lanes, "ops/attention/lanes.h")                                                              \
+    X(schedule_h, "ops/attention/schedule.h")                                                      \
+    X(schedule_c, "ops/attention/schedule.c")                                                      \
+    X(groups_h, "ops/attention/groups.h")                                                          \
+    X(groups_c, "ops/attention/groups.c")                                                          \
+    X(plan_params, "ops/attention/plan_params.h")                                                  \
+    X(planner, "ops/attention/planner.h")                                                          \
+    X(cuda_plan, "ops/attention/plan.cu")                                                          \
     X(gemm_params, "ops/gemm/gemm_params.h")                                                       \
     X(gemm, "ops/gemm/gemm.cu")                                                                    \
     X(sampling_params, "ops/sampling/sampling_params.h")                                           \
