@@ -3,7 +3,7 @@
  * SPDX-License-Identifier: Apache-2.0 */
 #include "attention_case_random.h"
 #include "lanes.h"
-#include "ops/attention/attention.h"
+#include "plan_bytes.h"
 
 enum {
     MAX_REQUESTS = 40,
@@ -215,47 +215,6 @@ static void plan_in_lanes(qi_lanes lanes, void *user)
     device_plan(lanes, user);
 }
 
-#define SAME(field, count)                                                                         \
-    if (memcmp(want->field, got->field, (size_t)(count) * sizeof *(want->field)) != 0)             \
-    fail_msg("case %lld: " #field " of the two plans differ", (long long)number)
-
-/* kv_begin aside, which counts from other places: the pages there are the same. */
-static void expect_same_groups(const qi_plan *want, const qi_plan *got, i32 num_groups,
-                               i32 page_size, i64 number)
-{
-    for (i32 i = 0; i < num_groups; i++) {
-        qi_group g = want->groups[i], h = got->groups[i];
-        const i32 pages = page_size ? (g.kv_len + page_size - 1) / page_size : 0;
-        if (memcmp(want->pages + g.kv_begin, got->pages + h.kv_begin, (size_t)pages * 4) != 0)
-            fail_msg("case %lld: pages of group %d differ", (long long)number, (int)i);
-        if (page_size) g.kv_begin = h.kv_begin = 0;
-        if (memcmp(&g, &h, sizeof g) != 0)
-            fail_msg("case %lld: group %d differs", (long long)number, (int)i);
-    }
-}
-
-static void expect_same_plan(const qkv_attention *a, const qi_plan *got, i32 num_groups, i64 number)
-{
-    const qi_plan *want = &a->plan;
-    const qi_plan_header *h = want->header;
-    SAME(header, 1);
-    SAME(work_indptr, a->limits.max_workers + 1);
-    SAME(work, h->num_work);
-    SAME(merge, h->num_merges);
-    SAME(ticket, h->num_merges);
-    SAME(token_request, h->num_tokens);
-    SAME(qo_indptr, h->num_requests + 1);
-    SAME(kv_len, h->num_requests);
-    SAME(qo_pos, h->num_requests);
-    SAME(mask_first, h->num_requests);
-    expect_same_groups(want, got, num_groups, a->spec.page_size, number);
-    if (h->num_levels == 1) return;
-    SAME(rows, h->num_tokens);
-    const i64 pitch = a->limits.max_tokens * a->spec.num_kv_heads;
-    for (i32 l = 0; l < h->num_levels; l++)
-        SAME(row_merge + l * pitch, h->num_tokens * a->spec.num_kv_heads);
-}
-
 static void lanes_plan_a_batch_as_the_host_does(void **state)
 {
     (void)state;
@@ -269,13 +228,10 @@ static void lanes_plan_a_batch_as_the_host_does(void **state)
         qkv_attention *a;
         EXPECT_OK(qkv_attention_create(ctx, &c.config.spec, &c.limits, NULL, &a));
         EXPECT_OK(qkv_attention_plan(a, &c.batch, NULL));
-        i32 num_groups = 0;
-        for (i32 l = 0; l < c.batch.num_levels; l++)
-            num_groups += (i32)c.batch.levels[l].qo_indptr->shape[0] - 1;
         const block out = block_new(a, a->plan.header->num_work + 1);
         plan_params p = params_of(a, &c.batch, &out);
         run_lanes(2 + (i32)test_below(MAX_LANES - 1), plan_in_lanes, &p);
-        expect_same_plan(a, &out.plan, num_groups, i);
+        expect_same_plan(a, &a->plan, &out.plan, num_groups_of(&c.batch), i);
         free(out.memory);
         qkv_attention_destroy(a);
         case_free_index(&c);

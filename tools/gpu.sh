@@ -9,7 +9,8 @@ export QKV_TEST_DEVICE=cuda QKV_TEST_CASES=${QKV_TEST_CASES-1000} QKV_CACHE_DIR=
 
 tests="test_norm test_activation test_rope test_page test_append_options test_merge test_gemm
   test_sampling test_attention_edge test_attention_grid test_attention_levels test_attention_bsr
-  test_attention_low_precision test_attention_properties test_attention_invariance test_variants"
+  test_attention_low_precision test_attention_properties test_attention_invariance test_variants
+  test_device_plan"
 
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 failed=0
