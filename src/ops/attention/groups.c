@@ -9,11 +9,13 @@ static i32 group_of(const qi_kv_view *view, i32 from, i32 row)
 {
     const i32 *indptr = view->qo_indptr, n = (i32)view->num_requests;
     i32 step = 1;
+    QI_ROLLED
     while (from + step < n && indptr[from + step] <= row) {
         from += step;
         step *= 2;
     }
     i32 low = from, high = from + step < n ? from + step : n;
+    QI_ROLLED
     while (high - low > 1) {
         const i32 middle = low + (high - low) / 2;
         if (indptr[middle] <= row)
@@ -28,6 +30,7 @@ static i32 group_of(const qi_kv_view *view, i32 from, i32 row)
 static i64 keys_before(const batch_view *batch, i32 level, i32 row, i32 *at)
 {
     i64 keys = 0;
+    QI_ROLLED
     for (i32 l = 0; l < level; l++) {
         at[l] = group_of(&batch->level[l], at[l], row);
         keys += qi_kv_len(&batch->level[l], at[l]);
@@ -73,6 +76,7 @@ static qi_group make_group(const batch_view *batch, i32 level, i64 number, i64 l
 /* The groups above a request's get to know of it. */
 static void join_groups(const batch_view *batch, const qi_group *leaf, qi_group *groups, i32 *at)
 {
+    QI_ROLLED
     for (i32 l = 0, first = 0; l + 1 < batch->num_levels; l++) {
         const qi_kv_view *view = &batch->level[l];
         at[l] = group_of(view, at[l], leaf->row_begin);
@@ -90,9 +94,11 @@ void qi_groups_by_level(qi_lanes lanes, const batch_view *batch, group_list *out
     const i32 last = batch->num_levels - 1;
     i32 first = 0, shared = 0;
     i64 listed = 0;
+    QI_ROLLED
     for (i32 l = 0; l <= last; l++) {
         const qi_kv_view *view = &batch->level[l];
         i32 at[MAX_LEVELS] = {0};
+        QI_ROLLED
         for (i64 g = lanes.id; g < view->num_requests; g += lanes.count) {
             const qi_group made = make_group(batch, l, g, listed, at);
             out->groups[first + g] = made;
@@ -107,12 +113,14 @@ void qi_groups_by_level(qi_lanes lanes, const batch_view *batch, group_list *out
     out->num_levels = shared ? batch->num_levels : 1;
     if (last > 0) {
         i32 at[MAX_LEVELS] = {0};
+        QI_ROLLED
         for (i64 r = lanes.id; r < own->num_requests; r += lanes.count)
             if (out->groups[first + r].num_rows > 0)
                 join_groups(batch, &out->groups[first + r], out->groups, at);
         lanes_sync(lanes);
     }
     const i32 tokens = own->qo_indptr[own->num_requests];
+    QI_ROLLED
     for (i32 t = lanes.id; shared && t < tokens; t += lanes.count) out->rows[t] = t;
 }
 
@@ -121,10 +129,13 @@ static void copy_tokens(qi_lanes lanes, const qi_kv_view *view, i32 *token_reque
 {
     const i32 tokens = view->qo_indptr[view->num_requests];
     if (lanes.count == 1) {
+        QI_ROLLED
         for (i32 r = 0; r < view->num_requests; r++)
+            QI_ROLLED
             for (i32 t = view->qo_indptr[r]; t < view->qo_indptr[r + 1]; t++) token_request[t] = r;
         return;
     }
+    QI_ROLLED
     for (i32 t = lanes.id, r = 0; t < tokens; t += lanes.count)
         token_request[t] = r = group_of(view, r, t);
 }
@@ -133,6 +144,7 @@ void qi_copy_requests(qi_lanes lanes, const batch_view *batch, const qi_plan *ou
 {
     const qi_kv_view *view = &batch->level[batch->num_levels - 1];
     i32 at[MAX_LEVELS] = {0};
+    QI_ROLLED
     for (i64 r = lanes.id; r <= view->num_requests; r += lanes.count) {
         const i32 begin = view->qo_indptr[r];
         out->qo_indptr[r] = begin;

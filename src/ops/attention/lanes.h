@@ -11,6 +11,14 @@
 
 #include "kern/abi.h"
 
+/* Before a loop of the planner's text: on a GPU it runs once, from cold instruction caches, where short code
+ * is fast code. */
+#ifdef __CUDACC_RTC__
+#define QI_ROLLED _Pragma("unroll 1")
+#else
+#define QI_ROLLED
+#endif
+
 typedef struct qi_lanes {
     i32 id, count;
 } qi_lanes;

@@ -10,6 +10,7 @@
 #include "ops/attention/lanes.h"
 
 enum { WARPS = THREADS / WARP, MAX_SUMS = 4 };
+_Static_assert(WARPS >= MAX_SUMS && WARPS <= WARP, "a warp adds up the sums of the warps");
 
 /* Sums up to this lane of the warp. */
 QI_INLINE i64 warp_scan(i64 x)
@@ -28,25 +29,46 @@ QI_INLINE void lanes_sync(qi_lanes lanes)
     __syncthreads();
 }
 
-/* Each warp adds its own, then all of them the warps' sums. */
-QI_INLINE void lanes_add(qi_lanes lanes, i64 *values, i64 *totals, const int n)
+/* Four at a time, in one place: code that runs again is in the caches then. Each warp adds its own, and one
+ * warp for each of the four the warps' sums. */
+static __device__ __noinline__ void add_four(i64 *values, i64 *totals)
 {
-    __shared__ i64 sums[MAX_SUMS][WARP];
+    __shared__ i64 sums[MAX_SUMS][WARP + 1]; /* before each warp; of all */
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    i64 below[MAX_SUMS];
 #pragma unroll
-    for (int k = 0; k < n; k++) {
+    for (int k = 0; k < MAX_SUMS; k++) {
         const i64 through = warp_scan(values[k]);
         if (lane == WARP - 1) sums[k][warp] = through;
-        values[k] = through - values[k];
+        below[k] = through - values[k];
+    }
+    __syncthreads();
+    if (warp < MAX_SUMS) {
+        const i64 of_warp = lane < WARPS ? sums[warp][lane] : 0, through = warp_scan(of_warp);
+        __syncwarp();
+        sums[warp][lane] = through - of_warp;
+        if (lane == WARP - 1) sums[warp][WARP] = through;
     }
     __syncthreads();
 #pragma unroll
-    for (int k = 0; k < n; k++) {
-        const i64 of_warp = lane < WARPS ? sums[k][lane] : 0, through = warp_scan(of_warp);
-        totals[k] = __shfl_sync(ALL_LANES, through, WARP - 1);
-        values[k] += __shfl_sync(ALL_LANES, through - of_warp, warp);
+    for (int k = 0; k < MAX_SUMS; k++) {
+        values[k] = below[k] + sums[k][warp];
+        totals[k] = sums[k][WARP];
     }
     __syncthreads();
+}
+
+QI_INLINE void lanes_add(qi_lanes lanes, i64 *values, i64 *totals, const int n)
+{
+    i64 in[MAX_SUMS] = {0, 0, 0, 0}, all[MAX_SUMS];
+#pragma unroll
+    for (int k = 0; k < n; k++) in[k] = values[k];
+    add_four(in, all);
+#pragma unroll
+    for (int k = 0; k < n; k++) {
+        values[k] = in[k];
+        totals[k] = all[k];
+    }
 }
 
 QI_INLINE int lanes_any(qi_lanes lanes, int value)

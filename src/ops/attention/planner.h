@@ -61,6 +61,7 @@ static i32 check_end(const qi_kv_view *view, const qi_kv_view *inner, i64 g)
     const i32 row = view->qo_indptr[g + 1], n = (i32)inner->num_requests;
     if (g + 1 == view->num_requests && row != inner->qo_indptr[n]) return QI_PLAN_NESTING;
     i32 low = 0, high = n; /* the first entry that is not less */
+    QI_ROLLED
     while (low < high) {
         const i32 middle = low + (high - low) / 2;
         if (inner->qo_indptr[middle] < row)
@@ -111,8 +112,11 @@ static i64 check_batch(qi_lanes lanes, const plan_params *p)
     const batch_view *batch = &p->batch;
     const qi_kv_view *last = &batch->level[batch->num_levels - 1];
     i64 worst = NO_FAULT, sums[2] = {0, 0}, totals[2];
+    QI_ROLLED
     for (i32 l = 0; l < batch->num_levels; l++) {
-        if (lanes.id == 0) worst = check_empty(p, l) < worst ? check_empty(p, l) : worst;
+        const i64 empty = lanes.id == 0 ? check_empty(p, l) : NO_FAULT;
+        if (empty < worst) worst = empty;
+        QI_ROLLED
         for (i64 g = lanes.id; g < batch->level[l].num_requests; g += lanes.count) {
             const i64 found = check_group(p, l, g);
             if (found < worst) worst = found;
@@ -125,6 +129,7 @@ static i64 check_batch(qi_lanes lanes, const plan_params *p)
     if (last->page_size > 0 && totals[1] > p->max_pages) return fault(QI_PLAN_MAX_PAGES, 0, -1);
     if (batch->num_levels == 1) return NO_FAULT;
     i32 at[MAX_LEVELS] = {0};
+    QI_ROLLED
     for (i64 r = lanes.id; r < last->num_requests; r += lanes.count) {
         const i64 found = check_all_levels(p, r, at);
         if (found < worst) worst = found;

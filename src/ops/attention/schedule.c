@@ -125,6 +125,7 @@ typedef struct walk {
 /* Goes to tile `index` of a group, or to the first after it if it has none. */
 static void enter(const qi_lengths *in, const qi_limits *limits, walk *w, i32 group, i32 index)
 {
+    QI_ROLLED
     for (; group < in->num_groups; group++, index = 0) {
         w->tiles = tiles_of(limits, &in->groups[group]);
         if (index >= w->tiles) continue;
@@ -173,8 +174,10 @@ static walk walk_share(qi_lanes lanes, const qi_lengths *in, const qi_limits *li
     const i32 first = lanes.id * groups < n ? lanes.id * groups : n;
     const i32 past = first + groups < n ? first + groups : n;
     i64 tiles = 0, total;
+    QI_ROLLED
     for (i32 g = first; g < past; g++) tiles += tiles_of(limits, &in->groups[g]);
     lanes_add(lanes, &tiles, &total, 1);
+    QI_ROLLED
     for (i32 g = first; g < past; g++) {
         in->first_tile[g] = (i32)tiles;
         tiles += tiles_of(limits, &in->groups[g]);
@@ -189,6 +192,7 @@ static walk walk_share(qi_lanes lanes, const qi_lengths *in, const qi_limits *li
         return w;
     }
     i32 low = 0, high = n; /* first_tile[low] <= begin, first_tile[high] is more */
+    QI_ROLLED
     while (high - low > 1) {
         const i32 middle = (low + high) / 2;
         if (in->first_tile[middle] <= begin)
@@ -245,6 +249,7 @@ static i32 count_pieces(const strips *s, const qi_limits *limits, const walk *w)
     if (limits->fixed_cuts) return fixed_pieces(limits, t);
     if (!may_cut(s, limits, t)) return 1;
     i32 pieces = 1, from = t->kv_begin;
+    QI_ROLLED
     for (mark m = w->strip; m.at < w->position + t->cost; next_strip(s, &m)) {
         const i32 key = cut_key(limits, t, m.at - w->position, 1);
         if (key > from && key < t->kv_end) {
@@ -258,6 +263,7 @@ static i32 count_pieces(const strips *s, const qi_limits *limits, const walk *w)
 /* What stands before a tile in the plan: partial rows that cuts asked for beyond what is needed, items,
  * tiles with partial rows, and partial rows. */
 enum { ASKED, WORK, MERGES, SLOTS, NUM_COUNTS };
+enum { COST, NEEDED, LARGEST }; /* the same room, before */
 
 /* How many tiles from this one on, alike, are a piece each since no strip begins in them. */
 static i32 num_whole(const qi_limits *limits, const walk *w)
@@ -265,6 +271,7 @@ static i32 num_whole(const qi_limits *limits, const walk *w)
     const i32 n = limits->fixed_cuts ? 0 : num_alike(w);
     if (w->strip.at >= w->position + n * w->at.cost) return n;
     i32 whole = 0;
+    QI_ROLLED
     for (i64 end = w->position + w->at.cost; w->strip.at >= end; end += w->at.cost) whole++;
     return whole;
 }
@@ -281,26 +288,6 @@ static i32 choose_pieces(const strips *s, const qi_limits *limits, const walk *w
     return extra > 0 && *asked > spare ? 1 : pieces;
 }
 
-/* Adds a lane's tiles to the counts. */
-static void count_share(const strips *s, const qi_lengths *in, const qi_limits *limits, walk w,
-                        i64 spare, i64 *counts)
-{
-    while (w.left > 0) {
-        i32 n = num_whole(limits, &w), pieces = 1;
-        if (n == 0) {
-            n = 1;
-            pieces = choose_pieces(s, limits, &w, spare, &counts[ASKED]);
-            while (w.strip.at < w.position + w.at.cost) next_strip(s, &w.strip);
-        }
-        counts[WORK] += (i64)n * pieces;
-        if (pieces > 1 || rows_needed(limits, &w.at) > 0) {
-            counts[MERGES] += n;
-            counts[SLOTS] += (i64)n * pieces * rows_of(limits, &w.at);
-        }
-        leave(in, limits, &w, n);
-    }
-}
-
 /* ---- output ------------------------------------------------------------------------------- */
 
 /* Writes the pieces of a tile that end at or before key, but never the last; *w is the piece that
@@ -309,6 +296,7 @@ static i32 emit_until(const qi_limits *limits, const tile *t, i32 key, i32 at, q
                       const qi_plan *out)
 {
     const i32 rows = (i32)rows_of(limits, t), align = limits->cut_align;
+    QI_ROLLED
     for (;;) {
         i32 end = key;
         if (limits->fixed_cuts)
@@ -343,6 +331,7 @@ static void emit(const strips *s, const qi_limits *limits, walk *w, int cut, i32
     const tile *t = &w->at;
     const i64 end = w->position + t->cost;
     qi_work piece = first_piece(t, slot, merge);
+    QI_ROLLED
     for (; w->strip.at < end; next_strip(s, &w->strip)) {
         const i32 key = cut_key(limits, t, w->strip.at - w->position, cut && may_cut(s, limits, t));
         at = emit_until(limits, t, key, at, &piece, out);
@@ -370,36 +359,67 @@ static void emit_merge(const qi_lengths *in, const qi_limits *limits, const tile
     if (in->num_levels == 1) return;
     i32 *row_merge = out->row_merge +
                      ((i64)t->of->level * out->max_tokens + t->row_begin) * limits->num_kv_heads;
+    QI_ROLLED
     for (i32 r = 0; r < t->num_rows; r++)
+        QI_ROLLED
         for (i32 h = 0; h < t->num_kv_heads; h++)
             row_merge[(i64)r * limits->num_kv_heads + t->kv_head + h] = merge;
 }
 
-/* Writes a lane's tiles behind what the counts say. */
-static void emit_share(const strips *s, const qi_lengths *in, const qi_limits *limits, walk w,
-                       i64 spare, i64 *counts, const qi_plan *out)
+/* Pieces that are written behind what the counts say. */
+static void emit_tiles(const strips *s, const qi_lengths *in, const qi_limits *limits, walk *w,
+                       i32 n, i32 pieces, int partial, const i64 *counts, const qi_plan *out)
 {
+    if (!partial) {
+        qi_work piece = first_piece(&w->at, -1, -1);
+        if (w->strip.at >= w->position + n * w->at.cost) {
+            qi_work *work = out->work + counts[WORK];
+            QI_ROLLED
+            for (i32 i = 0; i < n; i++, piece.kv_head++) work[i] = piece;
+            return;
+        }
+    }
+    const i32 slot = partial ? (i32)counts[SLOTS] : -1, merge = partial ? (i32)counts[MERGES] : -1;
+    emit(s, limits, w, pieces > 1, (i32)counts[WORK], slot, merge, out);
+    if (partial) emit_merge(in, limits, &w->at, pieces, slot, merge, out);
+}
+
+/* What a walk along a lane's tiles is for. */
+enum { SUM_COSTS, COUNT, COUNT_AGAIN, EMIT };
+
+/* Adds a lane's tiles to the counts; when summing costs, to those of COST, NEEDED and LARGEST. */
+static void pass(i32 what, const strips *s, const qi_lengths *in, const qi_limits *limits, walk w,
+                 i64 spare, i64 *counts, const qi_plan *out)
+{
+    QI_ROLLED
     while (w.left > 0) {
         const i64 needed = rows_needed(limits, &w.at);
-        const i32 whole = num_whole(limits, &w);
-        if (whole > 0 && needed == 0) {
-            qi_work piece = first_piece(&w.at, -1, -1);
-            for (i32 i = 0; i < whole; i++, piece.kv_head++) out->work[counts[WORK]++] = piece;
-            leave(in, limits, &w, whole);
-            continue;
+        i32 n = num_whole(limits, &w), pieces = 1;
+        if (what == SUM_COSTS) {
+            n = num_alike(&w);
+            counts[COST] += n * w.at.cost;
+            counts[NEEDED] += n * needed;
+            if (w.at.flags == QI_TILE_PREFILL && w.at.cost > counts[LARGEST])
+                counts[LARGEST] = w.at.cost;
+        } else {
+            if (n == 0) {
+                n = 1;
+                pieces = choose_pieces(s, limits, &w, spare, &counts[ASKED]);
+            }
+            const int partial = pieces > 1 || needed > 0;
+            if (what == EMIT) {
+                if (partial) n = 1;
+                emit_tiles(s, in, limits, &w, n, pieces, partial, counts, out);
+            }
+            counts[WORK] += (i64)n * pieces;
+            if (partial) {
+                counts[MERGES] += n;
+                counts[SLOTS] += (i64)n * pieces * rows_of(limits, &w.at);
+            }
+            QI_ROLLED
+            while (w.strip.at < w.position + n * w.at.cost) next_strip(s, &w.strip);
         }
-        const i32 pieces = whole > 0 ? 1 : choose_pieces(s, limits, &w, spare, &counts[ASKED]);
-        const int partial = pieces > 1 || needed > 0;
-        const i32 slot = partial ? (i32)counts[SLOTS] : -1;
-        const i32 merge = partial ? (i32)counts[MERGES] : -1;
-        emit(s, limits, &w, pieces > 1, (i32)counts[WORK], slot, merge, out);
-        counts[WORK] += pieces;
-        if (partial) {
-            emit_merge(in, limits, &w.at, pieces, slot, merge, out);
-            counts[MERGES]++;
-            counts[SLOTS] += pieces * rows_of(limits, &w.at);
-        }
-        leave(in, limits, &w, 1);
+        leave(in, limits, &w, n);
     }
 }
 
@@ -408,8 +428,10 @@ static void clear_row_merge(qi_lanes lanes, const qi_lengths *in, const qi_limit
                             const qi_plan *out)
 {
     const i64 n = (i64)in->num_tokens * limits->num_kv_heads;
+    QI_ROLLED
     for (i32 l = 0; in->num_levels > 1 && l < in->num_levels; l++) {
         i32 *row_merge = out->row_merge + l * out->max_tokens * limits->num_kv_heads;
+        QI_ROLLED
         for (i64 i = lanes.id; i < n; i += lanes.count) row_merge[i] = -1;
     }
 }
@@ -441,6 +463,7 @@ i64 qi_schedule_split_rows(const qi_limits *limits, i64 max_rows)
 i64 qi_schedule_rows_needed(const qi_lengths *in, const qi_limits *limits)
 {
     i64 rows = 0;
+    QI_ROLLED
     for (walk w = walk_all(in, limits); w.left > 0;) {
         const i32 n = num_alike(&w);
         rows += n * rows_needed(limits, &w.at);
@@ -454,58 +477,28 @@ i64 qi_schedule_rows_needed(const qi_lengths *in, const qi_limits *limits)
 void qi_schedule_nothing(qi_lanes lanes, const qi_limits *limits, i32 status, i32 request,
                          const qi_plan *out)
 {
+    QI_ROLLED
     for (i32 w = lanes.id; w <= limits->num_workers; w += lanes.count) out->work_indptr[w] = 0;
     const qi_plan_header header = {.status = status, .status_request = request, .num_levels = 1};
     if (lanes.id == 0) *out->header = header;
 }
 
-void qi_schedule(qi_lanes lanes, const qi_lengths *in, const qi_limits *limits, const qi_plan *out)
+/* Strips of equal size, from the line's total cost. */
+static strips make_strips(const qi_limits *limits, i64 total)
 {
-    clear_row_merge(lanes, in, limits, out);
-    walk first = walk_share(lanes, in, limits);
+    strips s = {.total = total, .count = limits->num_workers};
+    if (limits->cost_strip > 0 && total / limits->cost_strip < s.count)
+        s.count = (i32)(total / limits->cost_strip > 1 ? total / limits->cost_strip : 1);
+    s.size = total / s.count;
+    s.longer = total % s.count;
+    return s;
+}
 
-    /* The strips' size, from the line's total cost. */
-    i64 sums[2] = {0, 0}, totals[NUM_COUNTS] = {0, 0, 0, 0}, largest = 0;
-    for (walk w = first; w.left > 0;) {
-        const i32 n = num_alike(&w);
-        sums[0] += n * w.at.cost;
-        sums[1] += n * rows_needed(limits, &w.at);
-        if (w.at.flags == QI_TILE_PREFILL && w.at.cost > largest) largest = w.at.cost;
-        leave(in, limits, &w, n);
-    }
-    lanes_add(lanes, sums, totals, 2);
-    const i64 needed = totals[1], spare = limits->max_split_rows - needed;
-    if (spare < 0) {
-        qi_schedule_nothing(lanes, limits, QI_PLAN_SPLIT_ROWS * 256, -1, out);
-        return;
-    }
-    strips s = {.total = totals[0], .count = limits->num_workers};
-    if (limits->cost_strip > 0 && s.total / limits->cost_strip < s.count)
-        s.count = (i32)(s.total / limits->cost_strip > 1 ? s.total / limits->cost_strip : 1);
-    s.size = s.total / s.count;
-    s.longer = s.total % s.count;
-    s.cut_prefill = lanes_any(lanes, largest > s.size / 8);
-
-    /* Where each lane's output begins. Only if partial rows run short does a lane need to know what those
-     * before it ask for: it counts again. A single lane knows, and need not count. */
-    first.position = sums[0];
-    first.strip = mark_from(&s, first.position);
-    i64 counts[NUM_COUNTS] = {0, 0, 0, 0}, asked = 0, allowed = NOWHERE;
-    while (lanes.count > 1) {
-        count_share(&s, in, limits, first, allowed, counts);
-        lanes_add(lanes, counts, totals, NUM_COUNTS);
-        if (allowed == spare) break;
-        asked = counts[ASKED];
-        if (totals[ASKED] <= spare) break;
-        allowed = spare;
-        for (int i = WORK; i < NUM_COUNTS; i++) counts[i] = 0;
-    }
-    counts[ASKED] = asked;
-    emit_share(&s, in, limits, first, spare, counts, out);
-    if (lanes.count == 1)
-        for (int i = WORK; i < NUM_COUNTS; i++) totals[i] = counts[i];
-
-    const i64 past = strip_from(&s, s.total);
+static void finish(qi_lanes lanes, const strips *s, const qi_lengths *in, const qi_limits *limits,
+                   const i64 *totals, const qi_plan *out)
+{
+    const i64 past = strip_from(s, s->total);
+    QI_ROLLED
     for (i64 w = past + lanes.id; w <= limits->num_workers; w += lanes.count)
         out->work_indptr[w] = (i32)totals[WORK];
     if (lanes.id != 0) return;
@@ -513,10 +506,48 @@ void qi_schedule(qi_lanes lanes, const qi_lengths *in, const qi_limits *limits, 
                                    .num_requests = in->num_requests,
                                    .num_work = (i32)totals[WORK],
                                    .num_merges = (i32)totals[MERGES],
-                                   .num_strips = s.count,
+                                   .num_strips = s->count,
                                    .num_levels = in->num_levels,
                                    .num_split_rows = totals[SLOTS],
-                                   .cost_per_worker = s.size + (s.longer > 0)};
+                                   .cost_per_worker = s->size + (s->longer > 0)};
     out->work_indptr[0] = 0;
     *out->header = header;
+}
+
+void qi_schedule(qi_lanes lanes, const qi_lengths *in, const qi_limits *limits, const qi_plan *out)
+{
+    clear_row_merge(lanes, in, limits, out);
+    walk first = walk_share(lanes, in, limits);
+    strips s = {.total = 0};
+    i64 counts[NUM_COUNTS] = {0, 0, 0, 0}, totals[NUM_COUNTS], asked = 0, spare = NOWHERE;
+    QI_ROLLED
+    for (i32 what = SUM_COSTS;;) {
+        pass(what, &s, in, limits, first, what == COUNT ? NOWHERE : spare, counts, out);
+        if (what == EMIT) break;
+        const i64 largest = counts[LARGEST];
+        lanes_add(lanes, counts, totals, NUM_COUNTS);
+        if (what == SUM_COSTS) {
+            spare = limits->max_split_rows - totals[NEEDED];
+            if (spare < 0) {
+                qi_schedule_nothing(lanes, limits, QI_PLAN_SPLIT_ROWS * 256, -1, out);
+                return;
+            }
+            s = make_strips(limits, totals[COST]);
+            s.cut_prefill = lanes_any(lanes, largest > s.size / 8);
+            first.position = counts[COST];
+            first.strip = mark_from(&s, first.position);
+            what = lanes.count > 1 ? COUNT : EMIT; /* a single lane's output begins at 0 */
+        } else {
+            /* Only if partial rows run short does a lane need to know what those before it ask for. */
+            if (what == COUNT) asked = counts[ASKED];
+            what = what == COUNT && totals[ASKED] > spare ? COUNT_AGAIN : EMIT;
+        }
+        QI_ROLLED
+        for (int i = 0; i < NUM_COUNTS && what != EMIT; i++) counts[i] = 0;
+        if (lanes.count == 1)
+            QI_ROLLED
+            for (int i = 0; i < NUM_COUNTS; i++) counts[i] = 0;
+        counts[ASKED] = asked;
+    }
+    finish(lanes, &s, in, limits, lanes.count == 1 ? counts : totals, out);
 }
