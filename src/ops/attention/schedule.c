@@ -30,45 +30,42 @@ static i64 rows_of(const qi_limits *limits, const tile *t)
 }
 
 /* Tile number `index` of a group. */
-static tile make_tile(const qi_lengths *in, const qi_limits *limits, i32 group, i32 index)
+static void make_tile(const qi_lengths *in, const qi_limits *limits, i32 group, i32 index, tile *t)
 {
     const qi_group *g = &in->groups[group];
-    tile t = {.of = g,
-              .group = group,
-              .num_rows = g->num_rows,
-              .kv_head = g->kv_head < 0 ? 0 : g->kv_head,
-              .num_kv_heads = heads_of(limits, g),
-              .flags = QI_TILE_DECODE};
-    i32 row = 0;
-    if (g->num_rows <= limits->decode_rows) {
-        if (limits->split_heads) {
-            t.kv_head += index;
-            t.num_kv_heads = 1;
-        }
+    const i32 first_head = g->kv_head < 0 ? 0 : g->kv_head;
+    i32 row = 0, rows = g->num_rows;
+    t->of = g;
+    t->group = group;
+    if (rows <= limits->decode_rows) {
+        t->flags = QI_TILE_DECODE;
+        t->kv_head = limits->split_heads ? first_head + index : first_head;
+        t->num_kv_heads = limits->split_heads ? 1 : heads_of(limits, g);
     } else {
-        const i32 per_head = (g->num_rows - 1) / limits->tile_rows + 1;
+        const i32 per_head = (rows - 1) / limits->tile_rows + 1;
         row = index % per_head * limits->tile_rows;
-        t.num_rows = g->num_rows - row < limits->tile_rows ? g->num_rows - row : limits->tile_rows;
-        t.kv_head += index / per_head;
-        t.num_kv_heads = 1;
-        t.flags = QI_TILE_PREFILL;
+        rows = rows - row < limits->tile_rows ? rows - row : limits->tile_rows;
+        t->flags = QI_TILE_PREFILL;
+        t->kv_head = first_head + index / per_head;
+        t->num_kv_heads = 1;
     }
-    t.row_begin = g->row_begin + row;
+    t->num_rows = rows;
+    t->row_begin = g->row_begin + row;
     if (g->flags & QI_GROUP_SPARSE) {
-        t.kv_end = g->kv_len;
+        t->kv_begin = 0;
+        t->kv_end = g->kv_len;
     } else {
         i64 first = g->pos_first, last = g->pos_last;
         if (!(g->flags & QI_GROUP_MIXED)) {
             first += row;
-            last = first + t.num_rows - 1;
+            last = first + rows - 1;
         }
-        qi_visible(limits, g->kv_len, first - g->kv_offset, last - g->kv_offset, &t.kv_begin,
-                   &t.kv_end);
+        qi_visible(limits, g->kv_len, first - g->kv_offset, last - g->kv_offset, &t->kv_begin,
+                   &t->kv_end);
     }
-    t.cost_key = t.num_kv_heads *
-                 (limits->cost_key + (i64)t.num_rows * limits->group_size * limits->cost_pair);
-    t.cost = limits->cost_visit + (t.kv_end - t.kv_begin) * t.cost_key;
-    return t;
+    t->cost_key =
+        t->num_kv_heads * (limits->cost_key + (i64)rows * limits->group_size * limits->cost_pair);
+    t->cost = limits->cost_visit + (t->kv_end - t->kv_begin) * t->cost_key;
 }
 
 /* ---- strips ------------------------------------------------------------------------------- */
@@ -130,7 +127,7 @@ static void enter(const qi_lengths *in, const qi_limits *limits, walk *w, i32 gr
         w->tiles = tiles_of(limits, &in->groups[group]);
         if (index >= w->tiles) continue;
         w->index = index;
-        w->at = make_tile(in, limits, group, index);
+        make_tile(in, limits, group, index, &w->at);
         return;
     }
     w->left = 0;
@@ -360,64 +357,70 @@ static void emit_merge(const qi_lengths *in, const qi_limits *limits, const tile
     i32 *row_merge = out->row_merge +
                      ((i64)t->of->level * out->max_tokens + t->row_begin) * limits->num_kv_heads;
     QI_ROLLED
-    for (i32 r = 0; r < t->num_rows; r++)
-        QI_ROLLED
-        for (i32 h = 0; h < t->num_kv_heads; h++)
-            row_merge[(i64)r * limits->num_kv_heads + t->kv_head + h] = merge;
+    for (i32 r = 0; r < t->num_rows; r++) QI_ROLLED
+    for (i32 h = 0; h < t->num_kv_heads; h++)
+        row_merge[(i64)r * limits->num_kv_heads + t->kv_head + h] = merge;
 }
 
-/* Pieces that are written behind what the counts say. */
-static void emit_tiles(const strips *s, const qi_lengths *in, const qi_limits *limits, walk *w,
-                       i32 n, i32 pieces, int partial, const i64 *counts, const qi_plan *out)
+/* n tiles alike that are a piece each, and final. */
+static void emit_whole(const tile *t, i32 n, qi_work *work)
 {
-    if (!partial) {
-        qi_work piece = first_piece(&w->at, -1, -1);
-        if (w->strip.at >= w->position + n * w->at.cost) {
-            qi_work *work = out->work + counts[WORK];
-            QI_ROLLED
-            for (i32 i = 0; i < n; i++, piece.kv_head++) work[i] = piece;
-            return;
-        }
+    const qi_work piece = first_piece(t, -1, -1);
+    QI_ROLLED
+    for (i32 i = 0; i < n; i++) {
+        work[i] = piece;
+        work[i].kv_head = (u16)(t->kv_head + i);
     }
-    const i32 slot = partial ? (i32)counts[SLOTS] : -1, merge = partial ? (i32)counts[MERGES] : -1;
-    emit(s, limits, w, pieces > 1, (i32)counts[WORK], slot, merge, out);
-    if (partial) emit_merge(in, limits, &w->at, pieces, slot, merge, out);
 }
 
 /* What a walk along a lane's tiles is for. */
 enum { SUM_COSTS, COUNT, COUNT_AGAIN, EMIT };
 
-/* Adds a lane's tiles to the counts; when summing costs, to those of COST, NEEDED and LARGEST. */
+/* Counts, and maybe writes, the tile at hand, or if they are whole several alike; returns how many. */
+static i32 take_tiles(i32 what, const strips *s, const qi_lengths *in, const qi_limits *limits,
+                      walk *w, i64 spare, i64 *counts, const qi_plan *out)
+{
+    i32 n = num_whole(limits, w), pieces = 1;
+    if (n == 0) {
+        n = 1;
+        pieces = choose_pieces(s, limits, w, spare, &counts[ASKED]);
+    }
+    const int partial = pieces > 1 || rows_needed(limits, &w->at) > 0;
+    if (what == EMIT && !partial && w->strip.at >= w->position + n * w->at.cost) {
+        emit_whole(&w->at, n, out->work + counts[WORK]);
+    } else if (what == EMIT) {
+        const i32 slot = partial ? (i32)counts[SLOTS] : -1;
+        const i32 merge = partial ? (i32)counts[MERGES] : -1;
+        n = 1;
+        emit(s, limits, w, pieces > 1, (i32)counts[WORK], slot, merge, out);
+        if (partial) emit_merge(in, limits, &w->at, pieces, slot, merge, out);
+    } else {
+        QI_ROLLED
+        while (w->strip.at < w->position + n * w->at.cost) next_strip(s, &w->strip);
+    }
+    counts[WORK] += (i64)n * pieces;
+    if (partial) {
+        counts[MERGES] += n;
+        counts[SLOTS] += (i64)n * pieces * rows_of(limits, &w->at);
+    }
+    return n;
+}
+
+/* Adds a lane's tiles to the counts. */
 static void pass(i32 what, const strips *s, const qi_lengths *in, const qi_limits *limits, walk w,
                  i64 spare, i64 *counts, const qi_plan *out)
 {
     QI_ROLLED
     while (w.left > 0) {
-        const i64 needed = rows_needed(limits, &w.at);
-        i32 n = num_whole(limits, &w), pieces = 1;
+        i32 n;
         if (what == SUM_COSTS) {
             n = num_alike(&w);
             counts[COST] += n * w.at.cost;
-            counts[NEEDED] += n * needed;
+            counts[NEEDED] += n * rows_needed(limits, &w.at);
             if (w.at.flags == QI_TILE_PREFILL && w.at.cost > counts[LARGEST])
                 counts[LARGEST] = w.at.cost;
         } else {
-            if (n == 0) {
-                n = 1;
-                pieces = choose_pieces(s, limits, &w, spare, &counts[ASKED]);
-            }
-            const int partial = pieces > 1 || needed > 0;
-            if (what == EMIT) {
-                if (partial) n = 1;
-                emit_tiles(s, in, limits, &w, n, pieces, partial, counts, out);
-            }
-            counts[WORK] += (i64)n * pieces;
-            if (partial) {
-                counts[MERGES] += n;
-                counts[SLOTS] += (i64)n * pieces * rows_of(limits, &w.at);
-            }
-            QI_ROLLED
-            while (w.strip.at < w.position + n * w.at.cost) next_strip(s, &w.strip);
+            n = take_tiles(what, s, in, limits, &w, spare, counts, out);
         }
         leave(in, limits, &w, n);
     }
@@ -544,9 +547,8 @@ void qi_schedule(qi_lanes lanes, const qi_lengths *in, const qi_limits *limits, 
         }
         QI_ROLLED
         for (int i = 0; i < NUM_COUNTS && what != EMIT; i++) counts[i] = 0;
-        if (lanes.count == 1)
-            QI_ROLLED
-            for (int i = 0; i < NUM_COUNTS; i++) counts[i] = 0;
+        if (lanes.count == 1) QI_ROLLED
+        for (int i = 0; i < NUM_COUNTS; i++) counts[i] = 0;
         counts[ASKED] = asked;
     }
     finish(lanes, &s, in, limits, lanes.count == 1 ? counts : totals, out);
