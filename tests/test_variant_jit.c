@@ -482,7 +482,7 @@ static void variant_jit_obeys_the_policy(void **state)
     expect_hit(QKV_JIT_ALLOW, NULL, &v, 7.f);
 
     qkv_context *ctx = (qkv_context *)1;
-    const qkv_context_options bad = {QKV_CONTEXT_OPTIONS_INIT, .jit_policy = 3};
+    const qkv_context_options bad = {QKV_CONTEXT_OPTIONS_INIT, .jit_policy = QKV_JIT_FILL};
     EXPECT_FAIL(QKV_ERR_INVALID, "jit_policy", qkv_context_create(&bad, &ctx));
     assert_null(ctx);
 }

@@ -2,6 +2,7 @@
  * SPDX-License-Identifier: Apache-2.0 */
 #include "device/cuda.h"
 
+#include <stdio.h>
 #include <string.h>
 
 #include "base/status.h"
@@ -23,6 +24,9 @@ static void leave(const qi_cuda_device *device, cu_context before)
 #define ON_DEVICE(device, call)                                                                    \
     do {                                                                                           \
         cu_context before_;                                                                        \
+        if (!(device)->context)                                                                    \
+            QI_FAIL(QKV_ERR_UNSUPPORTED,                                                           \
+                    "ctx: expected a context of a device, got one of QKV_JIT_FILL");               \
         QI_CUDA_TRY(enter((device), &before_));                                                    \
         const int result_ = (call);                                                                \
         leave((device), before_);                                                                  \
@@ -78,6 +82,37 @@ void qi_cuda_close(qi_cuda_device *device)
     device->context = NULL;
 }
 
+/* A device's shared memory follows its architecture; of multiprocessors, those of a large one. */
+qkv_status qi_cuda_describe(const char *isa, qi_cuda_device *out)
+{
+    static const struct {
+        int major, minor, num_sms, shared_bytes, l2_bytes;
+    } known[] = {
+        {8, 0, 108, 166912, 40 << 20},   {8, 6, 84, 101376, 6 << 20},
+        {8, 7, 16, 166912, 4 << 20},     {8, 9, 142, 101376, 96 << 20},
+        {9, 0, 132, 232448, 50 << 20},   {10, 0, 148, 232448, 126 << 20},
+        {10, 3, 148, 232448, 126 << 20}, {12, 0, 170, 101376, 96 << 20},
+        {12, 1, 48, 101376, 24 << 20},
+    };
+    char names[256] = "";
+    size_t at = 0;
+    for (size_t i = 0; i < sizeof known / sizeof known[0]; i++) {
+        char name[16];
+        snprintf(name, sizeof name, "sm_%d%d%s", known[i].major, known[i].minor,
+                 known[i].major >= 9 ? "a" : "");
+        *out = (qi_cuda_device){.major = known[i].major,
+                                .minor = known[i].minor,
+                                .num_sms = known[i].num_sms,
+                                .shared_bytes = known[i].shared_bytes,
+                                .l2_bytes = known[i].l2_bytes};
+        snprintf(out->name, sizeof out->name, "%s", name);
+        if (isa && strcmp(isa, name) == 0) return QKV_OK;
+        at += (size_t)snprintf(names + at, sizeof names - at, "%s%s", at ? ", " : "", name);
+    }
+    QI_FAIL(QKV_ERR_INVALID, "isa: expected one of %s with QKV_JIT_FILL, got %s", names,
+            isa ? isa : "NULL");
+}
+
 /* ---- memory ------------------------------------------------------------------------------- */
 
 qkv_status qi_cuda_alloc(const qi_cuda_device *device, size_t bytes, void **out)
@@ -98,7 +133,7 @@ static cu_ptr ptr_of(const void *memory)
 static int free_on(const qi_cuda_device *device, void *memory, int pinned)
 {
     cu_context before;
-    const int result = enter(device, &before);
+    const int result = device->context ? enter(device, &before) : CU_NOT_INITIALIZED;
     if (result != CU_SUCCESS) return result;
     if (pinned)
         qi_cuda.host_free(memory);

@@ -20,6 +20,10 @@ typedef struct qi_cuda_device {
 qkv_status qi_cuda_open(int ordinal, qi_cuda_device *out);
 void qi_cuda_close(qi_cuda_device *device);
 
+/* What is known of GPUs of an architecture, "sm_90a", where there is none: to compile for them. Whatever
+ * else is asked of such a device is UNSUPPORTED. INVALID: it is no such name. */
+qkv_status qi_cuda_describe(const char *isa, qi_cuda_device *out);
+
 /* Memory of the device; and of the host, pinned. */
 qkv_status qi_cuda_alloc(const qi_cuda_device *device, size_t bytes, void **out);
 void qi_cuda_free(const qi_cuda_device *device, void *memory);

@@ -51,6 +51,10 @@
     X(merge, "ops/attention/merge.cu")                                                             \
     X(cuda_hooks, "ops/attention/hooks.cuh")                                                       \
     X(cuda_rows, "ops/attention/rows.cuh")                                                         \
+    X(cuda_merge_rows, "ops/attention/merge_rows.cuh")                                             \
+    X(mma_types, "ops/attention/mma_types.cuh")                                                    \
+    X(decode_mma, "ops/attention/decode_mma.cuh")                                                  \
+    X(attention_mma, "ops/attention/attention_mma.cu")                                             \
     X(cuda_attention, "ops/attention/attention.cu")                                                \
     X(lanes, "ops/attention/lanes.h")                                                              \
     X(schedule_h, "ops/attention/schedule.h")                                                      \

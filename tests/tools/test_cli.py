@@ -82,6 +82,21 @@ class Tool(unittest.TestCase):
             rate = {"GB/s": "gbps", "GFLOP/s": "gflops"}[r["ceiling_unit"]]
             self.assertAlmostEqual(r["share"], r[rate] / r["ceiling"], delta=0.01 * r["share"])
 
+    @unittest.skipUnless(os.environ.get("QKV_TEST_DEVICE") == "cuda", "QKV_TEST_DEVICE is not cuda")
+    def test_every_operator_is_verified_on_a_gpu(self):
+        passed_on = {k: os.environ[k] for k in ("QKV_NVRTC", "QKV_CACHE_DIR") if k in os.environ}
+        status, out, err = qkv("bench", "--device", "cuda", "--json", "--seconds", "0", "--file",
+                               SMOKE, **passed_on)
+        self.assertEqual(status, 0, err)
+        results = [json.loads(line) for line in out.splitlines()]
+        with open(SMOKE) as f:
+            self.assertEqual([r["op"] for r in results],
+                             [line.split()[0] for line in f if line[0].isalpha()])
+        for r in results:
+            self.assertTrue(r["device"].startswith("cuda:0:sm_"), r)
+            for key in ("us", "us_best", "host_us", "runs"):
+                self.assertGreater(r[key], 0, key)
+
     def test_a_printed_problem_is_the_same_problem(self):
         (first,) = self.bench(*TINY)
         (second,) = self.bench(first["op"], first["problem"])
@@ -116,13 +131,38 @@ class Tool(unittest.TestCase):
             f32_level = {"avx512_bf16": "avx512", "amx": "avx512"}.get(level, level)
             self.assertEqual(r["ceiling_name"], "fma_" + f32_level)
 
+    def test_compile_fills_a_cache_for_machines_without_nvrtc(self):
+        with tempfile.TemporaryDirectory() as folder, \
+                tempfile.NamedTemporaryFile("w", suffix=".txt") as f:
+            f.write("rmsnorm tokens=3,size=256\nrmsnorm tokens=30,size=256\ngated tokens=2\n"
+                    "append\nargmax batch=3\n")
+            f.flush()
+            arguments = ["compile", f.name, "--arch", "sm_80,sm_90a,sm_100a", "--cache", folder + "/new"]
+            done = qkv(*arguments, QKV_NVRTC="/nonexistent")
+            self.assertEqual(done[:2], (1, ""))
+            self.assertIn("expected NVRTC", done[2])
+            probe = ["compile", f.name, "--arch", "sm_80", "--cache", folder + "/probe"]
+            if "expected NVRTC" in qkv(*probe)[2]:
+                self.skipTest("no NVRTC on this machine")
+            lines = self.succeeds(*arguments).splitlines()
+            self.assertEqual([line.split()[0] for line in lines], ["sm_80", "sm_90a", "sm_100a"])
+            for line in lines:
+                self.assertRegex(line, r" 5 problems, 4 kernels compiled by nvrtc \d+\.\d+ in ")
+            entries = sorted(os.listdir(folder + "/new"))
+            self.assertEqual(len(entries), 2 * 4 * 3)  # with the compiler's name and without
+            for environment in ({}, {"QKV_NVRTC": "/nonexistent"}):
+                again = self.succeeds(*arguments, **environment).splitlines()
+                for line in again:
+                    self.assertRegex(line, r" 5 problems, 0 kernels compiled")
+            self.assertEqual(sorted(os.listdir(folder + "/new")), entries)
+
     def test_wrong_usage_is_named(self):
         with tempfile.NamedTemporaryFile("w", suffix=".txt") as f:
             f.write("# one fine line\ngemm m=2,n=8,k=8\ngemm m=2,n=zero\n")
             f.flush()
             cases = [
                 ([], "expected a command"),
-                (["benhc"], "benhc: expected info or bench"),
+                (["benhc"], "benhc: expected info, bench or compile"),
                 (["bench"], "expected OP [PROBLEM], or --file"),
                 (["bench", "gemm", "--file", f.name], "expected OP [PROBLEM], or --file"),
                 (["bench", "gem"], 'op: expected one of decode'),
@@ -136,9 +176,15 @@ class Tool(unittest.TestCase):
                 (["bench", "gemm", "--seconds", "1s"], "--seconds: expected a number"),
                 (["bench", "gemm", "--threads", "0"], "--threads: expected a number from 1"),
                 (["bench", "gemm", "--ceilings"], "--ceilings belongs to info"),
-                (["bench", "--file", "/nowhere/at/all"], "--file: /nowhere/at/all: "),
+                (["bench", "--file", "/nowhere/at/all"], "/nowhere/at/all: "),
                 (["bench", "--file", os.devnull], "no problem in it"),
                 (["bench", "--file", f.name], "line 3: n: expected a whole number"),
+                (["bench", "gemm", "--device", "gpu"], "--device: expected cpu, cuda or cuda:N"),
+                (["bench", "gemm", "--device", "cuda:x"], "--device cuda:: expected a number"),
+                (["bench", "gemm", "--cache", "x"], "--arch and --cache belong to compile"),
+                (["compile"], "compile: expected a file of problems"),
+                (["compile", os.devnull], "no problem in it"),
+                (["compile", SMOKE, "--arch", "sm_80,"], "--arch: expected names by commas"),
                 (["info", "gemm"], "info: expected decode, prefill or mixed"),
                 (["info", "--json"], "info: takes neither"),
             ]

@@ -12,8 +12,12 @@
 
 enum { MAX_IN_FLIGHT = 16 };
 
-/* On a GPU: the plan block there, a copy of the host's, and the kernels. */
+/* On a GPU: how the kernels are compiled and launched, and the plan block there, a copy of the host's. */
 typedef struct attention_cuda {
+    i32 decode_rows, decode_stages; /* 0: no tile has few rows */
+    i32 prefill;                    /* 0: no tile has many */
+    i32 blocks_per_sm;
+    u32 shared_bytes;         /* of a block; more than there is: the kernel declines */
     char *block;              /* [workspace size's plan_bytes] */
     char *stages;             /* pinned blocks like it, one after another, to make plans in */
     const char *host;         /* the one that a->plan points into */
@@ -67,6 +71,7 @@ qkv_status qi_attention_read_batch(const qkv_attention *a, const qkv_attention_b
 void qi_attention_bind(qkv_attention *a, char *plan, char *scratch);
 
 /* cuda.c: what create, plan, run and destroy do beside on a GPU. */
+void qi_attention_cuda_configure(qkv_attention *a);
 qkv_status qi_attention_cuda_compile(qkv_attention *a);
 qkv_status qi_attention_cuda_alloc(qkv_attention *a, const qkv_workspace_size *size,
                                    qkv_workspace *out);

@@ -1,0 +1,444 @@
+/* driver.c - the emulated CUDA driver, libcuda.so.1: one GPU of compute capability 9.0 with few
+ * multiprocessors; work is done when it is asked for, by the calling thread.
+ * SPDX-License-Identifier: Apache-2.0 */
+#include "driver.h"
+
+#include <dlfcn.h>
+#include <elf.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+struct CUctx_st {
+    int retained;
+};
+
+struct CUlib_st {
+    void *object;
+    const emulator_module *module;
+    CUkernel kernels;
+};
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pid_t owner; /* the process that called cuInit */
+static struct CUctx_st primary;
+static CUresult failure; /* of a kernel: all that follows fails, too */
+static _Thread_local CUcontext current;
+
+CUresult driver_enter(void)
+{
+    if (owner != getpid()) return NOT_INITIALIZED;
+    if (!current) return INVALID_CONTEXT;
+    pthread_mutex_lock(&lock);
+    if (failure == SUCCESS) return SUCCESS;
+    pthread_mutex_unlock(&lock);
+    return failure;
+}
+
+void driver_leave(void)
+{
+    pthread_mutex_unlock(&lock);
+}
+
+/* ---- the driver and the device ---------------------------------------------------------------- */
+
+EXPORT CUresult cuInit(unsigned flags)
+{
+    if (flags) return INVALID_VALUE;
+    if (owner && owner != getpid()) return NOT_INITIALIZED; /* a child of one that had called it */
+    owner = getpid();
+    return SUCCESS;
+}
+
+EXPORT CUresult cuDriverGetVersion(int *version)
+{
+    *version = 13000;
+    return SUCCESS;
+}
+
+static const struct {
+    int value;
+    const char *name, *text;
+} results[] = {
+#define X(value, name, text) {value, "CUDA_ERROR_" #name, text},
+    RESULTS(X)
+#undef X
+};
+
+EXPORT CUresult cuGetErrorString(int result, const char **text)
+{
+    for (size_t i = 0; i < sizeof results / sizeof results[0]; i++)
+        if (results[i].value == result) {
+            *text = results[i].text;
+            return SUCCESS;
+        }
+    return INVALID_VALUE;
+}
+
+EXPORT CUresult cuGetErrorName(int result, const char **text)
+{
+    for (size_t i = 0; i < sizeof results / sizeof results[0]; i++)
+        if (results[i].value == result) {
+            *text = results[i].name;
+            return SUCCESS;
+        }
+    return INVALID_VALUE;
+}
+
+EXPORT CUresult cuDeviceGetCount(int *count)
+{
+    *count = 1;
+    return owner == getpid() ? SUCCESS : NOT_INITIALIZED;
+}
+
+EXPORT CUresult cuDeviceGet(int *device, int ordinal)
+{
+    *device = 0;
+    return owner != getpid() ? NOT_INITIALIZED : ordinal == 0 ? SUCCESS : INVALID_DEVICE;
+}
+
+EXPORT CUresult cuDeviceGetName(char *name, int bytes, int device)
+{
+    if (device != 0) return INVALID_DEVICE;
+    snprintf(name, (size_t)bytes, "emulated GPU");
+    return SUCCESS;
+}
+
+EXPORT CUresult cuDeviceTotalMem_v2(size_t *bytes, int device)
+{
+    *bytes = (size_t)16 << 30;
+    return device == 0 ? SUCCESS : INVALID_DEVICE;
+}
+
+EXPORT CUresult cuDeviceGetAttribute(int *value, int attribute, int device)
+{
+    static const struct {
+        int attribute, value;
+    } table[] = {
+        {1, MAX_THREADS},    /* threads of a block */
+        {2, MAX_THREADS},    /* in x */
+        {3, MAX_THREADS},    /* in y */
+        {4, 64},             /* in z */
+        {5, 0x7fffffff},     /* blocks of a grid in x */
+        {6, 65535},          /* in y */
+        {7, 65535},          /* in z */
+        {8, SHARED_DEFAULT}, /* shared memory of a block */
+        {10, LANES},         /* warp size */
+        {12, 65536},         /* registers of a block */
+        {13, 1000000},       /* kHz */
+        {16, 4},             /* multiprocessors */
+        {18, 1},             /* integrated */
+        {19, 1},             /* maps host memory */
+        {36, 1000000},       /* memory kHz */
+        {37, 512},           /* memory bus bits */
+        {38, 4 << 20},       /* L2 cache */
+        {39, 2048},          /* threads of a multiprocessor */
+        {41, 1},             /* one address space */
+        {75, 9},             /* compute capability, major */
+        {76, 0},             /* and minor */
+        {81, 228 << 10},     /* shared memory of a multiprocessor */
+        {82, 65536},         /* registers of a multiprocessor */
+        {83, 1},             /* managed memory */
+        {88, 0},             /* pageable memory is not the GPU's */
+        {95, 1},             /* cooperative launches */
+        {97, SHARED_OPTIN},  /* shared memory of a block that asks for more */
+        {106, 32},           /* blocks of a multiprocessor */
+        {111, 1 << 10},      /* shared memory reserved of a block */
+    };
+    if (device != 0) return INVALID_DEVICE;
+    for (size_t i = 0; i < sizeof table / sizeof table[0]; i++)
+        if (table[i].attribute == attribute) {
+            *value = table[i].value;
+            return SUCCESS;
+        }
+    fprintf(stderr, "emulator: device attribute %d is not in its table\n", attribute);
+    return INVALID_VALUE;
+}
+
+/* ---- contexts --------------------------------------------------------------------------------- */
+
+EXPORT CUresult cuDevicePrimaryCtxRetain(CUcontext *context, int device)
+{
+    if (owner != getpid()) return NOT_INITIALIZED;
+    if (device != 0) return INVALID_DEVICE;
+    pthread_mutex_lock(&lock);
+    primary.retained++;
+    pthread_mutex_unlock(&lock);
+    *context = &primary;
+    return SUCCESS;
+}
+
+EXPORT CUresult cuDevicePrimaryCtxRelease_v2(int device)
+{
+    if (owner != getpid()) return NOT_INITIALIZED;
+    if (device != 0) return INVALID_DEVICE;
+    pthread_mutex_lock(&lock);
+    const bool held = primary.retained > 0;
+    if (held) primary.retained--;
+    pthread_mutex_unlock(&lock);
+    return held ? SUCCESS : INVALID_CONTEXT;
+}
+
+EXPORT CUresult cuCtxGetCurrent(CUcontext *context)
+{
+    if (owner != getpid()) return NOT_INITIALIZED;
+    *context = current;
+    return SUCCESS;
+}
+
+EXPORT CUresult cuCtxSetCurrent(CUcontext context)
+{
+    if (owner != getpid()) return NOT_INITIALIZED;
+    if (context && (context != &primary || primary.retained == 0)) return INVALID_CONTEXT;
+    current = context;
+    return SUCCESS;
+}
+
+EXPORT CUresult cuCtxSynchronize(void)
+{
+    ENTER();
+    LEAVE(stream_unsafe());
+}
+
+/* ---- kernels ---------------------------------------------------------------------------------- */
+
+/* How long an image is: its section headers come last. */
+static size_t image_bytes(const void *image)
+{
+    const Elf64_Ehdr *header = image;
+    if (memcmp(header->e_ident, ELFMAG, SELFMAG) != 0) return 0;
+    return header->e_shoff + (size_t)header->e_shnum * header->e_shentsize;
+}
+
+/* Opens it from a file of its own: the loader tells objects apart by their paths. */
+static void *open_image(const void *image)
+{
+    const char *root = getenv("TMPDIR");
+    const size_t bytes = image_bytes(image);
+    char path[512];
+    snprintf(path, sizeof path, "%.400s/emulator-XXXXXX", root && *root ? root : "/tmp");
+    const int file = bytes ? mkstemp(path) : -1;
+    if (file < 0) return NULL;
+    const bool written = write(file, image, bytes) == (ssize_t)bytes;
+    void *object = written ? dlopen(path, RTLD_NOW | RTLD_LOCAL) : NULL;
+    close(file);
+    unlink(path);
+    return object;
+}
+
+static CUresult load(CUlibrary *out, const void *image)
+{
+    CUlibrary library = calloc(1, sizeof *library);
+    if (!library) return OUT_OF_MEMORY;
+    library->object = open_image(image);
+    if (library->object) library->module = dlsym(library->object, "emulator_module_record");
+    if (library->module) {
+        *out = library;
+        return SUCCESS;
+    }
+    const char *error = dlerror();
+    fprintf(stderr, "emulator: image: %s\n", error ? error : "not one of this emulator's");
+    free(library);
+    return INVALID_IMAGE;
+}
+
+EXPORT CUresult cuLibraryLoadData(CUlibrary *library, const void *image, void *jit_options,
+                                  void **jit_values, unsigned num_jit, void *options, void **values,
+                                  unsigned num_options)
+{
+    (void)jit_options, (void)jit_values, (void)num_jit;
+    (void)options, (void)values, (void)num_options;
+    if (owner != getpid()) return NOT_INITIALIZED;
+    pthread_mutex_lock(&lock);
+    const CUresult safe = stream_unsafe();
+    LEAVE(safe == SUCCESS ? load(library, image) : safe);
+}
+
+EXPORT CUresult cuLibraryUnload(CUlibrary library)
+{
+    pthread_mutex_lock(&lock);
+    for (CUkernel k = library->kernels, next; k; k = next) {
+        next = k->next;
+        free(k);
+    }
+    dlclose(library->object);
+    free(library);
+    LEAVE(SUCCESS);
+}
+
+static CUresult find_kernel(CUkernel *out, CUlibrary library, const char *name)
+{
+    for (CUkernel k = library->kernels; k; k = k->next)
+        if (strcmp(k->name, name) == 0) {
+            *out = k;
+            return SUCCESS;
+        }
+    const emulator_kernel *kernel = dlsym(library->object, name);
+    if (!kernel) return NOT_FOUND;
+    CUkernel k = calloc(1, sizeof *k);
+    if (!k) return OUT_OF_MEMORY;
+    *k = (struct CUkern_st){.kernel = kernel,
+                            .module = library->module,
+                            .max_shared_bytes = SHARED_DEFAULT,
+                            .next = library->kernels};
+    snprintf(k->name, sizeof k->name, "%s", name);
+    library->kernels = k;
+    *out = k;
+    return SUCCESS;
+}
+
+EXPORT CUresult cuLibraryGetKernel(CUkernel *kernel, CUlibrary library, const char *name)
+{
+    pthread_mutex_lock(&lock);
+    LEAVE(find_kernel(kernel, library, name));
+}
+
+EXPORT CUresult cuKernelGetFunction(CUfunction *function, CUkernel kernel)
+{
+    ENTER();
+    *function = kernel;
+    LEAVE(kernel ? SUCCESS : INVALID_HANDLE);
+}
+
+static int fixed_shared_bytes(CUfunction f)
+{
+    return (int)(f->module->shared_end - f->module->shared_begin);
+}
+
+EXPORT CUresult cuFuncGetAttribute(int *value, int attribute, CUfunction f)
+{
+    ENTER();
+    switch (attribute) {
+    case 0: *value = (int)f->kernel->max_threads; break;
+    case 1: *value = fixed_shared_bytes(f); break;
+    case 2:                     /* constants */
+    case 3: *value = 0; break;  /* local memory */
+    case 4: *value = 64; break; /* registers */
+    case 8: *value = (int)f->max_shared_bytes; break;
+    default: LEAVE(INVALID_VALUE);
+    }
+    LEAVE(SUCCESS);
+}
+
+EXPORT CUresult cuFuncSetAttribute(CUfunction f, int attribute, int value)
+{
+    ENTER();
+    if (attribute == 9) LEAVE(SUCCESS); /* carveout: a hint */
+    if (attribute != 8 || value < 0 || value + fixed_shared_bytes(f) > SHARED_OPTIN)
+        LEAVE(INVALID_VALUE);
+    f->max_shared_bytes = (unsigned)value;
+    LEAVE(SUCCESS);
+}
+
+EXPORT CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, CUfunction f, int threads,
+                                                            size_t shared_bytes)
+{
+    ENTER();
+    if (threads < 1 || threads > MAX_THREADS) LEAVE(INVALID_VALUE);
+    const size_t shared = shared_bytes + (size_t)fixed_shared_bytes(f) + 1024;
+    const int by_threads = 2048 / threads, by_shared = (int)((size_t)(228 << 10) / shared);
+    *blocks = by_threads < by_shared ? by_threads : by_shared;
+    if (*blocks > 32) *blocks = 32;
+    LEAVE(SUCCESS);
+}
+
+static CUresult check_launch(const CUlaunchConfig *c, CUfunction f)
+{
+    const uint64_t threads = (uint64_t)c->block.x * c->block.y * c->block.z;
+    if (!f) return INVALID_HANDLE;
+    if (c->grid.x == 0 || c->grid.x > 0x7fffffff || c->grid.y == 0 || c->grid.y > 65535 ||
+        c->grid.z == 0 || c->grid.z > 65535 || threads == 0 || threads > MAX_THREADS ||
+        c->block.z > 64 || c->shared_bytes > f->max_shared_bytes)
+        return INVALID_VALUE;
+    return threads > f->kernel->max_threads ? LAUNCH_OUT_OF_RESOURCES : SUCCESS;
+}
+
+static CUresult launch_on(const CUlaunchConfig *c, CUfunction f, void **params)
+{
+    const CUresult result = check_launch(c, f);
+    if (result != SUCCESS) return result;
+    return stream_do(c->stream, &(work){.kind = WORK_LAUNCH,
+                                        .function = f,
+                                        .grid = c->grid,
+                                        .block = c->block,
+                                        .shared_bytes = c->shared_bytes,
+                                        .params = params[0]});
+}
+
+EXPORT CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **params,
+                                 void **extra)
+{
+    ENTER();
+    LEAVE(extra ? INVALID_VALUE : launch_on(config, function, params));
+}
+
+EXPORT CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y,
+                               unsigned grid_z, unsigned block_x, unsigned block_y,
+                               unsigned block_z, unsigned shared_bytes, CUstream stream,
+                               void **params, void **extra)
+{
+    const CUlaunchConfig config = {.grid = {grid_x, grid_y, grid_z},
+                                   .block = {block_x, block_y, block_z},
+                                   .shared_bytes = shared_bytes,
+                                   .stream = stream};
+    return cuLaunchKernelEx(&config, function, params, extra);
+}
+
+/* ---- work ------------------------------------------------------------------------------------- */
+
+static void fill(const work *w)
+{
+    char *to = w->to;
+    for (size_t i = 0; i < w->bytes; i += w->size) memcpy(to + i, &w->value, w->size);
+}
+
+static bool run_kernel(const work *w)
+{
+    return grid_run(&(grid_launch){.name = w->function->name,
+                                   .kernel = w->function->kernel,
+                                   .module = w->function->module,
+                                   .grid = w->grid,
+                                   .block = w->block,
+                                   .shared_bytes = w->shared_bytes,
+                                   .params = w->params});
+}
+
+CUresult driver_do(const work *w)
+{
+    bool done = true;
+    memory_open();
+    if (w->kind == WORK_COPY)
+        memmove(w->to, w->from, w->bytes);
+    else if (w->kind == WORK_FILL)
+        fill(w);
+    else
+        done = run_kernel(w);
+    memory_close();
+    if (!done) failure = LAUNCH_FAILED;
+    return failure;
+}
+
+/* ---- symbols ---------------------------------------------------------------------------------- */
+
+/* The newest version's of a name that this library has: callers ask for none that is older. */
+EXPORT CUresult cuGetProcAddress_v2(const char *symbol, void **function, int version,
+                                    uint64_t flags, int *status)
+{
+    static const char *const suffixes[] = {"_v2", ""};
+    (void)version, (void)flags;
+    Dl_info self;
+    char name[128];
+    *function = NULL;
+    if (dladdr((void *)(uintptr_t)&cuGetProcAddress_v2, &self) != 0) {
+        void *library = dlopen(self.dli_fname, RTLD_NOW | RTLD_LOCAL);
+        for (size_t i = 0; library && !*function && i < sizeof suffixes / sizeof suffixes[0]; i++) {
+            snprintf(name, sizeof name, "%s%s", symbol, suffixes[i]);
+            *function = dlsym(library, name);
+        }
+        if (library) dlclose(library);
+    }
+    if (status) *status = *function ? 0 : 1; /* found, or not */
+    return *function ? SUCCESS : NOT_FOUND;
+}
