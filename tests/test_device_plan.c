@@ -28,11 +28,19 @@ static qi_plan copy_plan(const qkv_attention *a, char *copy, size_t bytes)
 
 static const any_features features = {.custom_mask = 4, .invariant = 4, .levels = 2};
 
+/* In f32, so that one kernel serves all: NVRTC takes a second for each of the others. */
+static case_config any_plain_config(void)
+{
+    qkv_attention_spec spec = any_spec(&features);
+    spec.dtype_q = spec.dtype_kv = spec.dtype_o = QKV_F32;
+    return any_config(spec, &features);
+}
+
 static void planners_write_the_same_bytes(void **state)
 {
     (void)state;
     for (int64_t i = 0; i < case_count(2000); i++) {
-        const case_config config = any_config(any_spec(&features), &features);
+        const case_config config = any_plain_config();
         attn_case c;
         case_build_index(&c, &config);
         case_op op = case_op_new(ctx, &c);
@@ -58,7 +66,7 @@ static void runs_give_the_same_bits(void **state)
 {
     (void)state;
     for (int64_t i = 0; i < case_count(200); i++) {
-        const case_config config = any_config(any_spec(&features), &features);
+        const case_config config = any_plain_config();
         attn_case c;
         case_build(&c, &config);
         if (c.tokens == 0) {
@@ -72,8 +80,7 @@ static void runs_give_the_same_bits(void **state)
         memcpy(want_o, c.got_o, case_o_bytes(&c));
         memcpy(want_lse, c.got_lse, case_lse_bytes(&c));
         case_arrays_on(&c, gpu);
-        if (c.rows < c.limits.max_tokens || test_below(2))
-            c.batch.max_tokens = (int32_t)c.tokens;
+        if (c.rows < c.limits.max_tokens || test_below(2)) c.batch.max_tokens = (int32_t)c.tokens;
         EXPECT_OK(qkv_attention_plan(op.op, &c.batch, NULL));
         case_run(&c, op.op);
         EXPECT_OK(qkv_attention_status(op.op, NULL));
@@ -190,9 +197,10 @@ static void set_batch(slots *s, int form, int which)
     s->batch[which].mask_indptr = on(t, device);
 }
 
-static void slots_new(slots *s, int form)
+static void slots_new(slots *s, int form, DLDataType dtype)
 {
     qkv_attention_spec spec = case_spec(HEADS, KV_HEADS, DIM, PAGE);
+    spec.dtype_q = spec.dtype_kv = spec.dtype_o = dtype;
     if (form == MASKED) spec.mask = QKV_MASK_CUSTOM;
     const qkv_attention_limits limits = {QKV_ATTENTION_LIMITS_INIT,
                                          .max_requests = SLOTS,
@@ -204,15 +212,17 @@ static void slots_new(slots *s, int form)
                                          .max_levels = 1 + (form == LEVELS)};
     EXPECT_OK(qkv_attention_create(ctx, &spec, &limits, NULL, &s->op));
     memset(&at, 0, sizeof at);
-    for (size_t i = 0; i < sizeof q / sizeof *q; i++) q[i] = (float)test_uniform(1);
-    for (size_t i = 0; i < sizeof k / sizeof *k; i++) k[i] = (float)test_uniform(1);
-    for (size_t i = 0; i < sizeof v / sizeof *v; i++) v[i] = (float)test_uniform(1);
-    test_tensor_init(&s->q, q, QKV_F32, TEST_SHAPE(ROWS, HEADS, DIM));
-    test_tensor_init(&s->k, k, QKV_F32, TEST_SHAPE(POOL, PAGE, KV_HEADS, DIM));
-    test_tensor_init(&s->v, v, QKV_F32, TEST_SHAPE(POOL, PAGE, KV_HEADS, DIM));
+    for (int i = 0; i < ROWS * HEADS * DIM; i++) test_put(q, dtype, i, test_uniform(1));
+    for (int i = 0; i < POOL * PAGE * KV_HEADS * DIM; i++) {
+        test_put(k, dtype, i, test_uniform(1));
+        test_put(v, dtype, i, test_uniform(1));
+    }
+    test_tensor_init(&s->q, q, dtype, TEST_SHAPE(ROWS, HEADS, DIM));
+    test_tensor_init(&s->k, k, dtype, TEST_SHAPE(POOL, PAGE, KV_HEADS, DIM));
+    test_tensor_init(&s->v, v, dtype, TEST_SHAPE(POOL, PAGE, KV_HEADS, DIM));
     for (int i = 0; i < 2; i++) {
         set_batch(s, form, i);
-        test_tensor_init(&s->o[i], o[i], QKV_F32, TEST_SHAPE(ROWS, HEADS, DIM));
+        test_tensor_init(&s->o[i], o[i], dtype, TEST_SHAPE(ROWS, HEADS, DIM));
         test_tensor_init(&s->lse[i], lse[i], QKV_F32, TEST_SHAPE(ROWS, HEADS));
         s->io[i] = (qkv_attention_io){QKV_ATTENTION_IO_INIT, .q = &s->q.t,    .k = &s->k.t,
                                       .v = &s->v.t,          .o = &s->o[i].t, .lse = &s->lse[i].t};
@@ -240,9 +250,10 @@ static void expect_same_outputs(void)
 static void graphs_replay_with_other_lengths_and_tables(void **state)
 {
     (void)state;
-    for (int form = 0; form < NUM_FORMS; form++) {
+    for (int i = 0; i < 2 * NUM_FORMS; i++) {
+        const int form = i % NUM_FORMS;
         slots s;
-        slots_new(&s, form);
+        slots_new(&s, form, i < NUM_FORMS ? QKV_F32 : QKV_BF16);
         draw_step();
         void *stream = graph_stream();
         graph_begin(stream);
@@ -266,9 +277,10 @@ static void graphs_replay_with_other_lengths_and_tables(void **state)
 static void captured_runs_serve_later_plans(void **state)
 {
     (void)state;
-    for (int form = 0; form < NUM_FORMS; form++) {
+    for (int i = 0; i < 2 * NUM_FORMS; i++) {
+        const int form = i % NUM_FORMS;
         slots s;
-        slots_new(&s, form);
+        slots_new(&s, form, i < NUM_FORMS ? QKV_F32 : QKV_BF16);
         draw_step();
         run_on_host_plan(&s);
         if (form % 2) EXPECT_OK(qkv_attention_plan(s.op, &s.batch[1], NULL));
@@ -292,7 +304,7 @@ static void host_plans_are_refused_while_capturing(void **state)
 {
     (void)state;
     slots s;
-    slots_new(&s, TABLE);
+    slots_new(&s, TABLE, QKV_F32);
     draw_step();
     run_on_host_plan(&s);
     void *stream = graph_stream();
@@ -316,7 +328,7 @@ static void host_plans_follow_each_other(void **state)
     enum { STEPS = 9 };
     static float want[STEPS][ROWS * HEADS * DIM], got[STEPS][ROWS * HEADS * DIM];
     slots s;
-    slots_new(&s, TABLE);
+    slots_new(&s, TABLE, QKV_F32);
     memset(want, 0xff, sizeof want);
     memset(got, 0xff, sizeof got);
     const uint64_t seed = test_state;
@@ -402,7 +414,7 @@ static void limits_hold_on_the_device(void **state)
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         slots s;
-        slots_new(&s, cases[i].form);
+        slots_new(&s, cases[i].form, QKV_F32);
         do draw_full_step();
         while (at.qo_indptr[SLOTS] == ROWS && cases[i].form == LEVELS);
         expect_accepted(&s);
@@ -420,7 +432,7 @@ static void every_limit_is_looked_at(void **state)
 {
     (void)state;
     slots s;
-    slots_new(&s, LEVELS);
+    slots_new(&s, LEVELS, QKV_F32);
     draw_full_step();
     at.shared_lens[0] = at.shared_lens[1] = 7;
     expect_accepted(&s);
@@ -455,7 +467,7 @@ static void calls_name_what_the_device_cannot_do(void **state)
 {
     (void)state;
     slots s;
-    slots_new(&s, TABLE);
+    slots_new(&s, TABLE, QKV_F32);
     draw_step();
     EXPECT_FAIL(QKV_ERR_INVALID, "attention: expected a plan, got none",
                 qkv_attention_status(s.op, NULL));

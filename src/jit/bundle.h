@@ -64,6 +64,8 @@
     X(plan_params, "ops/attention/plan_params.h")                                                  \
     X(planner, "ops/attention/planner.h")                                                          \
     X(cuda_plan, "ops/attention/plan.cu")                                                          \
+    X(prefill_loads, "ops/attention/prefill_loads.cuh")                                            \
+    X(prefill_mma, "ops/attention/prefill_mma.cuh")                                                \
     X(gemm_params, "ops/gemm/gemm_params.h")                                                       \
     X(gemm, "ops/gemm/gemm.cu")                                                                    \
     X(sampling_params, "ops/sampling/sampling_params.h")                                           \

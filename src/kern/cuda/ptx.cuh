@@ -109,6 +109,17 @@ QI_INLINE float rcp(float x)
     return y;
 }
 
+/* ---- registers ---------------------------------------------------------------------------- */
+
+/* threadIdx.x, read at this place: what follows from it takes no registers through a loop around. */
+QI_INLINE int tid_x()
+{
+    int x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    __builtin_assume(x >= 0 && x < 1024);
+    return x;
+}
+
 /* ---- shared memory and the tensor cores --------------------------------------------------- */
 
 QI_INLINE u32 shared_address(const void *p)
