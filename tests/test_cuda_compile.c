@@ -31,6 +31,7 @@ static const struct {
     {"merge.cuda", {BF16, BF16, 8, 16, 128}},
     {"merge.cuda", {F32, F16, 1, 32, 128}},
     {"attention.cuda", {128}},
+    {"attention.plan", {512}},
     {"attention.mma",
      {128, 128, 4, 16, BF16, BF16, BF16, 1, 0, 0, 0, 0, 0, 0, 8, 3, 0, 2, 128}}, /* decode */
     {"attention.mma", {128, 128, 4, 1, BF16, E4M3, BF16, 1, 0, 0, 0, 0, 0, 0, 8, 3, 0, 2, 128}},
