@@ -185,9 +185,8 @@ static const bench_op *find_op(const problem *p)
     tool_die(EXIT_WRONG, "%s: no driver", p->op);
 }
 
-void bench_problem(bench_session *s, const problem *p)
+static bench begin(bench_session *s, const problem *p)
 {
-    const bench_op *op = find_op(p);
     bench b = {.p = p,
                .ctx = s->ctx,
                .gpu = s->gpu,
@@ -195,7 +194,22 @@ void bench_problem(bench_session *s, const problem *p)
                .stream = s->gpu ? cuda_stream(s->gpu) : NULL,
                .random = data_seed(),
                .num_sets = 1};
-    op->setup(&b);
+    find_op(p)->setup(&b);
+    return b;
+}
+
+static void end(bench *b)
+{
+    const bench_op *op = find_op(b->p);
+    if (b->gpu) cuda_wait(b->gpu);
+    if (op->teardown) op->teardown(b);
+    free_memory(b);
+}
+
+void bench_problem(bench_session *s, const problem *p)
+{
+    const bench_op *op = find_op(p);
+    bench b = begin(s, p);
     op->verify(&b);
     limits l = {0};
     measure_limits(s, &b, &l);
@@ -203,9 +217,45 @@ void bench_problem(bench_session *s, const problem *p)
         s->gpu ? bench_time_gpu(op, &b, s->options.seconds) : time_op(op, &b, s->options.seconds);
     measure_limits(s, &b, &l);
     print_line(s, &b, &l, &t);
-    if (s->gpu) cuda_wait(s->gpu);
-    if (op->teardown) op->teardown(&b);
-    free_memory(&b);
+    end(&b);
+}
+
+const qkv_context *bench_context(const bench_session *s)
+{
+    return s->ctx;
+}
+
+double bench_host_run(bench_session *s, const problem *p)
+{
+    bench b = begin(s, p);
+    const double seconds = bench_time_host(find_op(p), &b);
+    end(&b);
+    return seconds;
+}
+
+double bench_host_plan(bench_session *s, const problem *p)
+{
+    enum { PLANS = 201 };
+    double took[PLANS];
+    const bench_op *op = find_op(p);
+    bench b = begin(s, p);
+    for (int i = 0; i < PLANS; i++) {
+        if (s->gpu) cuda_wait(s->gpu);
+        const double start = tool_seconds();
+        tool_check(op->plan(&b, false), "qkv_attention_plan");
+        took[i] = tool_seconds() - start;
+    }
+    end(&b);
+    tool_sort(took, PLANS);
+    return took[PLANS / 2];
+}
+
+double bench_device_plan(bench_session *s, const problem *p)
+{
+    bench b = begin(s, p);
+    const double seconds = bench_time_device_plan(find_op(p), &b);
+    end(&b);
+    return seconds;
 }
 
 void bench_compile(qkv_context *ctx, const problem *p)

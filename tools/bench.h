@@ -21,6 +21,8 @@ typedef struct bench_op {
     void (*verify)(bench *b);           /* one run on poisoned outputs, held against a reference */
     void (*teardown)(bench *b);         /* NULL if all that the state holds is of bench_alloc */
     void (*compile)(bench *b);          /* the kernels of the problem; NULL: setup and run do */
+    /* Plans what setup has planned again, from arrays of the host or of the device; NULL: no plan */
+    qkv_status (*plan)(bench *b, bool on_device);
 } bench_op;
 
 struct bench {
@@ -66,9 +68,17 @@ typedef struct bench_options {
 typedef struct bench_session bench_session;
 bench_session *bench_open(const bench_options *options);
 void bench_close(bench_session *s);
+const qkv_context *bench_context(const bench_session *s);
 
 /* Verifies, times, prints one line. */
 void bench_problem(bench_session *s, const problem *p);
+
+/* Seconds of the host for a call on a GPU; and for a plan, on either device. */
+double bench_host_run(bench_session *s, const problem *p);
+double bench_host_plan(bench_session *s, const problem *p);
+
+/* Seconds of the GPU for a plan of arrays that it has; 0: the library takes none. */
+double bench_device_plan(bench_session *s, const problem *p);
 
 /* Lets a context of QKV_JIT_FILL compile what the problem needs. */
 void bench_compile(qkv_context *ctx, const problem *p);

@@ -164,10 +164,11 @@ static void expect_finite(bench *b, const void *p, DLDataType dtype, int64_t fir
 {
     const void *host =
         bench_fetch(b, (const char *)p + data_bytes(dtype, first), data_bytes(dtype, n));
-    for (int64_t i = 0; i < n; i++)
+    for (int64_t i = 0; i < n; i++) {
+        const long long place = first + i;
         if (!isfinite(data_get(host, dtype, i)))
-            bench_expect(b, data_get(host, dtype, i), 0, 0, "output, element %lld",
-                         (long long)(first + i));
+            bench_expect(b, data_get(host, dtype, i), 0, 0, "output, element %lld", place);
+    }
 }
 
 void bench_expect_finite(bench *b, const void *p, DLDataType dtype, int64_t n)

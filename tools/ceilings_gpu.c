@@ -14,7 +14,6 @@
 enum {
     TIMES = 10,              /* measurements; the best counts: neighbours only ever slow down */
     EACH = 4,                /* launches of one */
-    MEMORY = 1 << 30,        /* bytes that are walked through */
     CACHED_WORK = 256 << 20, /* bytes that a launch moves within a cache */
     SIDE = 8192,             /* of the matrices */
     STEPS = 4096             /* of products on registers */
@@ -22,7 +21,8 @@ enum {
 
 struct ceilings_gpu {
     cuda *gpu;
-    char *memory; /* [2 MEMORY / 2] */
+    char *memory;        /* that is walked through */
+    size_t memory_bytes; /* so many that the share of it that the L2 still has counts little */
     ceiling_value known[NUM_CEILINGS];
     bool measured[NUM_CEILINGS], warned;
     cuda_kernel *kernels[NUM_CEILINGS];
@@ -67,21 +67,30 @@ static double time_kernel(ceilings_gpu *c, ceiling which, void *from, void *to, 
     return best;
 }
 
+/* false: the driver does not take the kernel. */
+static bool make_memory(ceilings_gpu *c, ceiling which)
+{
+    enum { UNIT = 2 * CEILING_BLOCK_BYTES };
+    if (!kernel_of(c, which)) return false;
+    if (c->memory) return true;
+    c->memory_bytes = (size_t)fmin(0x1p32, 0.25 * (double)cuda_free_bytes(c->gpu)) / UNIT * UNIT;
+    c->memory = cuda_alloc(c->gpu, (double)c->memory_bytes);
+    cuda_set(c->gpu, c->memory, 1, c->memory_bytes);
+    return true;
+}
+
 static ceiling_value measure_memory(ceilings_gpu *c, ceiling which, double cached_bytes)
 {
-    const double room = (double)MEMORY / kinds[which].moved;
+    if (!make_memory(c, which)) return (ceiling_value){0};
+    const double room = (double)c->memory_bytes / kinds[which].moved;
     const double part = cached_bytes > 0 ? fmin(room, cached_bytes / kinds[which].moved) : room;
     const unsigned grid = (unsigned)fmax(1, part / CEILING_BLOCK_BYTES);
     const double launch = (double)grid * CEILING_BLOCK_BYTES;
     const unsigned repeats = cached_bytes > 0 ? (unsigned)fmax(1, CACHED_WORK / launch) : 1;
-    if (!kernel_of(c, which)) return (ceiling_value){0};
-    if (!c->memory) {
-        c->memory = cuda_alloc(c->gpu, MEMORY);
-        cuda_set(c->gpu, c->memory, 1, MEMORY);
-    }
     ceiling_value v = {0};
     snprintf(v.name, sizeof v.name, "%s_%s", cached_bytes > 0 ? "l2" : "dram", kinds[which].name);
-    const double seconds = time_kernel(c, which, c->memory, c->memory + MEMORY / 2, grid, repeats);
+    const double seconds =
+        time_kernel(c, which, c->memory, c->memory + c->memory_bytes / 2, grid, repeats);
     if (seconds > 0) v.rate = launch * repeats * kinds[which].moved / seconds * 1e-9;
     return v;
 }

@@ -24,7 +24,8 @@ build=$(cd "$1" && pwd)
 
 tests="test_norm test_activation test_rope test_page test_append_options test_merge test_gemm
   test_sampling test_attention_edge test_attention_grid test_attention_levels test_attention_bsr
-  test_attention_low_precision test_attention_properties test_attention_invariance test_variants"
+  test_attention_low_precision test_attention_properties test_attention_invariance test_variants
+  test_cuda_calls test_cuda_graphs test_cuda_streams test_cuda_faults"
 
 # ---- what a program needs ------------------------------------------------------------------------
 
@@ -36,13 +37,15 @@ make_build() {
     cmake --build "$build" -j "$(nproc)" >>"$out/build.log" 2>&1 || { tail -20 "$out/build.log"; exit 1; }
 }
 
-# NVIDIA's libraries that the loader does not find by itself: beside nvcc, or of a Python's packages.
+# NVIDIA's libraries that the loader may not find by itself: beside nvcc, or of a Python's packages.
 find_libraries() {
-  local nvcc folders="$build"
+  local folder nvcc packages folders=$build
   nvcc=$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)
-  for folder in "$(dirname "$nvcc")/../lib64" \
-    $(python3 -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' 2>/dev/null)/nvidia/*/lib; do
-    ls "$folder"/libnvrtc.so.* "$folder"/libcublasLt.so.* >/dev/null 2>&1 && folders="$folders:$folder"
+  packages=$(python3 -c 'import nvidia; print(list(nvidia.__path__)[0])' 2>/dev/null)
+  for folder in "$(dirname "$nvcc")/../lib64" "${packages:-/none}"/*/lib; do
+    if compgen -G "$folder/libnvrtc.so.*" >/dev/null || compgen -G "$folder/libcublasLt.so.*" >/dev/null; then
+      folders=$folders:$folder
+    fi
   done
   export LD_LIBRARY_PATH="$folders${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
 }
@@ -101,6 +104,10 @@ run_tests() {
     QKV_TEST_DEVICE=cuda QKV_TEST_CASES=${QKV_TEST_CASES-1000} run "$test" \
       $((seconds < 120 ? seconds : 120)) "$build/$test"
   done
+  if [ -z "${TESTS:-}" ] && command -v python3 >/dev/null; then
+    QKV_TEST_DEVICE=cuda run cli "$(left "$budget" "$start")" \
+      python3 "$here/tests/tools/test_cli.py" "$build/qkv"
+  fi
 }
 
 # The benches' small problems have memory of exact sizes, the tests many forms.
@@ -110,6 +117,12 @@ run_sanitizer() {
   header >"$results"
   if ! command -v compute-sanitizer >/dev/null; then
     echo "sanitize: no compute-sanitizer on the PATH"
+    return
+  fi
+  if ! timeout 60 compute-sanitizer --error-exitcode 9 "$build/qkv" bench --device "$device" --seconds 0 \
+    rmsnorm tokens=1,data=cache >"$out/sanitize.log" 2>&1; then
+    failed=1
+    echo "sanitize: compute-sanitizer does not work on this device: $(grep = "$out/sanitize.log" | head -3)"
     return
   fi
   echo "sanitize, $budget s:"
@@ -165,7 +178,7 @@ bench_table() {
 
 make_build
 find_libraries
-export QKV_CACHE_DIR=${QKV_CACHE_DIR-$out/cache}
+export QKV_CACHE_DIR=${QKV_CACHE_DIR-$build/cache-gpu}
 echo "$(header)"
 [ "$part" = tests ] || [ "$part" = all ] && run_tests
 [ "$part" = sanitize ] || [ "$part" = all ] && run_sanitizer

@@ -5,7 +5,7 @@
 #include <string.h>
 
 #include "attention_problem.h"
-#include "bench.h"
+#include "bench_host.h"
 #include "compile.h"
 #include "info.h"
 
@@ -29,6 +29,10 @@ static void print_help(void)
          "  qkv bench --file FILE        lines \"OP PROBLEM\"; # starts a comment\n"
          "      verifies against double precision, then prints the median time of a call, GB/s,\n"
          "      GFLOP/s and the share of the ceiling that binds, measured before and after\n"
+         "  qkv bench host [--arch sm_90a]\n"
+         "      what the library costs beside its kernels: opening, compiling, loading, planning "
+         "and\n"
+         "      calling; without a GPU what can be measured there\n"
          "  qkv compile FILE [--arch sm_80,sm_90a,sm_100a] [--cache DIR]\n"
          "      fills a cache with the GPU kernels of a file's problems; it needs NVRTC, no GPU. "
          "On a\n"
@@ -170,7 +174,13 @@ static void compile_command(const command *c)
 static void bench_command(const command *c)
 {
     if (c->ceilings) tool_die(EXIT_USAGE, "bench: --ceilings belongs to info");
-    if (c->arch || c->cache) tool_die(EXIT_USAGE, "bench: --arch and --cache belong to compile");
+    const bool host = c->num_words == 2 && strcmp(c->words[1], "host") == 0;
+    if ((c->arch && !host) || c->cache)
+        tool_die(EXIT_USAGE, "bench: --arch and --cache belong to compile");
+    if (host && !c->file) {
+        bench_host(&c->bench, c->arch);
+        return;
+    }
     if (!c->file == (c->num_words < 2))
         tool_die(EXIT_USAGE, "bench: expected OP [PROBLEM], or --file FILE");
     problem *problems = data_alloc(MAX_PROBLEMS, sizeof *problems);

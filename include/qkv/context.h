@@ -58,11 +58,12 @@ typedef struct qkv_context_options {
                             says itself what it is */
     qkv_allocator allocator;
     qkv_parallel parallel;
-    int32_t jit_policy;    /* QKV_JIT_... */
-    int32_t reserved;      /* 0 */
-    const char *cache_dir; /* compiled variants; NULL = $QKV_CACHE_DIR, else qkv in the user's
+    int32_t jit_policy;      /* QKV_JIT_... */
+    int32_t batch_invariant; /* CUDA: 1 = qkv_gemm gives a row the same bits in any batch, as the
+                                CPU always does; else the fastest kernel of each size runs */
+    const char *cache_dir;   /* compiled variants; NULL = $QKV_CACHE_DIR, else qkv in the user's
                                  cache folder; "" = no cache. Read by create */
-    const char *compiler;  /* NULL = $QKV_CC, else cc: the C compiler that variants go through */
+    const char *compiler;    /* NULL = $QKV_CC, else cc: the C compiler that variants go through */
     qkv_jit_progress_fn jit_progress; /* NULL, or told of each compilation; may be any thread */
     void *jit_user;
     qkv_log_fn log; /* verbose lines (QKV_VERBOSE=dispatch,plan,run or all); NULL = stderr */

@@ -15,11 +15,23 @@ qkv_status qi_check_context(const qkv_context *ctx)
     return QKV_OK;
 }
 
-qkv_status qi_select(const qkv_context *ctx, const qi_kernel *table, const void *desc,
-                     const qi_kernel **row)
+/* What every row of the device says of desc, for a call that none takes. */
+static qkv_status fail_with_reasons(const qkv_context *ctx, const qi_kernel *table,
+                                    const void *desc)
 {
     char reasons[640] = "";
     size_t at = 0;
+    for (const qi_kernel *k = table; k->name && at < sizeof reasons; k++)
+        if (k->device == ctx->device.device_type)
+            at += (size_t)snprintf(reasons + at, sizeof reasons - at, "%s%s: %s", at ? "; " : "",
+                                   k->name, k->reject(desc));
+    QI_FAIL(QKV_ERR_UNSUPPORTED, "no kernel for %s: %s", ctx->device_name,
+            at ? reasons : "none in this build");
+}
+
+qkv_status qi_select(const qkv_context *ctx, const qi_kernel *table, const void *desc,
+                     const qi_kernel **row)
+{
     const int verbose = qi_verbose(&ctx->logger, QI_VERBOSE_DISPATCH);
     for (const qi_kernel *k = table; k->name; k++) {
         if (k->device != ctx->device.device_type) continue;
@@ -30,12 +42,8 @@ qkv_status qi_select(const qkv_context *ctx, const qi_kernel *table, const void 
             return QKV_OK;
         }
         if (verbose) qi_log(&ctx->logger, "dispatch,skip,%s,%s", k->name, reason);
-        if (at < sizeof reasons)
-            at += (size_t)snprintf(reasons + at, sizeof reasons - at, "%s%s: %s", at ? "; " : "",
-                                   k->name, reason);
     }
-    QI_FAIL(QKV_ERR_UNSUPPORTED, "no kernel for %s: %s", ctx->device_name,
-            at ? reasons : "none in this build");
+    return fail_with_reasons(ctx, table, desc);
 }
 
 void qi_launch(const qkv_context *ctx, const qi_kernel *row, int64_t max_tasks, const void *params)

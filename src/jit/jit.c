@@ -156,14 +156,21 @@ static void *load_library(const void *image, size_t bytes, const char **error)
     return handle;
 }
 
-static void *load_image(DLDeviceType device, const void *image, size_t bytes, const char **error)
+/* *out stays NULL for an image that cannot be loaded; *error is why. MEMORY, DEVICE: the GPU is at fault. */
+static qkv_status load_image(DLDeviceType device, const void *image, size_t bytes, void **out,
+                             const char **error)
 {
-    return device == kDLCUDA ? qi_cuda_load_image(image, error) : load_library(image, bytes, error);
+    if (device == kDLCUDA) return qi_cuda_load_image(image, out, error);
+    *out = load_library(image, bytes, error);
+    return QKV_OK;
 }
 
-static void *find_symbol(DLDeviceType device, void *handle, const char *symbol)
+/* *out: NULL where there is none. */
+static qkv_status find_symbol(DLDeviceType device, void *handle, const char *symbol, void **out)
 {
-    return device == kDLCUDA ? qi_cuda_find(handle, symbol) : dlsym(handle, symbol);
+    if (device == kDLCUDA) return qi_cuda_find(handle, symbol, out);
+    *out = dlsym(handle, symbol);
+    return QKV_OK;
 }
 
 const char *qi_jit_compiler(const qi_jit *jit, DLDeviceType device)
@@ -190,9 +197,9 @@ static qkv_status load_cached(const qi_jit *jit, const qi_jit_job *job, const ch
     const int found = jit->cache_dir[0] ? qi_cache_read(jit->cache_dir, key, &image, &bytes) : 0;
     if (found < 0) QI_FAIL(QKV_ERR_MEMORY, "%s: out of memory", job->what);
     if (found == 0) return QKV_OK;
-    *handle = load_image(job->device, image, bytes, &error);
+    const qkv_status status = load_image(job->device, image, bytes, handle, &error);
     free(image);
-    return QKV_OK;
+    return status;
 }
 
 /* By the compiler. */
@@ -222,9 +229,10 @@ static qkv_status compile(const qi_jit *jit, const qi_jit_job *job, const char *
     size_t bytes;
     const char *error;
     QI_TRY(make_image(jit, job, &image, &bytes));
-    *handle = load_image(job->device, image, bytes, &error);
+    const qkv_status status = load_image(job->device, image, bytes, handle, &error);
     if (*handle && jit->cache_dir[0]) write_cached(jit, key, any_key, image, bytes);
     free(image);
+    if (status != QKV_OK) return status;
     if (!*handle) QI_FAIL(QKV_ERR_COMPILE, "%s: cannot be loaded: %s", job->what, error);
     return QKV_OK;
 }
@@ -238,8 +246,10 @@ static int is_cached(const qi_jit *jit, const char *key)
     return 1;
 }
 
-/* Sees to it that the cache has the kernel; nothing is loaded. */
-static qkv_status fill_cache(const qi_jit *jit, const qi_jit_job *job, const char *key,
+/* How long to wait for another process that is at the same kernel. */
+enum { PATIENCE_MS = 60000 };
+
+static qkv_status fill_entry(const qi_jit *jit, const qi_jit_job *job, const char *key,
                              const char *any_key)
 {
     void *image;
@@ -252,6 +262,31 @@ static qkv_status fill_cache(const qi_jit *jit, const qi_jit_job *job, const cha
         QI_FAIL(QKV_ERR_COMPILE, "%s: cannot be written to the cache (%s)", job->what,
                 jit->cache_dir);
     return QKV_OK;
+}
+
+/* Sees to it that the cache has the kernel; nothing is loaded. */
+static qkv_status fill_cache(const qi_jit *jit, const qi_jit_job *job, const char *key,
+                             const char *any_key)
+{
+    if (is_cached(jit, key) && is_cached(jit, any_key)) return QKV_OK;
+    const int right = qi_cache_lock(jit->cache_dir, key, PATIENCE_MS);
+    const qkv_status status = fill_entry(jit, job, key, any_key);
+    qi_cache_unlock(jit->cache_dir, key, right);
+    return status;
+}
+
+/* One of several processes that want a kernel compiles it. */
+static qkv_status compile_once(const qi_jit *jit, const qi_jit_job *job, const char *key,
+                               const char *any_key, const char **how, void **handle)
+{
+    const int right = qi_cache_lock(jit->cache_dir, key, PATIENCE_MS);
+    qkv_status status = right >= 0 ? load_cached(jit, job, key, handle) : QKV_OK;
+    if (status == QKV_OK && !*handle) {
+        *how = "compiled";
+        status = compile(jit, job, key, any_key, handle);
+    }
+    qi_cache_unlock(jit->cache_dir, key, right);
+    return status;
 }
 
 static qkv_status make_module(const qi_jit *jit, const qi_jit_job *job, const char *key,
@@ -269,8 +304,7 @@ static qkv_status make_module(const qi_jit *jit, const qi_jit_job *job, const ch
             QKV_ERR_COMPILE,
             "%s: jit_policy is QKV_JIT_CACHED, and the cache (%s) has no entry that can be loaded",
             job->what, jit->cache_dir[0] ? jit->cache_dir : "none");
-    *how = "compiled";
-    return compile(jit, job, key, any_key, handle);
+    return compile_once(jit, job, key, any_key, how, handle);
 }
 
 qkv_status qi_jit_get(const qi_jit *jit, const qi_logger *logger, const qi_jit_job *job,
@@ -297,7 +331,7 @@ qkv_status qi_jit_get(const qi_jit *jit, const qi_logger *logger, const qi_jit_j
         qi_log(logger, "jit,%s,%s,%s,ms=%.2f", job->what, job->level, how,
                (double)(qi_now_ns() - start) * 1e-6);
     for (int i = 0; i < num_symbols; i++) {
-        functions[i] = find_symbol(job->device, handle, symbols[i]);
+        QI_TRY(find_symbol(job->device, handle, symbols[i], &functions[i]));
         if (!functions[i])
             QI_FAIL(QKV_ERR_INTERNAL, "%s: expected the symbol %s in the compiled kernel",
                     job->what, symbols[i]);

@@ -2,7 +2,7 @@
  *
  * A kernel's key is a hash of everything that goes into it: sources, text, defines, level, flags,
  * and the compiler. Loaded kernels are kept for the life of the process and shared by all contexts;
- * a key is compiled by one thread, others wait for it.
+ * a key is compiled by one thread, others wait for it, and where they share a cache so do other processes.
  * SPDX-License-Identifier: Apache-2.0 */
 #ifndef QI_JIT_JIT_H
 #define QI_JIT_JIT_H

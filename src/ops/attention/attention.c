@@ -60,7 +60,6 @@ static const char *reject_mma(const void *desc)
     if (s->head_dim_qk > 256 || s->head_dim_vo > 256) return "a head dim is more than 256";
     if (s->features & QKV_FEATURE_ROPE) return "keys are rotated in the kernel";
     if (a->variant.changes_keys) return "the variant changes keys";
-    if (a->cuda.prefill) return "requests of many rows are not taken yet";
     if (a->cuda.shared_bytes > (u32)a->ctx->cuda.shared_bytes)
         return "a block has too little shared memory on this device";
     return NULL;

@@ -87,6 +87,7 @@ enum {
          : DECODE_SUM_BYTES(vo, rows))
 #define DECODE_Q_PITCH(dim)           (((dim) + 15) / 16 * 32 + 16)
 #define DECODE_SHARED_ROOM(dim, rows) (2816 + (rows)*DECODE_Q_PITCH(dim)) /* beside the rings */
+#define DECODE_PAST_RINGS             16 /* read, not used, with an odd number of steps */
 
 /* The reference kernel of GPUs: query rows and keys that a block has in shared memory at a time. */
 #define ATTENTION_CHUNK        16
@@ -103,13 +104,15 @@ enum {
  * still fit an SM. */
 #define PREFILL_SHARED_ROOM       16 /* in front of it: is this the last piece? */
 #define PREFILL_PITCH(dim, bytes) ((((dim) + 15) / 16 * (bytes) | 1) * 16)
-#define PREFILL_ROW_BYTES         16 /* what is noted of a row, and of a key */
+#define PREFILL_ITEM_BYTES        128 /* what is noted of an item, of a row, of a key */
+#define PREFILL_ROW_BYTES         16
 #define PREFILL_KEY_BYTES         24
-#define PREFILL_NOTES(vo)         (PREFILL_TILE_M(vo) * PREFILL_ROW_BYTES + 2 * 64 * PREFILL_KEY_BYTES)
-#define PREFILL_FIXED(qk, vo)     (PREFILL_NOTES(vo) + PREFILL_TILE_M(vo) * PREFILL_PITCH(qk, 2))
+#define PREFILL_NOTES(vo)                                                                          \
+    (PREFILL_ITEM_BYTES + PREFILL_TILE_M(vo) * PREFILL_ROW_BYTES + 2 * 64 * PREFILL_KEY_BYTES)
+#define PREFILL_FIXED(qk, vo) (PREFILL_NOTES(vo) + PREFILL_TILE_M(vo) * PREFILL_PITCH(qk, 2))
 #define PREFILL_STAGE(qk, vo, kv_bytes, keys)                                                      \
     ((keys) * (PREFILL_PITCH(qk, kv_bytes) + PREFILL_PITCH(vo, kv_bytes)))
-#define PREFILL_MOST_SHARED (113 * 1024)
+#define PREFILL_MOST_SHARED (111 * 1024)
 #define PREFILL_FITS(qk, vo, kv_bytes, keys, stages)                                               \
     (PREFILL_FIXED(qk, vo) + (stages)*PREFILL_STAGE(qk, vo, kv_bytes, keys) + 16 <=                \
      PREFILL_MOST_SHARED)

@@ -33,7 +33,7 @@ void qi_attention_cuda_configure(qkv_attention *a)
     c->decode_rows = few == 0 ? 0 : (most < few ? (i32)most : few) * group <= 8 ? 8 : 16;
     c->prefill = most > few;
     const i32 slots = WARPS * DECODE_SLOT_BYTES(qk, vo, bytes, c->decode_rows);
-    const i32 shared = DECODE_SHARED_ROOM(qk, c->decode_rows);
+    const i32 shared = DECODE_SHARED_ROOM(qk, c->decode_rows) + DECODE_PAST_RINGS;
     const i32 prefill = c->prefill ? PREFILL_SHARED_ROOM + PREFILL_SHARED_BYTES(qk, vo, bytes) : 0;
     const i32 needed = max32(c->decode_rows ? shared + 2 * slots : 0, prefill);
     c->blocks_per_sm = needed <= half ? 2 : 1;

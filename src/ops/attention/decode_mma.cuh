@@ -90,7 +90,11 @@ QI_INLINE void decode_read_items(const attention_params *p, int begin, int count
         i.position = (int)g->pos_first + (w.row_begin - g->row_begin);
         i.slot = w.slot;
         i.merge = w.merge;
-        i.pieces = w.merge >= 0 ? p->plan.merge[w.merge].num_pieces : 0;
+        i.pieces = 0;
+        if (w.merge >= 0) {
+            i.pieces = p->plan.merge[w.merge].num_pieces;
+            prefetch_l2(&p->plan.ticket[w.merge]);
+        }
         i.flags = g->flags;
         i.group = g;
         t->items[threadIdx.x] = i;
@@ -177,6 +181,29 @@ QI_INLINE void decode_load_rows(char *to, const int pitch, const char *row, cons
     }
 }
 
+/* A whole tile of rows that follow each other at `step` bytes: no lane asks another. */
+QI_INLINE void decode_load_run(char *to, const int pitch, const char *first, i64 step,
+                               const int dim)
+{
+    const int chunks = (dim + 15) / 16 * KV_BYTES, lane = threadIdx.x % WARP;
+    if (dim % 16 == 0 && WARP % chunks == 0) { /* a lane has the same chunk of every few rows */
+        const int rows = WARP / chunks, r = lane / chunks, chunk = lane % chunks;
+        const char *from = first + r * step + 16 * chunk;
+        char *at = to + r * pitch + 16 * chunk;
+#pragma unroll
+        for (int i = 0; i < TILE / rows; i++, from += rows * step)
+            cp_async_16(at + i * rows * pitch, from, 16);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < (TILE * chunks + WARP - 1) / WARP; i++) {
+        const int e = lane + i * WARP, r = e / chunks, chunk = e % chunks;
+        const int left = dim * KV_BYTES - 16 * chunk, bytes = left < 0 ? 0 : left < 16 ? left : 16;
+        if ((TILE * chunks) % WARP == 0 || r < TILE)
+            cp_async_16(to + r * pitch + 16 * chunk, first + r * step + 16 * chunk, (u32)bytes);
+    }
+}
+
 /* The same from any address, a lane a row: slow. */
 QI_INLINE void decode_copy_rows(char *to, const int pitch, const char *row, const int dim,
                                 int valid)
@@ -208,7 +235,14 @@ QI_INLINE void decode_load(const attention_params *p, const decode_item *items, 
                 KV_BYTES;
         }
         char *values = slot + TILE * K_PITCH;
-        if (aligned) {
+        const int in_run = PAGE_SIZE == 0 || (PAGE_SIZE % TILE == 0 && s->at % TILE == 0);
+        const int sparse = SPARSE && (now->flags & QI_GROUP_SPARSE);
+        if (aligned && in_run && !sparse && valid >= TILE) { /* in one page */
+            const int r = (int)threadIdx.x % TILE;
+            const i64 k_step = p->k_stride[1] * KV_BYTES, v_step = p->v_stride[1] * KV_BYTES;
+            decode_load_run(slot, K_PITCH, k - r * k_step, k_step, HEAD_DIM_QK);
+            decode_load_run(values, V_PITCH, v - r * v_step, v_step, HEAD_DIM_VO);
+        } else if (aligned) {
             decode_load_rows(slot, K_PITCH, k, HEAD_DIM_QK, valid);
             decode_load_rows(values, V_PITCH, v, HEAD_DIM_VO, valid);
         } else {
