@@ -84,9 +84,10 @@ typedef struct qkv_attention_limits {
     int32_t max_requests; /* and groups of each level */
     int64_t max_tokens;   /* rows of q; at most 2^30, as max_kv_len */
     int32_t max_qo_len;   /* per request; 1 = decode only; 0 = max_tokens */
-    int32_t max_workers;  /* strips that the work is cut into, <= 4096; 0 = the context's threads */
-    int64_t max_kv_len;   /* per request, all levels together */
-    int64_t max_pages;    /* entries of all page lists together; unused when ragged */
+    int32_t max_workers; /* strips that the work is cut into, <= 4096; 0 = the context's threads, or
+                             the blocks that a GPU has room for at a time */
+    int64_t max_kv_len;  /* per request, all levels together */
+    int64_t max_pages;   /* entries of all page lists together; unused when ragged */
     int64_t max_split_rows; /* partial rows (token x qo head); 0 = enough; less splits less. Several
                                levels need one for each level that a row has keys in, and
                                BATCH_INVARIANT one for each piece of a split row: less fails plan */
@@ -107,7 +108,8 @@ typedef struct qkv_workspace_size {
     uint64_t plan_bytes, scratch_bytes, pinned_bytes;
 } qkv_workspace_size;
 
-typedef struct qkv_workspace { /* blocks of at least those sizes, apart, aligned to 64 (CPU) */
+typedef struct qkv_workspace { /* blocks of at least those sizes, apart, aligned to 64; on a GPU
+                                   plan and scratch are its memory, pinned is the host's */
     uint32_t struct_size, reserved;
     void *plan, *scratch, *pinned;
     uint64_t plan_bytes, scratch_bytes, pinned_bytes;
@@ -219,13 +221,14 @@ QKV_API qkv_status qkv_attention_workspace_size(qkv_context *ctx, const qkv_atte
 /*
  * qkv_attention_create - choose kernels and bind memory.
  *
- *   workspace  NULL: taken from the context's allocator and owned by the operator; else borrowed
- *              until destroy
+ *   workspace  NULL: taken from the context's allocator (on a GPU from the driver) and owned by the
+ *              operator; else borrowed until destroy
  *   out        set to the operator, or to NULL on failure
  *
- * The only call of the three that allocates; with a variant it may compile (seconds, once). One thread uses an operator at a time.
+ * The only call of the three that allocates; with a variant, and always on a GPU, it may compile
+ * (seconds, once). One thread uses an operator at a time.
  * Errors: INVALID, UNSUPPORTED, MEMORY (no memory, or a workspace too small: says by how much), COMPILE
- * (a variant: no compiler, its first lines, or the jit_policy forbids it).
+ * (no compiler, its first lines, or the jit_policy forbids it).
  */
 QKV_API qkv_status qkv_attention_create(qkv_context *ctx, const qkv_attention_spec *spec,
                                         const qkv_attention_limits *limits,
@@ -233,7 +236,7 @@ QKV_API qkv_status qkv_attention_create(qkv_context *ctx, const qkv_attention_sp
 
 /*
  * qkv_attention_warm_up - compile (or fetch from the disk cache) what create will need, so that it
- * finds it done. Built-in kernels need nothing. Errors: as create, which says why.
+ * finds it done. Built-in kernels of the CPU need nothing. Errors: as create, which says why.
  */
 QKV_API qkv_status qkv_attention_warm_up(qkv_context *ctx, const qkv_attention_spec *spec,
                                          const qkv_attention_limits *limits);
