@@ -29,6 +29,9 @@ enum {
     PREFILL_STAGE_PITCH = PREFILL_STAGED_PITCH(HEAD_DIM_VO),
 };
 
+/* The maximum of a row that has seen no key: -infinity - it is -infinity. */
+#define PREFILL_LOWEST -3.402823466e38f
+
 typedef float prefill_scores[PREFILL_WARP_TILES][PREFILL_S][4];
 typedef float prefill_sums[PREFILL_WARP_TILES][PREFILL_O][4];
 typedef float prefill_of_rows[PREFILL_WARP_TILES][2]; /* of rows g and g + 8 */
@@ -220,9 +223,7 @@ QI_INLINE void weigh_scores(const prefill_of_rows scale, const prefill_of_rows m
 #pragma unroll
         for (int i = 0; i < 4 * tiles; i++) {
             const int t = i / 4, h = i / 2 % 2;
-            /* nothing seen so far: all scores are -infinity */
-            const float base = max[t][h] == -QI_INFINITY ? 0.f : max[t][h];
-            const float x = ex2(fmaf(s[t][n][i % 4], scale[t][h], -base));
+            const float x = ex2(fmaf(s[t][n][i % 4], scale[t][h], -max[t][h]));
             s[t][n][i % 4] = x;
             sum[t][h] += x;
         }
@@ -404,7 +405,7 @@ QI_INLINE void walk_keys(const attention_cuda_params *c, char *shared, const int
     prefill_scores s;
     prefill_sums o = {};
     prefill_of_rows max, sum = {};
-    for (int i = 0; i < 2 * PREFILL_WARP_TILES; i++) max[i / 2][i % 2] = -QI_INFINITY;
+    for (int i = 0; i < 2 * PREFILL_WARP_TILES; i++) max[i / 2][i % 2] = PREFILL_LOWEST;
     for (int first = n->work.kv_begin, slot = 0; first < n->work.kv_end;
          first += PREFILL_N, slot ^= 1) {
         const int next = first + PREFILL_N, after = next + PREFILL_N;
@@ -430,6 +431,7 @@ QI_INLINE void walk_keys(const attention_cuda_params *c, char *shared, const int
         if (SPARSE) __syncthreads(); /* nobody looks at this tile's positions */
         note_prefill_key(p, &n->group, n->work.kv_head, after, n->work.kv_end, page, slot, shared);
     }
+    cp_async_wait_group(0); /* where there is no key: queries */
     __syncthreads();
     store_prefill_rows(c, o, max, sum, shared, tiles);
 }
@@ -460,7 +462,6 @@ QI_INLINE void prefill_item(const attention_cuda_params *c, const qi_work *w, ch
         walk_keys(c, shared, 1);
     else
         walk_keys(c, shared, 0);
-    cp_async_wait_group(0); /* an item without keys */
     __syncthreads();
 }
 
