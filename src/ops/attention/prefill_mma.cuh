@@ -266,23 +266,63 @@ QI_INLINE void multiply_values(const char *v, const prefill_scores s, prefill_su
 
 /* ---- results ------------------------------------------------------------------------------ */
 
-/* The lane's part of 16 rows of o, multiplied, as rows of f32 in shared memory. */
-QI_INLINE void stage_output(const float o[PREFILL_O][4], const float norm[2], char *stage)
+/* Maximum and sum of each row, where addresses of keys have been. */
+QI_INLINE float2 *prefill_results(char *shared)
+{
+    return (float2 *)(shared + PREFILL_ADDRESSES_AT);
+}
+_Static_assert(PREFILL_ROWS * sizeof(float2) <= 4 * 8 * PREFILL_KEYS_MOST, "fits");
+
+/* Completes the warp's rows but for o: in the place of its sum a row has then what multiplies its weighted
+ * sum of v. */
+QI_INLINE void finish_prefill_rows(const attention_cuda_params *c, const prefill_of_rows max,
+                                   const prefill_of_rows sum, char *shared, const int tiles)
+{
+    const attention_params *p = &c->at;
+    const qi_work *w = &prefill_noted(shared)->work;
+    const int tid = tid_x(), lane = tid % WARP;
+    float2 *results = prefill_results(shared);
+#pragma unroll
+    for (int i = 0; i < 2 * tiles; i++) {
+        float total = sum[i / 2][i % 2];
+        total += __shfl_xor_sync(ALL_LANES, total, 1);
+        total += __shfl_xor_sync(ALL_LANES, total, 2);
+        if (lane % 4 == 0)
+            results[prefill_row_index(i / 2, i % 2)] = make_float2(max[i / 2][i % 2], total);
+    }
+    __syncwarp();
+    const int m = lane / 16 * 64 + tid / WARP * 16 + lane % 16; /* a row a lane */
+    if (lane / 16 < tiles && m < w->num_rows * GROUP_SIZE) {
+        const float2 r = results[m];
+        const int seen = r.y > 0.f || r.y != r.y;
+        float norm = !SOFTMAX ? 1.f : seen ? 1.f / r.y : 0.f;
+        if (w->slot < 0)
+            norm = finish_row(c, prefill_rows_of(shared)[m].row, prefill_head(w, m), r.x, r.y, 1);
+        else
+            p->plan.lse_partial[(i64)w->slot + m] = seen ? r.x + log2f(r.y) : -QI_INFINITY;
+        results[m].y = norm;
+    }
+    __syncwarp();
+}
+
+/* The lane's part of the warp's tile t of o, multiplied, as rows of f32 in shared memory. */
+QI_INLINE void stage_output(const float o[PREFILL_O][4], const float2 *results, char *stage, int t)
 {
     const int lane = tid_x() % WARP;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         char *row = stage + (lane / 4 + 8 * h) * PREFILL_STAGE_PITCH;
+        const float norm = results[prefill_row_index(t, h)].y;
 #pragma unroll
         for (int n = 0; n < PREFILL_O; n += 2) {
             const float *even = &o[n][2 * h], *odd = &o[n + 1][2 * h];
             if (PREFILL_KV == 1) {
-                *(float4 *)(row + (n * 8 + lane % 4 * 4) * 4) = make_float4(
-                    even[0] * norm[h], odd[0] * norm[h], even[1] * norm[h], odd[1] * norm[h]);
+                *(float4 *)(row + (n * 8 + lane % 4 * 4) * 4) =
+                    make_float4(even[0] * norm, odd[0] * norm, even[1] * norm, odd[1] * norm);
             } else {
                 float2 *to = (float2 *)(row + (n * 8 + lane % 4 * 2) * 4);
-                to[0] = make_float2(even[0] * norm[h], even[1] * norm[h]);
-                to[4] = make_float2(odd[0] * norm[h], odd[1] * norm[h]);
+                to[0] = make_float2(even[0] * norm, even[1] * norm);
+                to[4] = make_float2(odd[0] * norm, odd[1] * norm);
             }
         }
     }
@@ -331,34 +371,16 @@ QI_INLINE void store_staged(const attention_cuda_params *c, const char *shared, 
     }
 }
 
-/* Completes the warp's rows. */
-QI_INLINE void store_prefill_rows(const attention_cuda_params *c, prefill_sums o,
-                                  const prefill_of_rows max, prefill_of_rows sum, char *shared,
-                                  const int tiles)
+/* Writes the warp's rows. */
+QI_INLINE void store_prefill_rows(const attention_cuda_params *c, const prefill_sums o,
+                                  const prefill_of_rows max, const prefill_of_rows sum,
+                                  char *shared, const int tiles)
 {
-    const attention_params *p = &c->at;
-    const qi_work *w = &prefill_noted(shared)->work;
-    const int tid = tid_x(), all = w->num_rows * GROUP_SIZE, first = tid % 4 == 0;
-    char *stage = shared + PREFILL_Q_AT + tid / WARP * 16 * PREFILL_STAGE_PITCH;
+    char *stage = shared + PREFILL_Q_AT + tid_x() / WARP * 16 * PREFILL_STAGE_PITCH;
+    finish_prefill_rows(c, max, sum, shared, tiles);
 #pragma unroll
     for (int t = 0; t < tiles; t++) {
-        float norm[2];
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            float total = sum[t][h];
-            total += __shfl_xor_sync(ALL_LANES, total, 1);
-            total += __shfl_xor_sync(ALL_LANES, total, 2);
-            const int m = prefill_row_index(t, h), seen = total > 0.f || total != total;
-            norm[h] = !SOFTMAX ? 1.f : seen ? 1.f / total : 0.f;
-            if (m >= all) continue;
-            if (w->slot < 0)
-                norm[h] = finish_row(c, prefill_rows_of(shared)[m].row, prefill_head(w, m),
-                                     max[t][h], total, first);
-            else if (first)
-                p->plan.lse_partial[(i64)w->slot + m] =
-                    seen ? max[t][h] + log2f(total) : -QI_INFINITY;
-        }
-        stage_output(o[t], norm, stage);
+        stage_output(o[t], prefill_results(shared), stage, t);
         __syncwarp();
         store_staged(c, shared, stage, t);
         __syncwarp();
@@ -406,9 +428,9 @@ QI_INLINE void walk_keys(const attention_cuda_params *c, char *shared, const int
     prefill_sums o = {};
     prefill_of_rows max, sum = {};
     for (int i = 0; i < 2 * PREFILL_WARP_TILES; i++) max[i / 2][i % 2] = PREFILL_LOWEST;
-    for (int first = n->work.kv_begin, slot = 0; first < n->work.kv_end;
-         first += PREFILL_N, slot ^= 1) {
+    for (int first = n->work.kv_begin; first < n->work.kv_end; first += PREFILL_N) {
         const int next = first + PREFILL_N, after = next + PREFILL_N;
+        const int slot = (first - n->work.kv_begin) / PREFILL_N % 2;
         const int here = PREFILL_BUFFERS == 2 ? slot : 0;
         char *k = shared + PREFILL_K_AT + here * PREFILL_N * PREFILL_K_PITCH;
         char *v = shared + PREFILL_V_AT + here * PREFILL_N * PREFILL_V_PITCH;
@@ -433,7 +455,7 @@ QI_INLINE void walk_keys(const attention_cuda_params *c, char *shared, const int
     }
     cp_async_wait_group(0); /* where there is no key: queries */
     __syncthreads();
-    store_prefill_rows(c, o, max, sum, shared, tiles);
+    if (tiles > 0) store_prefill_rows(c, o, max, sum, shared, tiles);
 }
 
 /* One work item of one KV head, by all threads. What is handed over, PREFILL_SHARED_BYTES, is free
