@@ -17,10 +17,17 @@ extern "C" {
  *   w    [n, k]  f32|f16|bf16
  *
  * Products and sums in f32 (f16 and bf16 inputs are exact in f32), rounded once to out's dtype. k =
- * 0 gives zeros. A row of out depends on its row of x alone, not on m: the same bits for a token
- * whatever it is batched with. Allocates nothing; CPU scratch belongs to the context.
+ * 0 gives zeros. On the CPU, and on a GPU with batch_invariant in the context's options, a row of out
+ * depends on its row of x alone, not on m: the same bits for a token whatever it is batched with.
  *
- * Errors: INVALID (shape, dtype, overlap).
+ * On a GPU cuBLASLt multiplies where it is at hand and takes the dtypes and strides, else kernels of this
+ * library. It is asked for an algorithm at the first call of a size and layout; calls after that allocate
+ * nothing and may be captured, and so may the first one. Some algorithms work in memory that the context
+ * allocates for each stream, 32 MB, when one is first needed; a graph keeps that of the stream it was
+ * captured on, so two graphs captured on one stream must not run at the same time.
+ *
+ * Allocates nothing else; CPU scratch belongs to the context. Errors: INVALID (shape, dtype, overlap);
+ * DEVICE.
  */
 QKV_API qkv_status qkv_gemm(qkv_context *ctx, DLTensor *out, const DLTensor *x, const DLTensor *w,
                             void *stream);

@@ -34,6 +34,10 @@ qkv_status qi_rope_read(const qkv_rope_spec *spec, const char *name, int64_t hea
                      .scale = (double)s.scale,
                      .low_freq = (double)s.low_freq,
                      .high_freq = (double)s.high_freq,
-                     .old_context = (double)s.old_context};
+                     .old_context = (double)s.old_context,
+                     .octaves = log2((double)s.theta) / (double)(rotary / 2),
+                     .inverse_scale = 1 / (double)s.scale,
+                     .inverse_range =
+                         s.low_freq == 0.f ? 0 : 1 / ((double)s.high_freq - (double)s.low_freq)};
     return QKV_OK;
 }

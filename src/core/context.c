@@ -45,8 +45,19 @@ static qkv_status open_cpu(const qkv_context_options *o, qkv_context *ctx)
     return QKV_OK;
 }
 
+/* No driver and no device: to compile for others. */
+static qkv_status open_compiler(const qkv_context_options *o, qkv_context *ctx)
+{
+    QI_TRY(qi_cuda_describe(o->isa, &ctx->cuda));
+    QI_TRY(qi_jit_open(o, 0, &ctx->jit));
+    qi_nvrtc_level(NULL, ctx->cuda.major, ctx->cuda.minor, ctx->cuda_level);
+    snprintf(ctx->device_name, sizeof ctx->device_name, "cuda:none:%s", ctx->cuda_level);
+    return QKV_OK;
+}
+
 static qkv_status open_cuda(const qkv_context_options *o, qkv_context *ctx)
 {
+    if (o->jit_policy == QKV_JIT_FILL) return open_compiler(o, ctx);
     QI_TRY(qi_cuda_open(o->device.device_id, &ctx->cuda));
     QI_TRY(qi_jit_open(o, ctx->cuda.driver, &ctx->jit));
     qi_nvrtc_level(ctx->jit.nvrtc, ctx->cuda.major, ctx->cuda.minor, ctx->cuda_level);
@@ -76,7 +87,8 @@ qkv_status qkv_context_create(const qkv_context_options *options, qkv_context **
                "allocator: expected alloc and free, or neither; got one");
     if (!o.allocator.alloc)
         o.allocator = (qkv_allocator){.alloc = default_alloc, .free = default_free};
-    QI_REQUIRE(o.reserved == 0, "reserved: expected 0, got %d", (int)o.reserved);
+    QI_REQUIRE(o.batch_invariant == 0 || o.batch_invariant == 1,
+               "batch_invariant: expected 0 or 1, got %d", (int)o.batch_invariant);
 
     qkv_context *ctx = o.allocator.alloc(o.allocator.user, sizeof *ctx, 64);
     if (!ctx) QI_FAIL(QKV_ERR_MEMORY, "context: out of memory");
@@ -84,8 +96,10 @@ qkv_status qkv_context_create(const qkv_context_options *options, qkv_context **
         .device = o.device,
         .allocator = o.allocator,
         .logger = {.log = o.log, .user = o.log_user},
+        .batch_invariant = o.batch_invariant,
     };
     qi_functions_init(&ctx->functions);
+    qi_cublaslt_init(&ctx->cublaslt);
     QI_TRY_OR(cuda ? open_cuda(&o, ctx) : open_cpu(&o, ctx), fail);
     QI_TRY_OR(qi_threads_create(cuda ? 1 : o.num_threads, cuda ? &(qkv_parallel){0} : &o.parallel,
                                 &ctx->allocator, &ctx->threads),
@@ -94,6 +108,7 @@ qkv_status qkv_context_create(const qkv_context_options *options, qkv_context **
     return QKV_OK;
 
 fail:
+    qi_cublaslt_free(&ctx->cublaslt, NULL); /* not opened yet */
     qi_cuda_close(&ctx->cuda);
     qi_functions_free(&ctx->functions);
     o.allocator.free(o.allocator.user, ctx, sizeof *ctx);
@@ -103,7 +118,9 @@ fail:
 void qkv_context_destroy(qkv_context *ctx)
 {
     if (!ctx) return;
-    if (qi_threads_are_here(ctx->threads)) qi_cuda_close(&ctx->cuda); /* the parent's driver else */
+    const int here = qi_threads_are_here(ctx->threads); /* else the driver is the parent's */
+    qi_cublaslt_free(&ctx->cublaslt, here ? &ctx->cuda : NULL);
+    if (here) qi_cuda_close(&ctx->cuda);
     qi_threads_destroy(ctx->threads);
     qi_functions_free(&ctx->functions);
     const qkv_allocator a = ctx->allocator;
@@ -113,6 +130,11 @@ void qkv_context_destroy(qkv_context *ctx)
 const char *qkv_context_device_name(const qkv_context *ctx)
 {
     return ctx ? ctx->device_name : "";
+}
+
+const char *qkv_context_compiler(const qkv_context *ctx)
+{
+    return ctx ? qi_jit_compiler(&ctx->jit, ctx->device.device_type) : "";
 }
 
 int32_t qkv_context_num_threads(const qkv_context *ctx)

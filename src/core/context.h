@@ -6,6 +6,7 @@
 #include "base/log.h"
 #include "core/functions.h"
 #include "device/cpu.h"
+#include "device/cublaslt.h"
 #include "device/cuda.h"
 #include "jit/jit.h"
 
@@ -16,6 +17,8 @@ struct qkv_context {
     qi_cuda_device cuda; /* with kDLCUDA */
     char cuda_level[QI_ARCH_BYTES];
     qi_functions functions; /* loaded onto the GPU */
+    qi_cublaslt cublaslt;
+    int batch_invariant; /* as the options say */
     qkv_allocator allocator;
     qi_logger logger;
     qi_jit jit;

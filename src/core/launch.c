@@ -15,11 +15,23 @@ qkv_status qi_check_context(const qkv_context *ctx)
     return QKV_OK;
 }
 
-qkv_status qi_select(const qkv_context *ctx, const qi_kernel *table, const void *desc,
-                     const qi_kernel **row)
+/* What every row of the device says of desc, for a call that none takes. */
+static qkv_status fail_with_reasons(const qkv_context *ctx, const qi_kernel *table,
+                                    const void *desc)
 {
     char reasons[640] = "";
     size_t at = 0;
+    for (const qi_kernel *k = table; k->name && at < sizeof reasons; k++)
+        if (k->device == ctx->device.device_type)
+            at += (size_t)snprintf(reasons + at, sizeof reasons - at, "%s%s: %s", at ? "; " : "",
+                                   k->name, k->reject(desc));
+    QI_FAIL(QKV_ERR_UNSUPPORTED, "no kernel for %s: %s", ctx->device_name,
+            at ? reasons : "none in this build");
+}
+
+qkv_status qi_select(const qkv_context *ctx, const qi_kernel *table, const void *desc,
+                     const qi_kernel **row)
+{
     const int verbose = qi_verbose(&ctx->logger, QI_VERBOSE_DISPATCH);
     for (const qi_kernel *k = table; k->name; k++) {
         if (k->device != ctx->device.device_type) continue;
@@ -30,12 +42,8 @@ qkv_status qi_select(const qkv_context *ctx, const qi_kernel *table, const void 
             return QKV_OK;
         }
         if (verbose) qi_log(&ctx->logger, "dispatch,skip,%s,%s", k->name, reason);
-        if (at < sizeof reasons)
-            at += (size_t)snprintf(reasons + at, sizeof reasons - at, "%s%s: %s", at ? "; " : "",
-                                   k->name, reason);
     }
-    QI_FAIL(QKV_ERR_UNSUPPORTED, "no kernel for %s: %s", ctx->device_name,
-            at ? reasons : "none in this build");
+    return fail_with_reasons(ctx, table, desc);
 }
 
 void qi_launch(const qkv_context *ctx, const qi_kernel *row, int64_t max_tasks, const void *params)
@@ -77,7 +85,10 @@ qkv_status qi_compile_cuda(const qkv_context *ctx, const qi_source *source,
                             .main = source->main};
     void *kernels[MAX_NAMES];
     QI_TRY(qi_jit_get(&ctx->jit, &ctx->logger, &job, names, num_names, kernels));
-    for (int i = 0; i < num_names; i++) QI_TRY(qi_cuda_function(&ctx->cuda, kernels[i], &out[i]));
+    for (int i = 0; i < num_names; i++) {
+        out[i] = NULL;
+        if (kernels[i]) QI_TRY(qi_cuda_function(&ctx->cuda, kernels[i], &out[i]));
+    }
     return QKV_OK;
 }
 
@@ -90,7 +101,7 @@ static qkv_status make_function(const qkv_context *ctx, const qi_kernel *row,
     const qi_source source = {
         .what = row->name, .main = row->cuda.file, .defines = defines, .header = ""};
     QI_TRY(qi_compile_cuda(ctx, &source, &row->cuda.entry, 1, out));
-    return qi_functions_add((qi_functions *)&ctx->functions, key, *out);
+    return *out ? qi_functions_add((qi_functions *)&ctx->functions, key, *out) : QKV_OK;
 }
 
 qkv_status qi_launch_cuda(const qkv_context *ctx, const qi_kernel *row, const i32 *constants,
@@ -100,6 +111,7 @@ qkv_status qi_launch_cuda(const qkv_context *ctx, const qi_kernel *row, const i3
     memcpy(key.constants, constants, (size_t)num_constants(&row->cuda) * sizeof *constants);
     cu_function function = qi_functions_find((qi_functions *)&ctx->functions, &key);
     if (!function) QI_TRY(make_function(ctx, row, &key, &function));
+    if (!function) return QKV_OK; /* QKV_JIT_FILL */
     return qi_cuda_launch(&ctx->cuda, function, grid, params, stream);
 }
 

@@ -61,6 +61,12 @@ typedef struct qi_kernel {
         .name = (row), .device = kDLCUDA, .reject = (why), .cuda = {(path), (function), (names) }  \
     }
 
+/* A row that the host side runs by a library of the device, which has no kernel here. */
+#define QI_LIBRARY_ROW(row, why)                                                                   \
+    {                                                                                              \
+        .name = (row), .device = kDLCUDA, .reject = (why)                                          \
+    }
+
 /* The first row that runs on the context's device and does not reject desc (NULL where no row of
  * the table looks at it). UNSUPPORTED with every row's reason. Under QKV_VERBOSE=dispatch logs
  * each. */
@@ -79,14 +85,15 @@ qkv_status qi_launch_cuda(const qkv_context *ctx, const qi_kernel *row, const i3
  * number is a multiple of. Numbers are sizes and strides in elements, and addresses by QI_ADDRESS. */
 static inline i32 qi_common_vector(i32 most, int count, const i64 *numbers)
 {
-    for (int i = 0; i < count; i++)
-        while (numbers[i] % most != 0) most /= 2;
-    return most;
+    i64 bits = most; /* the lowest one of any number says what divides all */
+    for (int i = 0; i < count; i++) bits |= numbers[i];
+    return (i32)(bits & -bits);
 }
 #define QI_VECTOR(most, ...)                                                                       \
     qi_common_vector((most), (int)(sizeof((const i64[]){__VA_ARGS__}) / sizeof(i64)),              \
                      (const i64[]){__VA_ARGS__})
-#define QI_ADDRESS(pointer, dtype) ((i64)((uintptr_t)(pointer) / qi_dtype_bytes(dtype)))
+#define QI_ADDRESS(pointer, dtype)                                                                 \
+    ((i64)((uintptr_t)(pointer) >> __builtin_ctz((unsigned)qi_dtype_bytes(dtype))))
 
 /* A row's launch in as many blocks as it takes, of which each covers so many items. */
 static inline u32 qi_blocks(i64 items, i64 per_block)
@@ -113,7 +120,8 @@ typedef struct qi_source {
 qkv_status qi_compile(const qkv_context *ctx, const qi_source *source, const char *const *names,
                       int num_names, qi_cpu_kernel *out);
 
-/* The same on a GPU: out[i] is the kernel names[i], loaded onto the context's device. */
+/* The same on a GPU: out[i] is the kernel names[i], loaded onto the context's device; NULL where contexts
+ * only compile (QKV_JIT_FILL). */
 qkv_status qi_compile_cuda(const qkv_context *ctx, const qi_source *source,
                            const char *const *names, int num_names, cu_function *out);
 

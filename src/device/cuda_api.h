@@ -21,7 +21,20 @@ typedef struct cu_function *cu_function;
 typedef u64 cu_ptr;
 
 /* Results that the library tells apart. */
-enum { CU_SUCCESS = 0, CU_OUT_OF_MEMORY = 2, CU_NOT_INITIALIZED = 3, CU_NO_DEVICE = 100 };
+enum {
+    CU_SUCCESS = 0,
+    CU_OUT_OF_MEMORY = 2,
+    CU_NOT_INITIALIZED = 3,
+    CU_NO_DEVICE = 100,
+    CU_INVALID_IMAGE = 200,
+    CU_NO_BINARY_FOR_GPU = 209,
+    CU_INVALID_PTX = 218,
+    CU_JIT_COMPILER_NOT_FOUND = 221,
+    CU_UNSUPPORTED_PTX_VERSION = 222,
+    CU_JIT_COMPILATION_DISABLED = 223,
+    CU_INVALID_SOURCE = 300,
+    CU_NOT_FOUND = 500
+};
 
 /* Attributes of a device. */
 enum {
@@ -33,7 +46,7 @@ enum {
 };
 
 enum { CU_FUNCTION_SHARED_BYTES = 1, CU_FUNCTION_MAX_DYNAMIC_SHARED_BYTES = 8 };
-enum { CU_CAPTURE_NONE = 0 };
+enum { CU_CAPTURE_NONE = 0, CU_CAPTURE_RELAXED = 2 };
 enum { CU_LAUNCH_PROGRAMMATIC = 6 };
 enum { CU_EVENT_NO_TIMING = 2 };
 
@@ -89,6 +102,7 @@ typedef struct cu_launch_config {
       (cu_ptr dst, unsigned char value, size_t bytes, cu_stream stream))                           \
     X(stream_synchronize, "cuStreamSynchronize", 2000, (cu_stream stream))                         \
     X(stream_capturing, "cuStreamIsCapturing", 10000, (cu_stream stream, int *status))             \
+    X(capture_mode, "cuThreadExchangeStreamCaptureMode", 10010, (int *mode))                       \
     X(event_create, "cuEventCreate", 2000, (cu_event * event, unsigned flags))                     \
     X(event_destroy, "cuEventDestroy", 4000, (cu_event event))                                     \
     X(event_record, "cuEventRecord", 2000, (cu_event event, cu_stream stream))                     \
@@ -105,7 +119,8 @@ extern qi_cuda_api qi_cuda;
 /* Fills the table; the first call does the work. UNSUPPORTED: no driver, or one too old. */
 qkv_status qi_cuda_load(void);
 
-/* A driver's answer as a status: MEMORY or DEVICE, with the call and the driver's words. */
+/* A driver's answer as a status: MEMORY or DEVICE, with the driver's name of the call and its words. call: a
+ * call by the table as it is written, or that name. */
 qkv_status qi_cuda_check(int result, const char *call, const char *file, int line);
 #define QI_CUDA_TRY(call)                                                                          \
     do {                                                                                           \

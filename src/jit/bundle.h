@@ -51,11 +51,17 @@
     X(merge, "ops/attention/merge.cu")                                                             \
     X(cuda_hooks, "ops/attention/hooks.cuh")                                                       \
     X(cuda_rows, "ops/attention/rows.cuh")                                                         \
+    X(cuda_merge_rows, "ops/attention/merge_rows.cuh")                                             \
+    X(mma_types, "ops/attention/mma_types.cuh")                                                    \
+    X(decode_mma, "ops/attention/decode_mma.cuh")                                                  \
+    X(attention_mma, "ops/attention/attention_mma.cu")                                             \
     X(cuda_attention, "ops/attention/attention.cu")                                                \
     X(prefill_loads, "ops/attention/prefill_loads.cuh")                                            \
     X(prefill_mma, "ops/attention/prefill_mma.cuh")                                                \
     X(gemm_params, "ops/gemm/gemm_params.h")                                                       \
-    X(gemm, "ops/gemm/gemm.cu")                                                                    \
+    X(gemm_thin, "ops/gemm/gemm_thin.cu")                                                          \
+    X(gemm_mma, "ops/gemm/gemm_mma.cu")                                                            \
+    X(gemm_tile, "ops/gemm/gemm_tile.cu")                                                          \
     X(sampling_params, "ops/sampling/sampling_params.h")                                           \
     X(philox, "kern/philox.h")                                                                     \
     X(argmax, "ops/sampling/argmax.cu")                                                            \

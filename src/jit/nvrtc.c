@@ -3,13 +3,13 @@
 #include "jit/nvrtc.h"
 
 #include <dlfcn.h>
-#include <glob.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "base/env.h"
+#include "device/find_library.h"
 #include "jit/bundle.h"
 
 typedef struct program *program;
@@ -49,8 +49,9 @@ struct qi_nvrtc {
 /* ---- finding it --------------------------------------------------------------------------- */
 
 /* Fills n from the library at path; 0 if that is no NVRTC, or too old. */
-static int open_library(const char *path, qi_nvrtc *n)
+static int open_library(const char *path, void *user)
 {
+    qi_nvrtc *n = user;
     static const struct {
         const char *symbol;
         size_t offset;
@@ -79,48 +80,6 @@ close:
     return 0;
 }
 
-/* The libraries that match a pattern of the shell, until one opens. */
-static int open_matching(const char *pattern, qi_nvrtc *n)
-{
-    glob_t found;
-    int opened = 0;
-    if (glob(pattern, 0, NULL, &found) == 0)
-        for (size_t i = 0; i < found.gl_pathc && !opened; i++)
-            opened = open_library(found.gl_pathv[i], n);
-    globfree(&found);
-    return opened;
-}
-
-/* NVRTC of one major version: the loader's, a toolkit's, or of NVIDIA's packages in the Python
- * environment at hand. */
-static int open_major(int major, qi_nvrtc *n)
-{
-    static const struct {
-        const char *variable, *below;
-    } places[] = {{NULL, NULL},
-                  {"CUDA_HOME", "lib64"},
-                  {"CUDA_PATH", "lib64"},
-                  {NULL, "/usr/local/cuda/lib64"},
-                  {NULL, "/usr/local/cuda-*/lib64"},
-                  {"VIRTUAL_ENV", "lib/python3*/site-packages/nvidia/*/lib"},
-                  {"CONDA_PREFIX", "lib"},
-                  {"CONDA_PREFIX", "lib/python3*/site-packages/nvidia/*/lib"}};
-    char path[1024];
-    for (size_t i = 0; i < sizeof places / sizeof places[0]; i++) {
-        const char *root = places[i].variable ? getenv(places[i].variable) : "";
-        if (!root || (places[i].variable && !*root)) continue;
-        if (!places[i].below) {
-            snprintf(path, sizeof path, "libnvrtc.so.%d", major);
-            if (open_library(path, n)) return 1;
-            continue;
-        }
-        snprintf(path, sizeof path, "%.700s%s%s/libnvrtc.so.%d", root, *root ? "/" : "",
-                 places[i].below, major);
-        if (open_matching(path, n)) return 1;
-    }
-    return 0;
-}
-
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static qi_nvrtc *nvrtc; /* the process's */
 static int looked;
@@ -132,9 +91,10 @@ static void look(int driver)
     if (!n) return;
     const char *wanted = qi_env(QI_ENV_NVRTC);
     int opened = wanted ? open_library(wanted, n) : 0;
-    if (!wanted && driver >= OLDEST_MAJOR * 1000) opened = open_major(driver / 1000, n);
+    if (!wanted && driver >= OLDEST_MAJOR * 1000)
+        opened = qi_find_cuda_library("libnvrtc", driver / 1000, open_library, n);
     for (int major = NEWEST; !wanted && !opened && major >= OLDEST_MAJOR; major--)
-        opened = open_major(major, n);
+        opened = qi_find_cuda_library("libnvrtc", major, open_library, n);
     if (opened)
         nvrtc = n;
     else

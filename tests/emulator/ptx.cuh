@@ -137,4 +137,9 @@ QI_INLINE void griddepcontrol_launch_dependents()
 {
 }
 
+QI_INLINE void prefetch_l2(const void *p)
+{
+    (void)p;
+}
+
 #endif

@@ -37,6 +37,7 @@ struct CUevent_st {
 };
 
 static capture *captures; /* all */
+static _Thread_local int thread_mode = GLOBAL;
 static struct CUstream_st legacy;
 
 static CUstream stream_of(CUstream handle)
@@ -106,9 +107,9 @@ CUresult stream_do(CUstream handle, const work *w)
 CUresult stream_unsafe(void)
 {
     CUresult result = SUCCESS;
-    for (capture *c = captures; c; c = c->next)
-        if (c->mode == GLOBAL ||
-            (c->mode == THREAD_LOCAL && pthread_equal(c->thread, pthread_self()))) {
+    for (capture *c = captures; c && thread_mode != RELAXED; c = c->next)
+        if ((c->mode == GLOBAL && thread_mode == GLOBAL) ||
+            (c->mode != RELAXED && pthread_equal(c->thread, pthread_self()))) {
             c->invalidated = 1;
             result = STREAM_CAPTURE_UNSUPPORTED;
         }
@@ -166,6 +167,14 @@ EXPORT CUresult cuStreamIsCapturing(CUstream stream, int *status)
     const capture *c = capture_of(s);
     *status = !c ? NONE : c->invalidated ? INVALIDATED : ACTIVE;
     LEAVE(result);
+}
+
+EXPORT CUresult cuThreadExchangeStreamCaptureMode(int *mode)
+{
+    const int before = thread_mode;
+    thread_mode = *mode;
+    *mode = before;
+    return SUCCESS;
 }
 
 /* ---- streams -------------------------------------------------------------------------------- */

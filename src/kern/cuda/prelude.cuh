@@ -87,9 +87,10 @@ QI_INLINE u32 f32_to_fp8(float x, const int t)
     if (!(a == a)) return 0x7f;
     if (a >= largest) return sign | (t == QI_E4M3 ? 0x7e : 0x7b);
     int exponent = (__float_as_int(a) >> 23) - 127;
-    if (exponent < 1 - bias) exponent = 1 - bias;                         /* subnormal */
-    const float unit = __int_as_float((exponent - mantissa + 127) << 23); /* of the last bit */
-    const int n = __float2int_rn(a / unit);                               /* exact division */
+    if (exponent < 1 - bias) exponent = 1 - bias; /* subnormal */
+    const float units =
+        __int_as_float((mantissa - exponent + 127) << 23); /* of the last bit, in 1 */
+    const int n = __float2int_rn(a * units);               /* an exact product */
     return sign | (u32)(n + ((exponent + bias - 1) << mantissa));
 }
 
@@ -112,11 +113,16 @@ QI_INLINE float qi_unpack(const u32 *words, const int t, int i)
     return t == QI_I8 ? (float)(i8)byte : fp8_to_f32(byte, t);
 }
 
-/* Loads n consecutive elements (1, 2, 4, 8 or 16) as f32 from an address aligned to all of them, or to 16
- * bytes where they are more. */
-QI_INLINE void qi_load(float *out, const void *from, const int t, const int n)
+/* Words of registers that n raw elements take. */
+QI_INLINE constexpr int qi_words(const int t, const int n)
 {
-    u32 words[16];
+    return (n * qi_size_of(t) + 3) / 4;
+}
+
+/* Loads n consecutive elements (1, 2, 4, 8 or 16) as they are from an address aligned to all of them, or to
+ * 16 bytes where they are more. */
+QI_INLINE void qi_load_words(u32 *words, const void *from, const int t, const int n)
+{
     const int bytes = n * qi_size_of(t);
     if (bytes >= 16) {
         for (int i = 0; i < bytes / 16; i++) {
@@ -134,7 +140,20 @@ QI_INLINE void qi_load(float *out, const void *from, const int t, const int n)
     } else {
         words[0] = *(const u8 *)from;
     }
+}
+
+/* n raw elements as f32. */
+QI_INLINE void qi_unpack_all(float *out, const u32 *words, const int t, const int n)
+{
     for (int i = 0; i < n; i++) out[i] = qi_unpack(words, t, i);
+}
+
+/* Both at once. */
+QI_INLINE void qi_load(float *out, const void *from, const int t, const int n)
+{
+    u32 words[16];
+    qi_load_words(words, from, t, n);
+    qi_unpack_all(out, words, t, n);
 }
 
 QI_INLINE u32 qi_pack(float x, const int t)
@@ -145,24 +164,10 @@ QI_INLINE u32 qi_pack(float x, const int t)
     return f32_to_fp8(x, t);
 }
 
-/* The reverse of qi_load. */
-QI_INLINE void qi_store(void *to, const float *in, const int t, const int n)
+/* The reverse of qi_load_words. */
+QI_INLINE void qi_store_words(void *to, const u32 *words, const int t, const int n)
 {
-    u32 words[16];
     const int bytes = n * qi_size_of(t);
-    if (t == QI_F32) {
-        for (int i = 0; i < n; i++) words[i] = (u32)__float_as_int(in[i]);
-    } else if (qi_size_of(t) == 2 && n > 1) {
-        for (int i = 0; i < n / 2; i++)
-            words[i] = t == QI_F16 ? f32_to_f16x2(in[2 * i], in[2 * i + 1])
-                                   : f32_to_bf16x2(in[2 * i], in[2 * i + 1]);
-    } else {
-        const int per_word = 4 / qi_size_of(t);
-        for (int i = 0; i < n; i++) {
-            const u32 bits = qi_pack(in[i], t) << i % per_word * 8 * qi_size_of(t);
-            words[i / per_word] = i % per_word ? words[i / per_word] | bits : bits;
-        }
-    }
     if (bytes >= 16) {
         for (int i = 0; i < bytes / 16; i++)
             ((uint4 *)to)[i] =
@@ -176,6 +181,26 @@ QI_INLINE void qi_store(void *to, const float *in, const int t, const int n)
     } else {
         *(u8 *)to = (u8)words[0];
     }
+}
+
+/* The reverse of qi_load. */
+QI_INLINE void qi_store(void *to, const float *in, const int t, const int n)
+{
+    u32 words[16];
+    if (t == QI_F32) {
+        for (int i = 0; i < n; i++) words[i] = (u32)__float_as_int(in[i]);
+    } else if (qi_size_of(t) == 2 && n > 1) {
+        for (int i = 0; i < n / 2; i++)
+            words[i] = t == QI_F16 ? f32_to_f16x2(in[2 * i], in[2 * i + 1])
+                                   : f32_to_bf16x2(in[2 * i], in[2 * i + 1]);
+    } else {
+        const int per_word = 4 / qi_size_of(t);
+        for (int i = 0; i < n; i++) {
+            const u32 bits = qi_pack(in[i], t) << i % per_word * 8 * qi_size_of(t);
+            words[i / per_word] = i % per_word ? words[i / per_word] | bits : bits;
+        }
+    }
+    qi_store_words(to, words, t, n);
 }
 
 /* One element of a type known at run time only. */

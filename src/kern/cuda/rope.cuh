@@ -13,22 +13,15 @@
 enum { ROPE_NONE = 0, ROPE_HALVES = 1, ROPE_INTERLEAVED = 2 };
 
 /* The frequency of a pair, in turns a position. Double precision: positions go to millions, and what
- * counts is the fraction of a turn. The formula is in qkv/rope.h. */
+ * counts is the fraction of a turn. The formula is in qkv/rope.h, here with old_context / wavelength. */
 QI_INLINE double rope_turns(const qi_rope *r, int pair)
 {
-    const double freq = exp2(-(double)pair / r->num_pairs * log2(r->theta));
-    double extended = freq / r->scale;
-    if (r->low_freq != 0) {
-        const double wavelength = QI_TWO_PI / freq;
-        if (wavelength < r->old_context / r->high_freq) {
-            extended = freq;
-        } else if (wavelength <= r->old_context / r->low_freq) {
-            const double smooth =
-                (r->old_context / wavelength - r->low_freq) / (r->high_freq - r->low_freq);
-            extended = (1 - smooth) * freq / r->scale + smooth * freq;
-        }
-    }
-    return extended / QI_TWO_PI;
+    const double freq = exp2(-pair * r->octaves) * (1 / QI_TWO_PI), slow = freq * r->inverse_scale;
+    const double turns = r->old_context * freq; /* in the context trained on */
+    if (r->low_freq == 0 || turns < r->low_freq) return slow;
+    if (turns > r->high_freq) return freq;
+    const double smooth = (turns - r->low_freq) * r->inverse_range;
+    return (1 - smooth) * slow + smooth * freq;
 }
 
 /* cosine and sine [num_pairs] of a position, by all threads of a block. */
@@ -55,51 +48,60 @@ QI_INLINE int rope_pieces(int head_dim, int pairs, const int layout, const int v
     return ((layout == ROPE_HALVES ? head_dim - pairs : head_dim) + width - 1) / width;
 }
 
-/* n elements, in accesses of vec. */
-QI_INLINE void rope_load(float *x, const char *in, const int t, int d, int n, const int vec)
+/* Elements of a head at which a piece's accesses begin; second -1: there is one only. */
+typedef struct rope_place {
+    int first, second;
+} rope_place;
+
+QI_INLINE rope_place rope_place_of(int piece, int head_dim, int pairs, const int layout,
+                                   const int vec)
 {
-    for (int e = 0; e < n; e += vec) qi_load(x + e, qi_at(in, t, d + e), t, vec);
+    const int d = piece * rope_width(layout, vec);
+    rope_place at = {d, -1};
+    if (layout == ROPE_HALVES && d < pairs)
+        at.second = d + pairs;
+    else if (layout == ROPE_HALVES)
+        at.first = d + pairs; /* past both halves */
+    else if (rope_width(layout, vec) > vec && d + 1 < head_dim)
+        at.second = d + 1;
+    return at;
 }
 
-QI_INLINE void rope_store(char *out, const float *x, const int t, int d, int n, const int vec)
+/* A piece as it is, in words [2 * qi_words(t, vec)]. */
+QI_INLINE void rope_fetch(u32 *words, const char *in, const int t, rope_place at, const int vec)
 {
-    for (int e = 0; e < n; e += vec) qi_store(qi_to(out, t, d + e), x + e, t, vec);
+    qi_load_words(words, qi_at(in, t, at.first), t, vec);
+    if (at.second >= 0) qi_load_words(words + qi_words(t, vec), qi_at(in, t, at.second), t, vec);
 }
 
-/* Rotates and divides by scale; in and out may be one place. */
-QI_INLINE void rope_piece(char *out, const int to, const char *in, const int from, int head_dim,
-                          int piece, int pairs, const float2 *angles, float scale, const int layout,
-                          const int vec)
+QI_INLINE void rope_rotate(float *x, float *y, float2 a)
 {
-    const int width = rope_width(layout, vec);
+    const float first = *x * a.x - *y * a.y;
+    *y = *x * a.y + *y * a.x;
+    *x = first;
+}
+
+/* Rotates a fetched piece, divides it by scale and stores it, which may be where it came from. */
+QI_INLINE void rope_put(char *out, const int to, const u32 *words, const int from, rope_place at,
+                        int pairs, const float2 *angles, float scale, const int layout,
+                        const int vec)
+{
     float x[16], y[16];
-    int d = piece * width;
-    if (layout == ROPE_HALVES && d < pairs) {
-        rope_load(x, in, from, d, vec, vec);
-        rope_load(y, in, from, d + pairs, vec, vec);
-        for (int e = 0; e < vec; e++) {
-            const float2 a = angles[d + e];
-            const float first = x[e] * a.x - y[e] * a.y, second = x[e] * a.y + y[e] * a.x;
-            x[e] = scale == 1.f ? first : first / scale;
-            y[e] = scale == 1.f ? second : second / scale;
-        }
-        rope_store(out, x, to, d, vec, vec);
-        rope_store(out, y, to, d + pairs, vec, vec);
-        return;
+    qi_unpack_all(x, words, from, vec);
+    if (at.second >= 0) qi_unpack_all(y, words + qi_words(from, vec), from, vec);
+    if (layout == ROPE_HALVES && at.second >= 0)
+        for (int e = 0; e < vec; e++) rope_rotate(x + e, y + e, angles[at.first + e]);
+    if (layout == ROPE_INTERLEAVED && at.first < 2 * pairs) {
+        if (vec == 1)
+            rope_rotate(x, y, angles[at.first / 2]);
+        else
+            for (int e = 0; e < vec; e += 2)
+                rope_rotate(x + e, x + e + 1, angles[(at.first + e) / 2]);
     }
-    if (layout == ROPE_HALVES) d += pairs; /* past both halves */
-    const int n = width > vec && d + width > head_dim ? head_dim - d : width;
-    rope_load(x, in, from, d, n, vec);
-    if (layout == ROPE_INTERLEAVED && d < 2 * pairs)
-        for (int e = 0; e < width; e += 2) {
-            const float2 a = angles[(d + e) / 2];
-            const float first = x[e] * a.x - x[e + 1] * a.y;
-            x[e + 1] = x[e] * a.y + x[e + 1] * a.x;
-            x[e] = first;
-        }
     if (scale != 1.f)
-        for (int e = 0; e < width; e++) x[e] /= scale;
-    rope_store(out, x, to, d, n, vec);
+        for (int e = 0; e < vec; e++) x[e] /= scale, y[e] /= scale;
+    qi_store(qi_to(out, to, at.first), x, to, vec);
+    if (at.second >= 0) qi_store(qi_to(out, to, at.second), y, to, vec);
 }
 
 #endif

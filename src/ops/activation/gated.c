@@ -12,20 +12,28 @@ _Static_assert((int)GATED_SILU == QKV_SILU && (int)GATED_GELU == QKV_GELU &&
 
 const qi_kernel qi_gated_kernels[] = {
     QI_CPU_ROW("gated.any", NULL, gated),
-    QI_CUDA_ROW("gated.cuda", NULL, "ops/activation/gated.cu", "gated", "DTYPE VEC KIND THREADS"),
+    QI_CUDA_ROW("gated.cuda", NULL, "ops/activation/gated.cu", "gated",
+                "DTYPE VEC KIND TIMES THREADS"),
     {0},
 };
 
+/* A row is cut into equal pieces of up to 256 threads with 2 accesses of either input each. */
 static qkv_status launch_cuda(const qkv_context *ctx, const qi_kernel *row, const gated_params *p,
                               void *stream)
 {
-    enum { THREADS = 256 };
+    enum { WARP = 32, MOST = 256, MAX_Y = 65535 };
     const i32 vec = QI_VECTOR(16 / (i32)qi_dtype_bytes(p->dtype), p->size, p->gate_stride,
                               p->up_stride, p->out_stride, QI_ADDRESS(p->gate, p->dtype),
                               QI_ADDRESS(p->up, p->dtype), QI_ADDRESS(p->out, p->dtype));
-    const i32 constants[] = {(i32)p->dtype, vec, p->kind, THREADS};
-    const qi_grid grid = {.x = qi_blocks(p->num_tokens * (p->size / vec), THREADS),
-                          .threads = THREADS};
+    const i64 accesses = p->size / vec, pieces = (accesses + 2 * MOST - 1) / (2 * MOST);
+    const i32 times = accesses > WARP ? 2 : 1;
+    const i64 lanes = (accesses + pieces * times - 1) / (pieces * times);
+    const i32 threads = (i32)(lanes + WARP - 1) / WARP * WARP;
+    const i32 constants[] = {(i32)p->dtype, vec, p->kind, times, threads};
+    const qi_grid grid = {.x = (u32)pieces,
+                          .y = (u32)(p->num_tokens < MAX_Y ? p->num_tokens : MAX_Y),
+                          .threads = (u32)threads,
+                          .overlaps_before = 1};
     return qi_launch_cuda(ctx, row, constants, &grid, p, stream);
 }
 

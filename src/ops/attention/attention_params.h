@@ -73,6 +73,22 @@ enum {
 /* M of a prefill tile on a GPU: four warps of 32 rows, or of 16 where the sums of v take more registers. */
 #define PREFILL_TILE_M(dim_vo) ((dim_vo) <= 128 ? 128 : 64)
 
+/* Decode tiles on a GPU (decode_mma.cuh): keys of a tile; 16-byte pieces of a row in shared memory, an odd
+ * number, so that eight rows are on different banks; bytes of a slot of a warp's ring, which takes a tile or
+ * the sums of v of `rows` rows. */
+#define DECODE_TILE(kv_bytes)        ((kv_bytes) == 1 ? 32 : 16)
+#define DECODE_CHUNKS(dim, kv_bytes) (((dim) + 15) / 16 * (kv_bytes) | 1)
+#define DECODE_TILE_BYTES(qk, vo, kv_bytes)                                                        \
+    (16 * DECODE_TILE(kv_bytes) * (DECODE_CHUNKS(qk, kv_bytes) + DECODE_CHUNKS(vo, kv_bytes)))
+#define DECODE_SUM_BYTES(vo, rows) (4 * (rows) * (((vo) + 15) / 16 * 16 + 4))
+#define DECODE_SLOT_BYTES(qk, vo, kv_bytes, rows)                                                  \
+    (DECODE_TILE_BYTES(qk, vo, kv_bytes) > DECODE_SUM_BYTES(vo, rows)                              \
+         ? DECODE_TILE_BYTES(qk, vo, kv_bytes)                                                     \
+         : DECODE_SUM_BYTES(vo, rows))
+#define DECODE_Q_PITCH(dim)           (((dim) + 15) / 16 * 32 + 16)
+#define DECODE_SHARED_ROOM(dim, rows) (2816 + (rows)*DECODE_Q_PITCH(dim)) /* beside the rings */
+#define DECODE_PAST_RINGS             16 /* read, not used, with an odd number of steps */
+
 /* The reference kernel of GPUs: query rows and keys that a block has in shared memory at a time. */
 #define ATTENTION_CHUNK        16
 #define ATTENTION_KEYS(qk, vo) ((qk) + (vo) <= 512 ? 32 : 16)
@@ -86,6 +102,7 @@ enum {
  * shared memory. Rows there are an odd number of 16-byte chunks long, so that 8 rows at one chunk lie in
  * different banks; a head dim is padded to 16. Two tiles of keys, the next on its way, where two blocks
  * still fit an SM. */
+#define PREFILL_SHARED_ROOM       16 /* in front of it: is this the last piece? */
 #define PREFILL_PITCH(dim, bytes) ((((dim) + 15) / 16 * (bytes) | 1) * 16)
 #define PREFILL_ITEM_BYTES        128 /* what is noted of an item, of a row, of a key */
 #define PREFILL_ROW_BYTES         16
@@ -114,6 +131,12 @@ enum {
 static inline i32 decode_rows(i32 group_size)
 {
     return group_size < DECODE_M ? DECODE_M / group_size : 1;
+}
+
+/* On a GPU more heads than that are a prefill tile. */
+static inline i32 cuda_decode_rows(i32 group_size)
+{
+    return group_size <= DECODE_M ? decode_rows(group_size) : 0;
 }
 
 /* tile_m: PREFILL_M or PREFILL_TILE_M(). */

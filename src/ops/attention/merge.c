@@ -11,7 +11,7 @@ QI_CPU_DECLARE(merge);
 const qi_kernel qi_merge_kernels[] = {
     QI_CPU_ROW("merge.any", NULL, merge),
     QI_CUDA_ROW("merge.cuda", NULL, "ops/attention/merge.cu", "merge",
-                "DTYPE_O DTYPE_STATE VEC THREADS"),
+                "DTYPE_O DTYPE_STATE VEC LANES THREADS"),
     {0},
 };
 
@@ -66,8 +66,12 @@ static qkv_status launch_cuda(const qkv_context *ctx, const qi_kernel *row, cons
     for (i32 s = 0; s < p->num_states; s++)
         vec = QI_VECTOR(vec, p->states[s].o_stride[0], p->states[s].o_stride[1],
                         QI_ADDRESS(p->states[s].o, p->dtype_state));
-    const i32 constants[] = {(i32)p->dtype_o, (i32)p->dtype_state, vec, THREADS};
-    const qi_grid grid = {.x = qi_blocks(p->tokens * p->heads, THREADS / WARP), .threads = THREADS};
+    i32 lanes = 4; /* of a row: an access each, as far as a warp goes */
+    while (lanes < WARP && lanes * vec < p->dim) lanes *= 2;
+    const i32 constants[] = {(i32)p->dtype_o, (i32)p->dtype_state, vec, lanes, THREADS};
+    const qi_grid grid = {.x = qi_blocks(p->tokens * p->heads, THREADS / lanes),
+                          .threads = THREADS,
+                          .overlaps_before = 1};
     return qi_launch_cuda(ctx, row, constants, &grid, p, stream);
 }
 

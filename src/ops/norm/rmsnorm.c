@@ -19,22 +19,25 @@ enum { MAX_HIDDEN_SIZE = 131072 };
 _Static_assert(MAX_HIDDEN_SIZE * sizeof(float) <= QI_TASK_SCRATCH_BYTES,
                "a row in f32 is task scratch");
 
-/* A row's threads take up to 4 accesses each, more where there would be more threads than a block has. */
+/* A row's threads take 2 accesses each, more where there would be more threads than a block has. */
 static qkv_status launch_cuda(const qkv_context *ctx, const qi_kernel *row, const rmsnorm_params *p,
                               void *stream)
 {
+    enum { WARP = 32, LEAST = 128, MOST = 1024 };
     const i32 vec =
         QI_VECTOR(16 / (i32)qi_dtype_bytes(p->dtype), p->hidden_size, p->x_stride, p->out_stride,
                   p->residual_stride, QI_ADDRESS(p->x, p->dtype), QI_ADDRESS(p->out, p->dtype),
                   QI_ADDRESS(p->residual, p->dtype), QI_ADDRESS(p->weight, p->weight_dtype));
-    const i64 accesses = p->hidden_size / vec;
-    i32 group = 32, times = 1;
-    while (group < 1024 && group * 4 < accesses) group *= 2;
-    while ((i64)group * times < accesses) times *= 2;
-    const i32 threads = group < 128 ? 128 : group;
+    const i32 accesses = (i32)p->hidden_size / vec;
+    const i32 wanted = (accesses + 2 * WARP - 1) / (2 * WARP) * WARP;
+    const i32 group = wanted < MOST ? wanted : MOST;
+    const i32 times = (accesses + group - 1) / group;
+    const i32 threads = group < LEAST ? group * (LEAST / group) : group;
     const i32 constants[] = {(i32)p->dtype, (i32)p->weight_dtype, vec, group, times,
                              threads,       p->residual != NULL};
-    const qi_grid grid = {.x = qi_blocks(p->num_tokens, threads / group), .threads = (u32)threads};
+    const qi_grid grid = {.x = qi_blocks(p->num_tokens, threads / group),
+                          .threads = (u32)threads,
+                          .overlaps_before = 1};
     return qi_launch_cuda(ctx, row, constants, &grid, p, stream);
 }
 

@@ -13,7 +13,7 @@ QI_CPU_DECLARE(append);
 const qi_kernel qi_append_kernels[] = {
     QI_CPU_ROW("append.any", NULL, append),
     QI_CUDA_ROW("append.cuda", NULL, "ops/page/append.cu", "append",
-                "K_FROM K_TO V_FROM V_TO Q_FROM Q_TO VEC LAYOUT THREADS"),
+                "K_FROM K_TO V_FROM V_TO Q_FROM Q_TO VEC LAYOUT SCALED GROUP THREADS"),
     {0},
 };
 
@@ -122,6 +122,7 @@ static qkv_status read_tensors(DLTensor *k_cache, DLTensor *v_cache, i32 kv_layo
         QI_REQUIRE(!qi_overlap(k, caches[i]) && !qi_overlap(v, caches[i]),
                    "k, v: expected memory apart from the caches");
     p->page_size = shape->page_size;
+    p->inverse_page_size = 1. / (double)shape->page_size;
     p->num_pages = shape->pages;
     p->nnz = k->shape[0];
     return QKV_OK;
@@ -276,14 +277,26 @@ static i32 vector_of(const append_tensor *t, const qi_rope *rope, i32 most)
                      QI_ADDRESS(t->cache, t->cache_dtype));
 }
 
+/* A row is a warp's, or as many as leave a thread 4 pieces of k and of v; where it rotates, and the block
+ * shares its angles, a block's. */
 static qkv_status launch_cuda(const qkv_context *ctx, const qi_kernel *row, const append_params *p,
                               void *stream)
 {
-    enum { THREADS = 256, NONE = 0, HALVES = 1, INTERLEAVED = 2 };
+    enum { WARP = 32, LEAST = 128, MOST = 256, NONE = 0, HALVES = 1, INTERLEAVED = 2 };
     const append_tensor *const tensors[] = {&p->k, &p->v, &p->q};
     i32 vec = 8;
     for (int i = 0; i < 3; i++) vec = vector_of(tensors[i], &p->rope, vec);
+    i64 pieces = 0;
+    i32 scaled = 0;
+    for (int i = 0; i < 3; i++) {
+        scaled |= tensors[i]->rows && !qi_scale_is_one(&tensors[i]->scale);
+        const i64 of_row = tensors[i]->num_heads * tensors[i]->head_dim / vec;
+        if (tensors[i]->rows && of_row > pieces) pieces = of_row;
+    }
     const i32 layout = p->rope.num_pairs == 0 ? NONE : p->rope.interleaved ? INTERLEAVED : HALVES;
+    i32 group = layout == NONE ? WARP : MOST;
+    while (group < MOST && (i64)group * 4 < pieces) group *= 2;
+    const i32 threads = group < LEAST ? LEAST : group;
     const i32 constants[] = {(i32)p->k.dtype,
                              (i32)p->k.cache_dtype,
                              (i32)p->v.dtype,
@@ -292,10 +305,13 @@ static qkv_status launch_cuda(const qkv_context *ctx, const qi_kernel *row, cons
                              (i32)p->q.cache_dtype,
                              vec,
                              layout,
-                             THREADS};
-    const qi_grid grid = {.x = (u32)p->nnz,
-                          .threads = THREADS,
-                          .shared_bytes = (u32)p->rope.num_pairs * 2 * (u32)sizeof(float)};
+                             scaled,
+                             group,
+                             threads};
+    const qi_grid grid = {.x = qi_blocks(p->nnz, threads / group),
+                          .threads = (u32)threads,
+                          .shared_bytes = (u32)p->rope.num_pairs * 2 * (u32)sizeof(float),
+                          .overlaps_before = 1};
     return qi_launch_cuda(ctx, row, constants, &grid, p, stream);
 }
 

@@ -28,7 +28,8 @@ typedef struct append_params {
     append_tensor q; /* rows NULL: none; its cache is q_out, [nnz, 1, num_qo_heads, head_dim] */
     qi_rope rope;    /* of the tensors that rotate */
     i64 nnz, page_size, num_pages;
-    const void *slots; /* slots_dtype [nnz], negative: skip; NULL: by index and positions */
+    double inverse_page_size; /* for GPUs, on which division is long */
+    const void *slots;        /* slots_dtype [nnz], negative: skip; NULL: by index and positions */
     qi_dtype slots_dtype;
     const i32 *positions; /* [nnz], NULL: the last ones of each request (by slot: none) */
     qi_kv_view index;

@@ -119,7 +119,8 @@ static qkv_status launch_cuda(const qkv_context *ctx, const qi_kernel *row,
         const qi_grid grid = {.x = (u32)(chunks < 1024 ? chunks : 1024),
                               .y = (u32)(left < MAX_Y ? left : MAX_Y),
                               .z = (u32)p->num_pools,
-                              .threads = THREADS};
+                              .threads = THREADS,
+                              .overlaps_before = 1};
         QI_TRY(qi_launch_cuda(ctx, row, constants, &grid, &part, stream));
     }
     return QKV_OK;

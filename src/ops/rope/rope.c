@@ -74,22 +74,27 @@ static qkv_status read_positions(const DLTensor *positions, const DLTensor *indp
     return QKV_OK;
 }
 
+/* A block's threads take 2 pieces each, more where it would have more than 256. */
 static qkv_status launch_cuda(const qkv_context *ctx, const qi_kernel *row, const rope_params *p,
                               void *stream)
 {
-    enum { THREADS = 256, HALVES = 1, INTERLEAVED = 2 };
+    enum { HALVES = 1, INTERLEAVED = 2, WARP = 32 };
     const rope_tensor *q = &p->q, *k = &p->k;
-    const i32 vec = QI_VECTOR(16 / (i32)qi_dtype_bytes(p->dtype), p->head_dim,
-                              p->rope.interleaved ? 2 * p->rope.num_pairs : p->rope.num_pairs,
-                              q->in_stride[0], q->in_stride[1], q->out_stride[0], q->out_stride[1],
-                              k->in_stride[0], k->in_stride[1], k->out_stride[0], k->out_stride[1],
-                              QI_ADDRESS(q->in, p->dtype), QI_ADDRESS(q->out, p->dtype),
-                              QI_ADDRESS(k->in, p->dtype), QI_ADDRESS(k->out, p->dtype));
+    const i32 pairs = p->rope.num_pairs;
+    const i32 vec = QI_VECTOR(
+        16 / (i32)qi_dtype_bytes(p->dtype), p->head_dim, p->rope.interleaved ? 2 * pairs : pairs,
+        q->in_stride[0], q->in_stride[1], q->out_stride[0], q->out_stride[1], k->in_stride[0],
+        k->in_stride[1], k->out_stride[0], k->out_stride[1], QI_ADDRESS(q->in, p->dtype),
+        QI_ADDRESS(q->out, p->dtype), QI_ADDRESS(k->in, p->dtype), QI_ADDRESS(k->out, p->dtype));
+    const i64 pieces = (p->rope.interleaved ? p->head_dim : p->head_dim - pairs) / vec;
+    const i64 warps = ((q->heads + k->heads) * pieces + 2 * WARP - 1) / (2 * WARP);
+    const i32 threads = WARP * (i32)(warps < 2 ? 2 : warps > 8 ? 8 : warps);
     const i32 constants[] = {(i32)p->dtype, vec, p->rope.interleaved ? INTERLEAVED : HALVES,
-                             THREADS};
+                             threads};
     const qi_grid grid = {.x = (u32)p->nnz,
-                          .threads = THREADS,
-                          .shared_bytes = (u32)p->rope.num_pairs * 2 * (u32)sizeof(float)};
+                          .threads = (u32)threads,
+                          .shared_bytes = (u32)pairs * 2 * (u32)sizeof(float),
+                          .overlaps_before = 1};
     return qi_launch_cuda(ctx, row, constants, &grid, p, stream);
 }
 

@@ -17,7 +17,7 @@ const qi_kernel qi_argmax_kernels[] = {
 
 const qi_kernel qi_sample_kernels[] = {
     QI_CPU_ROW("sample.any", NULL, sample),
-    QI_CUDA_ROW("sample.cuda", NULL, "ops/sampling/sample.cu", "sample", "DTYPE THREADS"),
+    QI_CUDA_ROW("sample.cuda", NULL, "ops/sampling/sample.cu", "sample", "DTYPE VEC THREADS"),
     {0},
 };
 
@@ -74,14 +74,31 @@ static qkv_status check_ranges(const sample_params *p)
     return QKV_OK;
 }
 
+/* Elements of one access that rows allow. */
+static i32 vector_of(const argmax_params *p)
+{
+    return QI_VECTOR(16 / (i32)qi_dtype_bytes(p->dtype), p->vocab, p->logits_stride,
+                     QI_ADDRESS(p->logits, p->dtype));
+}
+
 static qkv_status launch_argmax(const qkv_context *ctx, const qi_kernel *row,
                                 const argmax_params *p, void *stream)
 {
     enum { THREADS = 1024 };
-    const i32 vec = QI_VECTOR(16 / (i32)qi_dtype_bytes(p->dtype), p->vocab, p->logits_stride,
-                              QI_ADDRESS(p->logits, p->dtype));
-    const i32 constants[] = {(i32)p->dtype, vec, THREADS};
-    const qi_grid grid = {.x = (u32)p->batch, .threads = THREADS};
+    const i32 constants[] = {(i32)p->dtype, vector_of(p), THREADS};
+    const qi_grid grid = {.x = (u32)p->batch, .threads = THREADS, .overlaps_before = 1};
+    return qi_launch_cuda(ctx, row, constants, &grid, p, stream);
+}
+
+static qkv_status launch_sample(const qkv_context *ctx, const qi_kernel *row,
+                                const sample_params *p, void *stream)
+{
+    enum { THREADS = 512 };
+    const i32 constants[] = {(i32)p->rows.dtype, vector_of(&p->rows), THREADS};
+    const qi_grid grid = {.x = (u32)p->rows.batch,
+                          .threads = THREADS,
+                          .shared_bytes = SAMPLER_BYTES(THREADS),
+                          .overlaps_before = 1};
     return qi_launch_cuda(ctx, row, constants, &grid, p, stream);
 }
 
@@ -125,12 +142,7 @@ qkv_status qkv_sample(qkv_context *ctx, DLTensor *tokens, const DLTensor *logits
 
     const qi_kernel *row;
     QI_TRY(qi_select(ctx, qi_sample_kernels, NULL, &row));
-    if (row->device == kDLCUDA) {
-        enum { THREADS = 512 };
-        const qi_grid grid = {.x = (u32)params.rows.batch, .threads = THREADS};
-        return qi_launch_cuda(ctx, row, (const i32[]){(i32)params.rows.dtype, THREADS}, &grid,
-                              &params, stream);
-    }
+    if (row->device == kDLCUDA) return launch_sample(ctx, row, &params, stream);
     qi_launch(ctx, row, params.rows.batch, &params);
     return QKV_OK;
 }

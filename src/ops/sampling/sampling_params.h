@@ -13,6 +13,10 @@ typedef struct argmax_params {
     qi_dtype dtype;
 } argmax_params;
 
+/* Shared memory of a block of qkv_sample's GPU kernel: two histograms of 2048 bins, 2 numbers a warp, and
+ * some more. */
+#define SAMPLER_BYTES(threads) (2 * 2048 * 12 + 2 * 8 * ((threads) / 32) + 56)
+
 typedef struct sample_params {
     argmax_params rows;
     const float *temperature; /* [batch], NULL: 1 */
