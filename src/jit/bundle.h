@@ -57,6 +57,7 @@
     X(attention_mma, "ops/attention/attention_mma.cu")                                             \
     X(cuda_attention, "ops/attention/attention.cu")                                                \
     X(prefill_loads, "ops/attention/prefill_loads.cuh")                                            \
+    X(prefill_store, "ops/attention/prefill_store.cuh")                                            \
     X(prefill_mma, "ops/attention/prefill_mma.cuh")                                                \
     X(gemm_params, "ops/gemm/gemm_params.h")                                                       \
     X(gemm_thin, "ops/gemm/gemm_thin.cu")                                                          \
