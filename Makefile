@@ -5,6 +5,7 @@ JOBS ?= $(shell nproc)
 BUILD ?= build
 PREFIX ?= /usr/local
 MODEL ?=
+DEVICE ?= cpu
 PROBLEMS ?= bench/problems/smoke.txt
 SECONDS ?= 600
 
@@ -21,9 +22,9 @@ build: ## library, qkv tool and examples, in build/
 	$(call configure_and_build,$(BUILD),-DQKV_BUILD_TESTS=OFF)
 
 .PHONY: demo
-demo: build ## a real model answers a batch of prompts; MODEL=file.gguf takes another
+demo: build ## a real model answers a batch of prompts; MODEL=file.gguf takes another, DEVICE=cuda a GPU
 	@tools/setup.sh demo
-	@tools/demo.sh $(BUILD)/qkv-generate "$(MODEL)"
+	@tools/demo.sh $(BUILD)/qkv-generate "$(DEVICE)" "$(MODEL)"
 
 .PHONY: check
 check: lint check-clang check-aarch64 check-asan check-tsan check-fuzz docs ## all of it; the tests' summary comes last
@@ -71,7 +72,7 @@ check-fuzz: setup-check ## 15 seconds of each fuzzer
 .PHONY: check-model
 check-model: build ## the demo's model against an independent forward pass in NumPy; some minutes
 	@tools/setup.sh check-model
-	@tools/check_model.sh $(BUILD)/qkv-generate "$(MODEL)"
+	@tools/check_model.sh $(BUILD)/qkv-generate "$(DEVICE)" "$(MODEL)"
 
 .PHONY: docs
 docs: setup-check ## API reference into build/docs; a warning is an error
@@ -81,6 +82,16 @@ docs: setup-check ## API reference into build/docs; a warning is an error
 .PHONY: bench
 bench: build ## verifies and times every problem of PROBLEMS
 	@$(BUILD)/qkv bench --file $(PROBLEMS)
+
+.PHONY: check-gpu
+check-gpu: ## the tests on this machine's GPU, and some of them under compute-sanitizer; logs in BUILD-gpu
+	$(call configure_and_build,$(BUILD),-DQKV_BUILD_TESTS=ON)
+	@tools/gpu.sh $(BUILD) $(BUILD)-gpu tests
+	@tools/gpu.sh $(BUILD) $(BUILD)-gpu sanitize
+
+.PHONY: bench-gpu
+bench-gpu: build ## verifies and times bench/problems/gpu.txt on this machine's GPU; results in BUILD-gpu
+	@tools/gpu.sh $(BUILD) $(BUILD)-gpu bench
 
 .PHONY: fuzz
 fuzz: ## ten minutes of each fuzzer, or SECONDS=n; needs clang

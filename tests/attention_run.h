@@ -122,17 +122,15 @@ static inline double case_sum_error(int64_t n)
  *           the denominator also that of the sink's share; one below 2^-125 may become 0
  *   o       its weights' errors; adding up num_keys terms above and below the fraction; division,
  *           v_scale and o_scale
- * and store, which saturates 8-bit types. Where the level multiplies bf16, each weight of bf16 q and of
- * KV in bf16 or 8 bits is rounded to it, which the sum below does not see: independent errors, again by 7 standard
- * deviations.
+ * and store, which saturates 8-bit types. Where products take 16-bit types, each weight is rounded to one
+ * (test_weight_eps), which the sum below does not see: independent errors, again by 7 standard deviations.
  *   lse     a logit's error, the sum's, and two roundings of the logarithm's parts
  */
 static inline void case_check(attn_case *a, const char *device)
 {
     const qkv_attention_spec *s = &a->config.spec;
-    const bool bf16_weights = test_multiplies_bf16(device) && s->dtype_q.code == 4 &&
-                              (s->dtype_kv.code == 4 || s->dtype_kv.bits == 8);
-    const double e = 0x1p-24, o_eps = test_eps(s->dtype_o), bf16_eps = test_eps(QKV_BF16);
+    const double weight_eps = test_weight_eps(device, s->dtype_q, s->dtype_kv);
+    const double e = 0x1p-24, o_eps = test_eps(s->dtype_o);
     const double soft_cap = !(s->features & QKV_FEATURE_SOFT_CAP) ? 0
                             : a->config.io_soft_cap > 0           ? (double)a->config.io_soft_cap
                                                                   : (double)s->logits_soft_cap;
@@ -145,7 +143,7 @@ static inline void case_check(attn_case *a, const char *device)
         const double logit =
             dot_error * row->max_dot + e * (9 * row->max_logit + 6 * row->max_bias + 4 * soft_cap);
         const double sum = case_sum_error(row->num_keys) + 8 * e + 4 * e * row->sink;
-        const double rounded = bf16_weights ? bf16_eps * fmin(row->mean_v, 7 * row->rms_v) : 0;
+        const double rounded = weight_eps * fmin(row->mean_v, 7 * row->rms_v);
         const double underflow = 0x1p-125 * (double)row->num_keys * row->max_v;
         const double o_error = (2 * logit + 2 * sum + 4 * e) * row->mean_v + rounded + underflow +
                                test_tiny(s->dtype_o);

@@ -197,18 +197,24 @@ static inline void test_put(void *data, DLDataType t, int64_t i, double value)
             t.code == 4 ? test_to_bf16((float)value) : test_to_f16((float)value);
 }
 
-/* Does the level in a device's name multiply bf16 pairs, which rounds attention's weights to bf16? */
-static inline bool test_multiplies_bf16(const char *device)
-{
-    return strstr(device, "bf16") || strstr(device, "amx");
-}
-
 /* Half the distance of neighbouring numbers at 1: the rounding of one store. */
 static inline double test_eps(DLDataType t)
 {
     if (t.code == 0) return 0.5;
     if (t.bits == 8) return ldexp(0.5, -test_fp8_of(t).mantissa_bits);
     return t.bits == 32 ? 0x1p-24 : t.code == 4 ? 0x1p-8 : 0x1p-11;
+}
+
+/* What attention's weights are rounded by, for q and keys of these types: tensor cores multiply them in the
+ * type of the keys (8-bit keys as f16), CPU levels that multiply bf16 pairs those of bf16 queries in bf16; 0:
+ * they stay in f32. */
+static inline double test_weight_eps(const char *device, DLDataType q, DLDataType kv)
+{
+    const DLDataType bf16 = {4, 16, 1}, f16 = {2, 16, 1};
+    if (strncmp(device, "cuda", 4) == 0)
+        return q.bits == 32 || kv.bits == 32 ? 0 : test_eps(kv.code == 4 ? bf16 : f16);
+    const bool pairs = strstr(device, "bf16") || strstr(device, "amx");
+    return pairs && q.code == 4 && (kv.code == 4 || kv.bits == 8) ? test_eps(bf16) : 0;
 }
 
 /* Half the distance of the smallest numbers, where it matters; of bf16, the smallest normal number, since

@@ -63,6 +63,7 @@ static void abi_numbers_are_pinned(void **state)
     assert_int_equal(QKV_JIT_ALLOW, 0);
     assert_int_equal(QKV_JIT_CACHED, 1);
     assert_int_equal(QKV_JIT_NEVER, 2);
+    assert_int_equal(QKV_JIT_FILL, 3);
     assert_int_equal(QKV_PARAM_F32, 0);
     assert_int_equal(QKV_PARAM_I32, 1);
     assert_int_equal(QKV_PARAM_TENSOR, 2);

@@ -655,6 +655,78 @@ static void cache_survives_killed_writers(void **state)
     assert_int_equal(look_payload(0, LARGE), HIT);
 }
 
+/* ---- locks --------------------------------------------------------------------------------- */
+
+enum { LONG_MS = 20000 };
+
+/* Nobody else is in between. */
+static int lock_and_unlock(const void *arg)
+{
+    (void)arg;
+    char busy[512];
+    snprintf(busy, sizeof busy, "%s", in_folder("busy"));
+    for (int i = 0; i < 20; i++) {
+        const int lock = qi_cache_lock(folder, key_of(0), LONG_MS);
+        CHECK(lock >= 0);
+        const int file = open(busy, O_CREAT | O_EXCL | O_WRONLY, 0600);
+        CHECK(file >= 0);
+        nap(300);
+        CHECK(close(file) == 0 && unlink(busy) == 0);
+        qi_cache_unlock(folder, key_of(0), lock);
+    }
+    return GOOD;
+}
+
+static int lock_for_ever(const void *arg)
+{
+    const int fd = *(const int *)arg;
+    CHECK(qi_cache_lock(folder, key_of(0), LONG_MS) >= 0);
+    CHECK(write(fd, "x", 1) == 1);
+    for (;;) pause();
+}
+
+static void cache_locks_have_one_holder(void **state)
+{
+    (void)state;
+    enum { NUM_PROCESSES = 6 };
+    pid_t pids[NUM_PROCESSES];
+    for (int i = 0; i < NUM_PROCESSES; i++) pids[i] = spawn(lock_and_unlock, NULL);
+    for (int i = 0; i < NUM_PROCESSES; i++) assert_int_equal(join(pids[i]), GOOD);
+    assert_int_equal(list(folder), 0); /* they are gone when nobody needs them */
+}
+
+static void cache_locks_end_with_their_holder(void **state)
+{
+    (void)state;
+    int ends[2];
+    char byte;
+    assert_int_equal(pipe(ends), 0);
+    const pid_t holder = spawn(lock_for_ever, &ends[1]);
+    assert_int_equal(read(ends[0], &byte, 1), 1);
+    assert_int_equal(qi_cache_lock(folder, key_of(0), 50), -1);
+    const int other = qi_cache_lock(folder, key_of(1), 0);
+    assert_true(other >= 0); /* another key's */
+    kill(holder, SIGKILL);
+    assert_int_equal(join(holder), -SIGKILL);
+    const int lock = qi_cache_lock(folder, key_of(0), LONG_MS);
+    assert_true(lock >= 0);
+    qi_cache_unlock(folder, key_of(0), lock);
+    qi_cache_unlock(folder, key_of(1), other);
+    assert_int_equal(list(folder), 0);
+    close(ends[0]), close(ends[1]);
+}
+
+static void cache_locks_are_no_condition(void **state)
+{
+    (void)state;
+    spill(in_folder("file"), "x", 1, 0600);
+    const char *const places[] = {"", "/proc/none", in_folder("file")};
+    for (size_t i = 0; i < sizeof places / sizeof *places; i++) {
+        assert_int_equal(qi_cache_lock(places[i], key_of(0), LONG_MS), -1);
+        qi_cache_unlock(places[i], key_of(0), -1);
+    }
+}
+
 /* ---- disks that are full, read-only or slow ------------------------------------------------ */
 
 /* A file system of this process alone on the folder. */
@@ -843,6 +915,9 @@ int main(void)
         TEST_IN_FOLDER(cache_is_shared_by_processes),
         TEST_IN_FOLDER(cache_shows_no_torn_payload_to_anyone),
         TEST_IN_FOLDER(cache_survives_killed_writers),
+        TEST_IN_FOLDER(cache_locks_have_one_holder),
+        TEST_IN_FOLDER(cache_locks_end_with_their_holder),
+        TEST_IN_FOLDER(cache_locks_are_no_condition),
         TEST_IN_FOLDER(cache_leaves_no_trace_on_a_full_disk),
         TEST_IN_FOLDER(cache_reads_from_a_read_only_folder),
         TEST_IN_FOLDER(cache_keeps_the_old_entry_if_the_last_step_fails),

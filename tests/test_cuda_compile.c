@@ -1,8 +1,10 @@
 /* test_cuda_compile.c - NVRTC takes every GPU kernel for each generation of GPUs, without registers
  * spilled to memory; no GPU is needed. Kernels of each row stand here with constants that its host side
- * chooses; a row that is not here fails.
+ * chooses; a row that is not here fails. QKV_TEST_LOG=1 prints a table of registers, memory and sizes, =2
+ * all that ptxas says.
  * SPDX-License-Identifier: Apache-2.0 */
 #include "core/launch.h"
+#include "cuda_compile.h"
 #include "support.h"
 
 /* Types, as qi_dtype has them. */
@@ -10,7 +12,7 @@ enum { F32, F16, BF16, E4M3, E5M2, I8 };
 
 static const struct {
     const char *row;
-    i32 constants[QI_MAX_CONSTANTS];
+    i32 constants[20];
 } kernels[] = {
     {"rmsnorm.cuda", {BF16, BF16, 8, 256, 2, 256, 0}},
     {"rmsnorm.cuda", {BF16, F32, 8, 256, 2, 256, 1}},
@@ -29,6 +31,10 @@ static const struct {
     {"merge.cuda", {BF16, BF16, 8, 16, 128}},
     {"merge.cuda", {F32, F16, 1, 32, 128}},
     {"attention.cuda", {128}},
+    {"attention.mma",
+     {128, 128, 4, 16, BF16, BF16, BF16, 1, 0, 0, 0, 0, 0, 0, 8, 3, 0, 2, 128}}, /* decode */
+    {"attention.mma", {128, 128, 4, 1, BF16, E4M3, BF16, 1, 0, 0, 0, 0, 0, 0, 8, 3, 0, 2, 128}},
+    {"attention.mma", {64, 64, 1, 0, F16, F16, F16, 1, 1, 1, 1, 1, 1, 1, 16, 5, 0, 2, 128}},
     {"gemm.thin", {BF16, BF16, BF16, 8, 8, 4, 256}},
     {"gemm.thin", {BF16, BF16, BF16, 8, 1, 1, 256}},
     {"gemm.thin", {F32, F32, F16, 1, 4, 8, 256}},
@@ -43,6 +49,16 @@ static const struct {
     {"sample.cuda", {F32, 4, 512}},
     {"sample.cuda", {BF16, 8, 512}},
 };
+
+/* All others promise not to spill registers. */
+static const char *const may_spill[] = {"attention.cuda" /* the reference */};
+
+static bool promises_no_spills(const char *row)
+{
+    for (size_t i = 0; i < sizeof may_spill / sizeof may_spill[0]; i++)
+        if (strcmp(may_spill[i], row) == 0) return false;
+    return true;
+}
 
 static const qi_kernel *find_row(const char *name)
 {
@@ -68,48 +84,62 @@ static void every_row_is_here(void **state)
     }
 }
 
-/* ptxas says "N bytes spill stores, N bytes spill loads" of each kernel. */
-static void expect_no_spills(const char *row, const char *level, const char *log)
+enum { NUM_KERNELS = sizeof kernels / sizeof kernels[0] };
+static const char *const levels[] = {"sm_80", "sm_90a", "sm_100a"};
+enum { NUM_LEVELS = sizeof levels / sizeof levels[0], NUM_JOBS = NUM_KERNELS * NUM_LEVELS };
+
+static void print_result(const compiled *c, const i32 *constants, const qi_kernel *row)
 {
-    if (!log) fail_msg("%s: no log of ptxas", row);
-    for (const char *at = log; at && (at = strstr(at, " bytes spill")); at++) {
-        const char *number = at;
-        while (number > log && number[-1] >= '0' && number[-1] <= '9') number--;
-        if (atoi(number) != 0) fail_msg("%s for %s spills registers:\n%s", row, level, log);
+    char text[128] = "";
+    int at = 0;
+    for (const char *name = row->cuda.constants; name && *name; constants++) {
+        at += snprintf(text + at, sizeof text - (size_t)at, " %d", (int)*constants);
+        name += strcspn(name, " ");
+        name += *name == ' ';
     }
+    printf("%-20s %-30s %-8s %5d %7d %7d %8d %8zu %6.2f\n", row->name, text, c->job.level,
+           ptxas_says(c->log, " registers"), ptxas_says(c->log, " bytes stack frame"),
+           ptxas_says(c->log, " bytes spill"), ptxas_says(c->log, " bytes smem"), c->bytes,
+           c->seconds);
+    if (atoi(getenv("QKV_TEST_LOG")) > 1) printf("%s\n", c->log);
 }
 
 static void kernels_compile_for_every_generation(void **state)
 {
     (void)state;
-    static const char *const levels[] = {"sm_80", "sm_90a", "sm_100a"};
+    static compiled jobs[NUM_JOBS];
     const qi_nvrtc *nvrtc = qi_nvrtc_find(0);
     if (!nvrtc) {
         printf("skipped: no NVRTC on this machine\n");
         skip();
     }
-    for (size_t n = 0; n < sizeof kernels / sizeof kernels[0]; n++)
-        for (size_t l = 0; l < sizeof levels / sizeof levels[0]; l++) {
-            const qi_kernel *row = find_row(kernels[n].row);
-            char defines[1024];
-            qi_write_defines(&row->cuda, kernels[n].constants, defines, sizeof defines);
-            const qi_jit_job job = {.what = row->name,
-                                    .device = kDLCUDA,
-                                    .level = levels[l],
-                                    .defines = defines,
-                                    .header = "",
-                                    .main = row->cuda.file};
-            void *image = NULL;
-            size_t bytes = 0;
-            char *log = NULL;
-            EXPECT_OK(qi_nvrtc_compile(nvrtc, &job, &image, &bytes, &log));
-            assert_true(bytes > 1000);
-            if (strcmp(row->name, "attention.cuda") != 0) /* the reference promises nothing */
-                expect_no_spills(row->name, levels[l], log);
-            if (getenv("QKV_TEST_LOG")) printf("%s %s\n%s\n", row->name, levels[l], log);
-            free(image);
-            free(log);
-        }
+    for (int i = 0; i < NUM_JOBS; i++) {
+        const qi_kernel *row = find_row(kernels[i / NUM_LEVELS].row);
+        const i32 *constants = kernels[i / NUM_LEVELS].constants;
+        qi_write_defines(&row->cuda, constants, jobs[i].defines, sizeof jobs[i].defines);
+        jobs[i].job = (qi_jit_job){.what = row->name,
+                                   .device = kDLCUDA,
+                                   .level = levels[i % NUM_LEVELS],
+                                   .defines = jobs[i].defines,
+                                   .header = "",
+                                   .main = row->cuda.file};
+    }
+    compile_all(nvrtc, jobs, NUM_JOBS);
+    const bool log = getenv("QKV_TEST_LOG") != NULL;
+    if (log)
+        printf("%-20s %-30s %-8s %5s %7s %7s %8s %8s %6s\n", "row", " constants", "level", "regs",
+               "stack", "spills", "shared", "image", "s");
+    for (int i = 0; i < NUM_JOBS; i++) {
+        const compiled *c = &jobs[i];
+        if (c->failed) fail_msg("%s for %s: %s", c->job.what, c->job.level, c->error);
+        if (!c->log) fail_msg("%s for %s: no log of ptxas", c->job.what, c->job.level);
+        if (log) print_result(c, kernels[i / NUM_LEVELS].constants, find_row(c->job.what));
+        assert_true(c->bytes > 1000);
+        if (ptxas_says(c->log, " bytes spill") > 0 && promises_no_spills(c->job.what))
+            fail_msg("%s for %s spills registers:\n%s%s", c->job.what, c->job.level, c->defines,
+                     c->log);
+        free(jobs[i].log);
+    }
 }
 
 /* What a compiler says of a broken kernel reaches the caller. */
@@ -149,10 +179,58 @@ static void levels_follow_the_device(void **state)
     assert_int_equal(strncmp(level, "compute_1", 9), 0);
 }
 
+/* What a kernel includes decides whether a result is known; another file does not. */
+static void results_are_kept_by_content(void **state)
+{
+    (void)state;
+    const qi_jit_job job = {.what = "a",
+                            .device = kDLCUDA,
+                            .level = "sm_80",
+                            .defines = "#define A 1\n",
+                            .header = "",
+                            .main = "ops/norm/rmsnorm.cu"};
+    char key[65], other[65];
+    compile_key(NULL, &job, key);
+    qi_jit_job changed = job;
+    changed.what = "b"; /* a name for messages */
+    compile_key(NULL, &changed, other);
+    assert_string_equal(key, other);
+    changed.main = "ops/rope/rope.cu";
+    compile_key(NULL, &changed, other);
+    assert_string_not_equal(key, other);
+    changed = job;
+    changed.defines = "#define A 2\n";
+    compile_key(NULL, &changed, other);
+    assert_string_not_equal(key, other);
+    changed = job;
+    changed.level = "sm_90a";
+    compile_key(NULL, &changed, other);
+    assert_string_not_equal(key, other);
+    bool seen[MAX_FILES] = {false};
+    int index;
+    qi_bundle_file file;
+    qi_sha256 hash;
+    qi_sha256_init(&hash);
+    add_text(&hash, "#include \"ops/norm/rmsnorm.cu\"", 31, seen);
+    static const struct {
+        const char *path;
+        bool read;
+    } files[] = {{"ops/norm/rmsnorm.cu", true},
+                 {"ops/norm/rmsnorm_params.h", true},
+                 {"kern/abi.h", true},
+                 {"kern/cuda/ptx.cuh", true}, /* through the prelude */
+                 {"ops/rope/rope.cu", false}};
+    for (size_t i = 0; i < sizeof files / sizeof files[0]; i++) {
+        assert_true(bundled_file(files[i].path, strlen(files[i].path), &index, &file));
+        assert_int_equal(seen[index], files[i].read);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_row_is_here),
+        cmocka_unit_test(results_are_kept_by_content),
         cmocka_unit_test(kernels_compile_for_every_generation),
         cmocka_unit_test(errors_name_the_line),
         cmocka_unit_test(levels_follow_the_device),

@@ -129,19 +129,25 @@ float *forward_logits(forward *f, const int32_t *rows, int32_t num_rows, char er
     return f->logits;
 }
 
-void forward_save_pages(const forward *f, const int32_t *pages, int32_t num_pages, void *to)
+bool forward_save_pages(const forward *f, const int32_t *pages, int32_t num_pages, void *to,
+                        char error[GGUF_ERROR])
 {
+    (void)error;
     const size_t bytes = forward_page_bytes(NULL, f->limits.page_size);
     for (int32_t i = 0; i < num_pages; i++)
         memcpy((char *)to + (size_t)i * bytes, f->slots + pages[i] * f->limits.page_size, bytes);
+    return true;
 }
 
-void forward_load_pages(forward *f, const int32_t *pages, int32_t num_pages, const void *from)
+bool forward_load_pages(forward *f, const int32_t *pages, int32_t num_pages, const void *from,
+                        char error[GGUF_ERROR])
 {
+    (void)error;
     const size_t bytes = forward_page_bytes(NULL, f->limits.page_size);
     for (int32_t i = 0; i < num_pages; i++)
         memcpy(f->slots + pages[i] * f->limits.page_size, (const char *)from + (size_t)i * bytes,
                bytes);
+    return true;
 }
 
 /* ---- prompts --------------------------------------------------------------------------------- */
@@ -166,7 +172,8 @@ static int32_t *add_prompt(workload *w, const int32_t *source, int32_t num_share
     int32_t *tokens = w->tokens[w->num_prompts];
     for (int32_t i = 0; i < num_tokens; i++)
         tokens[i] = i < num_shared ? source[i] : between(0, VOCAB - 1);
-    w->prompts[w->num_prompts++] = (engine_prompt){tokens, num_tokens, max_new};
+    w->prompts[w->num_prompts++] =
+        (engine_prompt){.tokens = tokens, .num_tokens = num_tokens, .max_new = max_new};
     return tokens;
 }
 
@@ -215,16 +222,20 @@ static void fill_workload_at_random(workload *w)
     }
     w->options.max_batch = between(1, w->num_prompts);
     w->options.num_pages = between(most, total);
+    const bool wait = between(0, 9) == 0;
+    for (int32_t i = 1; wait && i < w->num_prompts; i++)
+        w->prompts[i].arrival_ms = w->prompts[i - 1].arrival_ms + between(0, 300) * 1e-3;
 }
 
 /* ---- the test ------------------------------------------------------------------------------ */
 
-/* Each request generates what it would generate alone. */
-static void check_tokens(const request *r)
+/* Each request generates what it would generate alone, from its arrival on. */
+static void check_tokens(const engine *e, const request *r)
 {
     uint64_t hash = 0;
     assert_int_equal(r->state, FINISHED);
     assert_int_equal(r->num_tokens, r->prompt_len + r->max_new);
+    assert_true(r->token_ms[0] >= e->start_ms + r->arrival_ms);
     for (int32_t i = 0; i < r->num_tokens; i++) {
         if (i >= r->prompt_len) assert_int_equal(r->tokens[i], next_token(hash));
         hash = hash_token(hash, r->tokens[i]);
@@ -233,7 +244,8 @@ static void check_tokens(const request *r)
 
 static void run_workload(qkv_context *ctx, const workload *w, engine_counts *counts)
 {
-    const model m = {.config = {.vocab_size = VOCAB, .context_len = 1 << 20}};
+    const compute_device cpu = DEVICE_CPU;
+    const model m = {.config = {.vocab_size = VOCAB, .context_len = 1 << 20}, .device = &cpu};
     char error[GGUF_ERROR] = "";
     engine *e = engine_create(ctx, &m, NULL, &w->options, w->prompts, w->num_prompts, error);
     if (!e) fail_msg("%s", error);
@@ -242,7 +254,7 @@ static void run_workload(qkv_context *ctx, const workload *w, engine_counts *cou
         assert_true(step < 100000);
         assert_true(page_pool_num_held(e->pool) <= w->options.num_pages);
     }
-    for (int32_t i = 0; i < e->num_requests; i++) check_tokens(&e->requests[i]);
+    for (int32_t i = 0; i < e->num_requests; i++) check_tokens(e, &e->requests[i]);
     assert_int_equal(page_pool_num_held(e->pool), 0);
     assert_true(e->counts.shared_tokens >= 0);
     counts->shared_tokens += e->counts.shared_tokens;

@@ -288,8 +288,7 @@ static void attention_problem_adds_up(void **state)
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         const problem p = parsed(cases[i].op, cases[i].text);
-        data_random random = {test_u64()};
-        attention_problem a = attention_problem_create(&p, &random);
+        attention_problem a = attention_problem_create(&p);
         const int64_t page = a.spec.page_size, qo_len = p.value[KEY_QO_LEN].first;
         const int64_t prefills = strcmp(p.op, "mixed") == 0     ? p.value[KEY_PREFILLS].first
                                  : strcmp(p.op, "prefill") == 0 ? a.batch
@@ -331,8 +330,7 @@ static void attention_problem_asks_for_features(void **state)
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         const problem p = parsed("decode", cases[i].text);
-        data_random random = {test_u64()};
-        attention_problem a = attention_problem_create(&p, &random);
+        attention_problem a = attention_problem_create(&p);
         assert_int_equal(a.spec.features, cases[i].features);
         attention_problem_destroy(&a);
     }

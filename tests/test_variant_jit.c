@@ -4,6 +4,7 @@
  * SPDX-License-Identifier: Apache-2.0 */
 #include <pthread.h>
 #include <sys/wait.h>
+#include <unistd.h>
 
 #include "variant_case.h"
 
@@ -482,7 +483,7 @@ static void variant_jit_obeys_the_policy(void **state)
     expect_hit(QKV_JIT_ALLOW, NULL, &v, 7.f);
 
     qkv_context *ctx = (qkv_context *)1;
-    const qkv_context_options bad = {QKV_CONTEXT_OPTIONS_INIT, .jit_policy = 3};
+    const qkv_context_options bad = {QKV_CONTEXT_OPTIONS_INIT, .jit_policy = QKV_JIT_FILL};
     EXPECT_FAIL(QKV_ERR_INVALID, "jit_policy", qkv_context_create(&bad, &ctx));
     assert_null(ctx);
 }
@@ -543,6 +544,49 @@ static void variant_jit_compiles_once_for_all_threads(void **state)
     pthread_barrier_destroy(&start);
 }
 
+/* Compiles, or is let have it: how often it compiled, or 100 for whatever went wrong. */
+static int race_in_child(const qkv_variant *v, int start)
+{
+    char byte;
+    progress counts = {0};
+    if (read(start, &byte, 1) != 0) return 100; /* until the parent closes the other end */
+    qkv_context *ctx = context_with(QKV_JIT_ALLOW, NULL, &counts);
+    const qkv_attention_spec spec = small_spec(v);
+    const bool good = qkv_attention_warm_up(ctx, &spec, &small_limits) == QKV_OK;
+    qkv_context_destroy(ctx);
+    return good && counts.begun == counts.ended && counts.wrong == 0 ? counts.begun : 100;
+}
+
+static void variant_jit_compiles_once_for_all_processes(void **state)
+{
+    (void)state;
+    enum { NUM_RACERS = 4 };
+    variant_text text;
+    constant_text(text, test_u64(), 13);
+    const qkv_variant v = plain_variant("processes", text);
+    pid_t children[NUM_RACERS];
+    int ends[2], num_compiled = 0;
+    assert_int_equal(pipe(ends), 0);
+    fflush(NULL);
+    for (int i = 0; i < NUM_RACERS; i++) {
+        children[i] = fork();
+        assert_true(children[i] >= 0);
+        if (children[i] == 0) {
+            close(ends[1]);
+            _exit(race_in_child(&v, ends[0]));
+        }
+    }
+    close(ends[0]), close(ends[1]);
+    for (int i = 0; i < NUM_RACERS; i++) {
+        int status;
+        assert_int_equal(waitpid(children[i], &status, 0), children[i]);
+        assert_true(WIFEXITED(status));
+        num_compiled += WEXITSTATUS(status);
+    }
+    assert_int_equal(num_compiled, 1);
+    expect_hit(QKV_JIT_CACHED, NULL, &v, 13);
+}
+
 #define TEST(name) cmocka_unit_test_setup_teardown(name, new_cache, free_cache)
 
 int main(void)
@@ -558,6 +602,7 @@ int main(void)
         TEST(variant_jit_obeys_the_policy),
         TEST(variant_jit_needs_no_compiler_for_cached_kernels),
         TEST(variant_jit_compiles_once_for_all_threads),
+        TEST(variant_jit_compiles_once_for_all_processes),
     };
     return cmocka_run_group_tests_name("variant_jit", tests, find_level, NULL);
 }

@@ -13,22 +13,30 @@ bool attention_problem_is(const problem *p)
     return is(p, "decode") || is(p, "prefill") || is(p, "mixed");
 }
 
-/* Key counts in an order of chance; each at least the request's rows. */
-static void draw_lengths(const problem *p, attention_problem *a, data_random *random)
+/* Key counts in an order of chance, the same each time for a problem: results of two runs can be
+ * compared. Each is at least the request's rows. */
+static void draw_lengths(const problem *p, attention_problem *a)
 {
     const int64_t kv_len = p->value[KEY_KV_LEN].first, dist = p->value[KEY_DIST].first;
+    data_random random = {(uint64_t)(kv_len * a->batch)};
     double harmonic = 0;
     for (int64_t r = 0; r < a->batch; r++) harmonic += 1 / (double)(r + 1);
     for (int64_t r = 0; r < a->batch; r++) {
         double n = (double)kv_len;
         if (dist == DIST_UNIFORM)
-            n = (double)(kv_len - data_below(random, kv_len - kv_len / 2 + 1));
+            n = (double)(kv_len - data_below(&random, kv_len - kv_len / 2 + 1));
         if (dist == DIST_ZIPF) n = (double)kv_len * (double)a->batch / harmonic / (double)(r + 1);
         a->kv_len[r] = n < 1 ? 1 : n > 0x7fffffff ? 0x7fffffff : (int32_t)n;
     }
-    data_shuffle(random, a->kv_len, a->batch);
-    for (int64_t r = 0; r < a->batch; r++)
+    data_shuffle(&random, a->qo_len, a->batch);
+    data_shuffle(&random, a->kv_len, a->batch);
+    for (int64_t r = 0; r < a->batch; r++) {
+        if (is(p, "prefill") && dist != DIST_FIXED) {
+            const double rows = (double)a->kv_len[r] * (double)a->qo_len[r] / (double)kv_len;
+            a->qo_len[r] = rows < 1 ? 1 : (int32_t)rows;
+        }
         if (a->kv_len[r] < a->qo_len[r]) a->kv_len[r] = a->qo_len[r];
+    }
 }
 
 static void add_up(attention_problem *a)
@@ -44,12 +52,14 @@ static void add_up(attention_problem *a)
         if (a->kv_len[r] > l->max_kv_len) l->max_kv_len = a->kv_len[r];
     }
     l->max_tokens = a->num_tokens;
-    l->max_pages = l->pool_pages = a->num_pages;
+    a->pool_pages = page ? a->num_pages - (a->batch - 1) * (a->shared / page) : 0;
+    l->max_pages = a->num_pages;
+    l->pool_pages = a->pool_pages;
     l->max_levels = a->form == FORM_FLAT ? 1 : 2;
-    a->pool_slots = page ? a->num_pages * page : a->num_keys;
+    a->pool_slots = page ? a->pool_pages * page : a->num_keys;
 }
 
-attention_problem attention_problem_create(const problem *p, data_random *random)
+attention_problem attention_problem_create(const problem *p)
 {
     const problem_value *v = p->value;
     attention_problem a = {
@@ -80,8 +90,7 @@ attention_problem attention_problem_create(const problem *p, data_random *random
         const bool many = is(p, "prefill") || (is(p, "mixed") && r < v[KEY_PREFILLS].first);
         a.qo_len[r] = many ? (int32_t)v[KEY_QO_LEN].first : 1;
     }
-    data_shuffle(random, a.qo_len, a.batch);
-    draw_lengths(p, &a, random);
+    draw_lengths(p, &a);
     add_up(&a);
     return a;
 }

@@ -13,6 +13,7 @@ typedef struct attention_problem {
     qkv_attention_spec spec;
     qkv_attention_limits limits;
     int64_t batch, num_tokens, num_pages, num_keys; /* all requests together */
+    int64_t pool_pages;                             /* in the pool: shared ones once */
     int64_t pool_slots;       /* tokens that the pool holds: whole pages, or num_keys when ragged */
     int64_t shared, form;     /* keys that all requests begin with; FORM_... */
     int32_t *qo_len, *kv_len; /* [batch] */
@@ -20,8 +21,8 @@ typedef struct attention_problem {
 
 bool attention_problem_is(const problem *p); /* decode, prefill or mixed */
 
-/* Lengths are drawn anew unless dist=fixed. */
-attention_problem attention_problem_create(const problem *p, data_random *random);
+/* The same lengths for the same problem. */
+attention_problem attention_problem_create(const problem *p);
 void attention_problem_destroy(attention_problem *a);
 
 #endif

@@ -28,8 +28,10 @@ typedef struct state {
     DLDataType x_dtype, w_dtype, out_dtype; /* w_dtype: u8 of packed weights */
     const packing *packing;                 /* NULL: w is not packed */
     int64_t w_columns;                      /* elements of w_dtype in a row */
-    char *x, *w, *out;                      /* w: num_sets of them */
-    data_tensor x_t, out_t;
+    bench_array x, w;                       /* w: num_sets of them, floats */
+    char *packed;                           /* or packed: num_sets on the device, */
+    char *packed_host;                      /* of which the host has the first */
+    char *out;
 } state;
 
 /* ---- packed weights -------------------------------------------------------------------------- */
@@ -59,11 +61,24 @@ static double packed_at(const packing *f, const char *row, int64_t k, double *ad
     return d * ((unsigned char)codes[i % 16] >> i / 16 * 4 & 15);
 }
 
-static double weight_at(const state *s, const char *row, int64_t k, double *added)
+/* num_sets of the same weights. */
+static void make_packed(bench *b, state *s)
 {
-    if (s->packing) return packed_at(s->packing, row, k, added);
-    *added = 0;
-    return data_get(row, s->w_dtype, k);
+    const size_t bytes = data_bytes(QKV_U8, s->n * s->w_columns);
+    s->packed_host = bench_alloc(b, (double)bytes, 1);
+    s->packed = bench_memory(b, (double)b->num_sets * (double)bytes, 1);
+    fill_packed(b, s->packing, s->packed_host, s->n * s->k / BLOCK);
+    bench_repeat(b, s->packed, s->packed_host, bytes, b->num_sets);
+}
+
+/* A row of w of a set: scaled codes, and what is added to each. */
+static void read_weights(const state *s, int64_t set, int64_t row, double *w, double *added)
+{
+    const char *packed = s->packed_host + row * s->w_columns;
+    for (int64_t j = 0; j < s->k; j++) added[j] = 0;
+    if (!s->packing) bench_read(&s->w, (set * s->n + row) * s->k, s->k, w);
+    for (int64_t j = 0; s->packing && j < s->k; j++)
+        w[j] = packed_at(s->packing, packed, j, &added[j]);
 }
 
 /* ---- the operator ---------------------------------------------------------------------------- */
@@ -86,67 +101,63 @@ static void setup(bench *b)
 {
     state *s = b->state = bench_alloc(b, 1, sizeof *s);
     read_problem(b, s);
-    bench_rows_of(b, s->packing ? "gemm_quantized" : "gemm");
+    bench_rows_of(b, s->packing ? "gemm_quantized" : "gemm", b->row, sizeof b->row);
     const double w_bytes = (double)data_bytes(s->w_dtype, s->n * s->w_columns);
     bench_rotate(b, w_bytes, w_bytes);
     b->bytes = w_bytes + (double)data_bytes(s->x_dtype, s->m * s->k) +
                (double)data_bytes(s->out_dtype, s->m * s->n);
     b->flops = 2.0 * (double)s->m * (double)s->n * (double)s->k;
-    b->bf16 = s->x_dtype.code == QKV_BF16.code && s->w_dtype.code == QKV_BF16.code;
-    s->w = bench_alloc(b, (double)b->num_sets * w_bytes, 1);
-    s->x = bench_alloc(b, (double)s->m * (double)s->k, data_bytes(s->x_dtype, 1));
-    s->out = bench_alloc(b, (double)s->m * (double)s->n, data_bytes(s->out_dtype, 1));
+    b->bf16 = (s->x_dtype.code == QKV_BF16.code && s->w_dtype.code == QKV_BF16.code) ||
+              (b->gpu && s->x_dtype.bits == 16); /* f16 is as fast there */
     if (s->packing)
-        fill_packed(b, s->packing, s->w, b->num_sets * s->n * s->k / BLOCK);
+        make_packed(b, s);
     else
-        data_fill(&b->random, s->w, s->w_dtype, b->num_sets * s->n * s->k, 1);
-    data_fill(&b->random, s->x, s->x_dtype, s->m * s->k, 1);
-    DATA_TENSOR(&s->x_t, s->x, s->x_dtype, s->m, s->k);
-    DATA_TENSOR(&s->out_t, s->out, s->out_dtype, s->m, s->n);
-}
-
-/* A row of w; row n is the first of the next set. */
-static char *weights(const state *s, int64_t set, int64_t row)
-{
-    return s->w + data_bytes(s->w_dtype, (set * s->n + row) * s->w_columns);
+        s->w = bench_random(b, s->w_dtype, (double)b->num_sets * (double)s->n * (double)s->k, 1);
+    s->x = bench_random(b, s->x_dtype, (double)s->m * (double)s->k, 1);
+    s->out = bench_memory(b, (double)s->m * (double)s->n, data_bytes(s->out_dtype, 1));
 }
 
 static void run(bench *b, int64_t set)
 {
     state *s = b->state;
-    data_tensor w;
-    DATA_TENSOR(&w, weights(s, set, 0), s->w_dtype, s->n, s->w_columns);
+    const int64_t first = set * s->n * s->w_columns;
+    data_tensor out, x, w;
+    BENCH_TENSOR(b, &out, s->out, s->out_dtype, s->m, s->n);
+    BENCH_TENSOR(b, &x, s->x.data, s->x_dtype, s->m, s->k);
+    BENCH_TENSOR(b, &w, s->packing ? s->packed + first : bench_at(&s->w, first), s->w_dtype, s->n,
+                 s->w_columns);
     if (s->packing)
-        tool_check(
-            qkv_gemm_quantized(b->ctx, &s->out_t.t, &s->x_t.t, &w.t, s->packing->format, NULL),
-            "qkv_gemm_quantized");
+        tool_check(qkv_gemm_quantized(b->ctx, &out.t, &x.t, &w.t, s->packing->format, b->stream),
+                   "qkv_gemm_quantized");
     else
-        tool_check(qkv_gemm(b->ctx, &s->out_t.t, &s->x_t.t, &w.t, NULL), "qkv_gemm");
+        tool_check(qkv_gemm(b->ctx, &out.t, &x.t, &w.t, b->stream), "qkv_gemm");
 }
 
 static void verify(bench *b)
 {
     state *s = b->state;
     const int64_t set = data_below(&b->random, b->num_sets);
-    data_poison(s->out, s->out_dtype, s->m * s->n);
+    double *x = bench_alloc(b, (double)s->k, sizeof *x),
+           *w = bench_alloc(b, (double)s->k, sizeof *w);
+    double *added = bench_alloc(b, (double)s->k, sizeof *added);
+    bench_poison(b, s->out, s->out_dtype, s->m * s->n);
     run(b, set);
     bench_expect_finite(b, s->out, s->out_dtype, s->m * s->n);
     for (int i = 0; i < NUM_SAMPLES; i++) {
         const int64_t row = data_below(&b->random, s->m), column = data_below(&b->random, s->n);
-        const char *w = weights(s, set, column);
-        double sum = 0, squares = 0;
+        double sum = 0, squares = 0, got;
+        bench_read(&s->x, row * s->k, s->k, x);
+        read_weights(s, set, column, w, added);
         for (int64_t j = 0; j < s->k; j++) {
-            double added;
-            const double x = data_get(s->x, s->x_dtype, row * s->k + j);
-            const double product = x * weight_at(s, w, j, &added);
-            sum += product + x * added;
-            squares += product * product + x * added * x * added;
+            const double product = x[j] * w[j], more = x[j] * added[j];
+            sum += product + more;
+            squares += product * product + more * more;
         }
         /* k roundings of partial sums that grow like a random walk */
         const double walk = sqrt((double)s->k) * sqrt(squares);
-        bench_expect(b, data_get(s->out, s->out_dtype, row * s->n + column), sum,
-                     data_eps(s->out_dtype) * fabs(sum) + 8 * 0x1p-24 * walk, "out[%lld, %lld]",
-                     (long long)row, (long long)column);
+        bench_results(b, s->out, s->out_dtype, row * s->n + column, 1, &got);
+        bench_expect(b, got, sum, data_eps(s->out_dtype) * fabs(sum) + 8 * 0x1p-24 * walk,
+                     "out[%lld, %lld]", (long long)row, (long long)column);
     }
 }
 

@@ -11,9 +11,10 @@ enum { NUM_SAMPLES = 32 /* rows that are checked in double */, NUM_BUFFERS = 3 }
 typedef struct state {
     int64_t tokens, size[NUM_BUFFERS]; /* elements of a row of each buffer; 0 = not there */
     DLDataType dtype;
-    char *buffer[NUM_BUFFERS]; /* [num_sets][tokens][size] */
-    float *weight;             /* rmsnorm: [size] */
-    int32_t *positions;        /* rope: [tokens] */
+    bench_array buffer[NUM_BUFFERS]; /* [num_sets][tokens][size] */
+    bench_array weight;              /* rmsnorm: [size] */
+    int32_t *positions;              /* rope: [tokens] */
+    int32_t *device_positions;
     int64_t heads, kv_heads, head_dim;
 } state;
 
@@ -35,29 +36,60 @@ static state *make_state(bench *b, const int64_t size[NUM_BUFFERS], const int pa
     bench_rotate(b, held, held);
     for (int i = 0; i < NUM_BUFFERS; i++) {
         const int64_t n = b->num_sets * s->tokens * size[i];
-        if (n == 0) continue;
-        s->buffer[i] = bench_alloc(b, (double)n, data_bytes(s->dtype, 1));
-        data_fill(&b->random, s->buffer[i], s->dtype, n, 2);
+        if (n > 0) s->buffer[i] = bench_random(b, s->dtype, (double)n, 2);
     }
     return s;
 }
 
+/* The first element of a row of a set of a buffer. */
+static int64_t row_at(const state *s, int buffer, int64_t set, int64_t token)
+{
+    return (set * s->tokens + token) * s->size[buffer];
+}
+
 static char *at(const state *s, int buffer, int64_t set)
 {
-    return s->buffer[buffer] + data_bytes(s->dtype, set * s->tokens * s->size[buffer]);
+    return bench_at(&s->buffer[buffer], row_at(s, buffer, set, 0));
 }
 
-static double get(const state *s, int buffer, int64_t set, int64_t token, int64_t i)
-{
-    return data_get(at(s, buffer, set), s->dtype, token * s->size[buffer] + i);
-}
-
-/* A copy of one set of a buffer. */
-static char *snapshot(bench *b, int buffer, int64_t set)
+/* A row as it was before the first call, and as it is. */
+static double *before(bench *b, int buffer, int64_t set, int64_t token)
 {
     const state *s = b->state;
-    const size_t bytes = data_bytes(s->dtype, s->tokens * s->size[buffer]);
-    return memcpy(bench_alloc(b, (double)bytes, 1), at(s, buffer, set), bytes);
+    double *row = data_alloc((double)s->size[buffer], sizeof *row);
+    bench_read(&s->buffer[buffer], row_at(s, buffer, set, token), s->size[buffer], row);
+    return row;
+}
+
+static double *after(bench *b, int buffer, int64_t set, int64_t token)
+{
+    const state *s = b->state;
+    double *row = data_alloc((double)s->size[buffer], sizeof *row);
+    bench_results(b, s->buffer[buffer].data, s->dtype, row_at(s, buffer, set, token),
+                  s->size[buffer], row);
+    return row;
+}
+
+/* Rows of several buffers that one call is checked by: read before it. */
+typedef struct sample {
+    int64_t token;
+    double *row[NUM_BUFFERS];
+} sample;
+
+static void take_samples(bench *b, int64_t set, sample samples[NUM_SAMPLES])
+{
+    const state *s = b->state;
+    for (int k = 0; k < NUM_SAMPLES; k++) {
+        samples[k].token = data_below(&b->random, s->tokens);
+        for (int i = 0; i < NUM_BUFFERS; i++)
+            samples[k].row[i] = s->size[i] ? before(b, i, set, samples[k].token) : NULL;
+    }
+}
+
+static void free_samples(sample samples[NUM_SAMPLES])
+{
+    for (int k = 0; k < NUM_SAMPLES; k++)
+        for (int i = 0; i < NUM_BUFFERS; i++) data_free(samples[k].row[i]);
 }
 
 /* ---- rmsnorm: out, x, residual ------------------------------------------------------------- */
@@ -68,57 +100,66 @@ static void rmsnorm_setup(bench *b)
 {
     const int64_t size = bench_int(b, KEY_SIZE), residual = bench_int(b, KEY_RESIDUAL) ? size : 0;
     state *s = make_state(b, (const int64_t[]){size, size, residual}, (const int[]){1, 1, 2});
-    s->weight = bench_alloc(b, (double)size, sizeof *s->weight);
-    data_fill(&b->random, s->weight, QKV_F32, size, 1);
-    b->bytes += (double)size * sizeof *s->weight;
-    bench_rows_of(b, "rmsnorm");
+    s->weight = bench_random(b, QKV_F32, (double)size, 1);
+    b->bytes += (double)size * sizeof(float);
+    bench_rows_of(b, "rmsnorm", b->row, sizeof b->row);
 }
 
 static void rmsnorm_run(bench *b, int64_t set)
 {
     state *s = b->state;
     data_tensor out, x, residual, weight;
-    DATA_TENSOR(&out, at(s, 0, set), s->dtype, s->tokens, s->size[0]);
-    DATA_TENSOR(&x, at(s, 1, set), s->dtype, s->tokens, s->size[0]);
-    DATA_TENSOR(&weight, s->weight, QKV_F32, s->size[0]);
+    BENCH_TENSOR(b, &out, at(s, 0, set), s->dtype, s->tokens, s->size[0]);
+    BENCH_TENSOR(b, &x, at(s, 1, set), s->dtype, s->tokens, s->size[0]);
+    BENCH_TENSOR(b, &weight, s->weight.data, QKV_F32, s->size[0]);
     if (s->size[2]) {
-        DATA_TENSOR(&residual, at(s, 2, set), s->dtype, s->tokens, s->size[0]);
-        tool_check(qkv_add_rmsnorm(b->ctx, &out.t, &residual.t, &x.t, &weight.t, EPS, 0, NULL),
+        BENCH_TENSOR(b, &residual, at(s, 2, set), s->dtype, s->tokens, s->size[0]);
+        tool_check(qkv_add_rmsnorm(b->ctx, &out.t, &residual.t, &x.t, &weight.t, EPS, 0, b->stream),
                    "qkv_add_rmsnorm");
     } else {
-        tool_check(qkv_rmsnorm(b->ctx, &out.t, &x.t, &weight.t, EPS, 0, NULL), "qkv_rmsnorm");
+        tool_check(qkv_rmsnorm(b->ctx, &out.t, &x.t, &weight.t, EPS, 0, b->stream), "qkv_rmsnorm");
     }
+}
+
+/* x: the row, with the residual stream added if there is one. */
+static void rmsnorm_check(bench *b, int64_t set, int64_t token, double *x, const double *residual,
+                          const double *weight)
+{
+    const state *s = b->state;
+    const int64_t size = s->size[0];
+    double *out = after(b, 0, set, token), *stream = residual ? after(b, 2, set, token) : NULL;
+    double squares = 0;
+    for (int64_t i = 0; i < size; i++) {
+        if (residual) x[i] += residual[i];
+        squares += x[i] * x[i];
+    }
+    const double scale = 1 / sqrt(squares / (double)size + (double)EPS);
+    for (int64_t i = 0; i < size; i++) {
+        const double want = x[i] * scale * weight[i];
+        bench_expect(b, out[i], want, (data_eps(s->dtype) + 0x1p-20) * fabs(want) + 1e-7,
+                     "out[%lld, %lld]", (long long)token, (long long)i);
+        if (residual)
+            bench_expect(b, stream[i], x[i], (data_eps(s->dtype) + 0x1p-24) * fabs(x[i]),
+                         "residual[%lld, %lld]", (long long)token, (long long)i);
+    }
+    data_free(out);
+    data_free(stream);
 }
 
 static void rmsnorm_verify(bench *b)
 {
     state *s = b->state;
     const int64_t set = data_below(&b->random, b->num_sets), size = s->size[0];
-    char *before = s->size[2] ? snapshot(b, 2, set) : NULL;
-    double *x = bench_alloc(b, (double)size, sizeof *x);
-    data_poison(at(s, 0, set), s->dtype, s->tokens * size);
+    double *weight = bench_alloc(b, (double)size, sizeof *weight);
+    sample samples[NUM_SAMPLES];
+    bench_read(&s->weight, 0, size, weight);
+    take_samples(b, set, samples);
+    bench_poison(b, at(s, 0, set), s->dtype, s->tokens * size);
     rmsnorm_run(b, set);
     bench_expect_finite(b, at(s, 0, set), s->dtype, s->tokens * size);
-    for (int k = 0; k < NUM_SAMPLES; k++) {
-        const int64_t t = data_below(&b->random, s->tokens);
-        double squares = 0;
-        for (int64_t i = 0; i < size; i++) {
-            x[i] = get(s, 1, set, t, i);
-            if (before) x[i] += data_get(before, s->dtype, t * size + i);
-            squares += x[i] * x[i];
-        }
-        const double scale = 1 / sqrt(squares / (double)size + (double)EPS);
-        for (int64_t i = 0; i < size; i++) {
-            const double want = x[i] * scale * (double)s->weight[i];
-            bench_expect(b, get(s, 0, set, t, i), want,
-                         (data_eps(s->dtype) + 0x1p-20) * fabs(want) + 1e-7, "out[%lld, %lld]",
-                         (long long)t, (long long)i);
-            if (before)
-                bench_expect(b, get(s, 2, set, t, i), x[i],
-                             (data_eps(s->dtype) + 0x1p-24) * fabs(x[i]), "residual[%lld, %lld]",
-                             (long long)t, (long long)i);
-        }
-    }
+    for (int k = 0; k < NUM_SAMPLES; k++)
+        rmsnorm_check(b, set, samples[k].token, samples[k].row[1], samples[k].row[2], weight);
+    free_samples(samples);
 }
 
 /* ---- gated: out, gate, up ------------------------------------------------------------------ */
@@ -127,16 +168,17 @@ static void gated_setup(bench *b)
 {
     const int64_t size = bench_int(b, KEY_SIZE);
     make_state(b, (const int64_t[]){size, size, size}, (const int[]){1, 1, 1});
-    bench_rows_of(b, "gated");
+    bench_rows_of(b, "gated", b->row, sizeof b->row);
 }
 
 static void gated_run(bench *b, int64_t set)
 {
     state *s = b->state;
     data_tensor t[3];
-    for (int i = 0; i < 3; i++) DATA_TENSOR(&t[i], at(s, i, set), s->dtype, s->tokens, s->size[0]);
+    for (int i = 0; i < 3; i++)
+        BENCH_TENSOR(b, &t[i], at(s, i, set), s->dtype, s->tokens, s->size[0]);
     tool_check(qkv_gated_activation(b->ctx, &t[0].t, &t[1].t, &t[2].t,
-                                    (int32_t)bench_int(b, KEY_ACT), NULL),
+                                    (int32_t)bench_int(b, KEY_ACT), b->stream),
                "qkv_gated_activation");
 }
 
@@ -151,19 +193,23 @@ static void gated_verify(bench *b)
 {
     state *s = b->state;
     const int64_t set = data_below(&b->random, b->num_sets);
-    data_poison(at(s, 0, set), s->dtype, s->tokens * s->size[0]);
+    sample samples[NUM_SAMPLES];
+    take_samples(b, set, samples);
+    bench_poison(b, at(s, 0, set), s->dtype, s->tokens * s->size[0]);
     gated_run(b, set);
     bench_expect_finite(b, at(s, 0, set), s->dtype, s->tokens * s->size[0]);
     for (int k = 0; k < NUM_SAMPLES; k++) {
-        const int64_t t = data_below(&b->random, s->tokens);
+        double *out = after(b, 0, set, samples[k].token);
         for (int64_t i = 0; i < s->size[0]; i++) {
-            const double gate = get(s, 1, set, t, i), up = get(s, 2, set, t, i);
+            const double gate = samples[k].row[1][i], up = samples[k].row[2][i];
             const double want = activation(bench_int(b, KEY_ACT), gate) * up;
-            bench_expect(b, get(s, 0, set, t, i), want,
+            bench_expect(b, out[i], want,
                          data_eps(s->dtype) * fabs(want) + 0x1p-20 * fabs(gate * up) + 1e-7,
-                         "out[%lld, %lld]", (long long)t, (long long)i);
+                         "out[%lld, %lld]", (long long)samples[k].token, (long long)i);
         }
+        data_free(out);
     }
+    free_samples(samples);
 }
 
 /* ---- rope: q, k, in place ------------------------------------------------------------------ */
@@ -183,58 +229,58 @@ static void rope_setup(bench *b)
     s->positions = bench_alloc(b, (double)s->tokens, sizeof *s->positions);
     for (int64_t t = 0; t < s->tokens; t++)
         s->positions[t] = (int32_t)data_below(&b->random, 131072);
-    bench_rows_of(b, "rope");
+    s->device_positions = bench_upload(b, s->positions, (size_t)s->tokens * sizeof *s->positions);
+    bench_rows_of(b, "rope", b->row, sizeof b->row);
 }
 
 static void rope_run(bench *b, int64_t set)
 {
     state *s = b->state;
     data_tensor q, k, positions;
-    DATA_TENSOR(&q, at(s, 0, set), s->dtype, s->tokens, s->heads, s->head_dim);
-    DATA_TENSOR(&k, at(s, 1, set), s->dtype, s->tokens, s->kv_heads, s->head_dim);
-    DATA_TENSOR(&positions, s->positions, QKV_I32, s->tokens);
+    BENCH_TENSOR(b, &q, at(s, 0, set), s->dtype, s->tokens, s->heads, s->head_dim);
+    BENCH_TENSOR(b, &k, at(s, 1, set), s->dtype, s->tokens, s->kv_heads, s->head_dim);
+    BENCH_TENSOR(b, &positions, s->device_positions, QKV_I32, s->tokens);
     const qkv_rope_spec spec = {QKV_ROPE_SPEC_INIT, .rotary_dim = (int32_t)bench_int(b, KEY_ROTARY),
                                 .interleaved = bench_int(b, KEY_STYLE) == STYLE_INTERLEAVED,
                                 .theta = THETA};
-    tool_check(qkv_rope(b->ctx, &spec, &q.t, &q.t, &k.t, &k.t, &positions.t, NULL, NULL, NULL),
+    tool_check(qkv_rope(b->ctx, &spec, &q.t, &q.t, &k.t, &k.t, &positions.t, NULL, NULL, b->stream),
                "qkv_rope");
 }
 
 /* One head of one row, before and after. */
-static void rope_check(const bench *b, int64_t token, const char *before, const char *after,
-                       int64_t first)
+static void rope_check(const bench *b, int64_t token, const double *x, const double *got)
 {
     const state *s = b->state;
     const int64_t dims = bench_int(b, KEY_ROTARY) ? bench_int(b, KEY_ROTARY) : s->head_dim;
     const bool interleaved = bench_int(b, KEY_STYLE) == STYLE_INTERLEAVED;
     for (int64_t i = 0; i < dims / 2; i++) {
-        const int64_t ix = first + (interleaved ? 2 * i : i),
-                      iy = ix + (interleaved ? 1 : dims / 2);
+        const int64_t ia = interleaved ? 2 * i : i, ib = ia + (interleaved ? 1 : dims / 2);
         const double a = s->positions[token] * pow((double)THETA, -2.0 * (double)i / (double)dims);
-        const double x = data_get(before, s->dtype, ix), y = data_get(before, s->dtype, iy);
-        const double want[] = {x * cos(a) - y * sin(a), x * sin(a) + y * cos(a)};
+        const double want[] = {x[ia] * cos(a) - x[ib] * sin(a), x[ia] * sin(a) + x[ib] * cos(a)};
         for (int j = 0; j < 2; j++)
-            bench_expect(b, data_get(after, s->dtype, j ? iy : ix), want[j],
-                         data_eps(s->dtype) * fabs(want[j]) + 0x1p-20 * (fabs(x) + fabs(y)),
+            bench_expect(b, got[j ? ib : ia], want[j],
+                         data_eps(s->dtype) * fabs(want[j]) + 0x1p-20 * (fabs(x[ia]) + fabs(x[ib])),
                          "token %lld, pair %lld", (long long)token, (long long)i);
     }
-    for (int64_t i = first + dims; i < first + s->head_dim; i++)
-        bench_expect(b, data_get(after, s->dtype, i), data_get(before, s->dtype, i), 0,
-                     "token %lld, dim %lld", (long long)token, (long long)(i - first));
+    for (int64_t i = dims; i < s->head_dim; i++)
+        bench_expect(b, got[i], x[i], 0, "token %lld, dim %lld", (long long)token, (long long)i);
 }
 
 static void rope_verify(bench *b)
 {
     state *s = b->state;
     const int64_t set = data_below(&b->random, b->num_sets);
-    char *before[] = {snapshot(b, 0, set), snapshot(b, 1, set)};
+    sample samples[NUM_SAMPLES];
+    take_samples(b, set, samples);
     rope_run(b, set);
-    for (int k = 0; k < NUM_SAMPLES; k++) {
-        const int64_t t = data_below(&b->random, s->tokens);
-        for (int i = 0; i < 2; i++)
+    for (int k = 0; k < NUM_SAMPLES; k++)
+        for (int i = 0; i < 2; i++) {
+            double *got = after(b, i, set, samples[k].token);
             for (int64_t at_head = 0; at_head < s->size[i]; at_head += s->head_dim)
-                rope_check(b, t, before[i], at(s, i, set), t * s->size[i] + at_head);
-    }
+                rope_check(b, samples[k].token, samples[k].row[i] + at_head, got + at_head);
+            data_free(got);
+        }
+    free_samples(samples);
 }
 
 const bench_op bench_rmsnorm = {

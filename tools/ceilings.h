@@ -7,10 +7,11 @@
 #include "qkv/context.h"
 
 typedef enum ceiling {
-    CEILING_READ, /* GB/s: linear reads */
-    CEILING_COPY, /* GB/s, read + written: the faster of plain and streaming stores */
-    CEILING_FMA,  /* GFLOP/s: f32 fused multiply-adds on registers */
-    CEILING_DOT,  /* GFLOP/s: bf16 dot products with f32 sums (AVX-512-BF16, AMX) */
+    CEILING_READ,  /* GB/s: linear reads */
+    CEILING_COPY,  /* GB/s, read + written: the faster of plain and streaming stores */
+    CEILING_WRITE, /* GB/s: linear writes; of GPUs only */
+    CEILING_FMA,   /* GFLOP/s: f32 fused multiply-adds on registers */
+    CEILING_DOT,   /* GFLOP/s: bf16 products with f32 sums (AVX-512-BF16, AMX, tensor cores) */
     NUM_CEILINGS
 } ceiling;
 

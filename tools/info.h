@@ -9,8 +9,9 @@
 
 typedef struct info_options {
     int32_t num_threads; /* 0 = all */
-    bool ceilings;       /* measure them, some seconds */
-    const problem *p;    /* attention, or NULL */
+    DLDevice device;
+    bool ceilings;    /* measure them, some seconds */
+    const problem *p; /* attention, or NULL */
 } info_options;
 
 void info_print(const info_options *options);

@@ -38,7 +38,8 @@ static const struct {
     [KEY_WINDOW] = {"window", KIND_INT, -1, 1 << 27, NULL, "keys left of a row's own; -1 = open"},
     [KEY_CAP] = {"cap", KIND_REAL, 0, 1 << 20, NULL, "soft cap of the logits; 0 = none"},
     [KEY_DIST] = {"dist", KIND_CHOICE, 0, 0, "fixed|uniform|zipf",
-                  "kv lengths: all kv_len; uniform in kv_len/2 .. kv_len; Zipf with mean kv_len"},
+                  "kv lengths: all kv_len; uniform in kv_len/2 .. kv_len; Zipf with mean kv_len; a "
+                  "prefill's new rows grow and shrink with them"},
     [KEY_SHARED] = {"shared", KIND_INT, 0, 1 << 27, NULL,
                     "keys that all requests begin with; whole pages, below kv_len"},
     [KEY_FORM] = {"form", KIND_CHOICE, 0, 0, "flat|levels|detect",
@@ -85,7 +86,7 @@ static const struct {
      "mask=causal,window=-1,cap=0,dist=fixed,shared=0,form=flat,invariant=no,data=dram"},
     {"prefill", "attention, qo_len new rows a request",
      "batch=1,qo_len=1024,kv_len=1024,heads=32/8,head_dim=128,page=16,layout=NHD,q=bf16,kv=bf16,"
-     "o=bf16,mask=causal,window=-1,cap=0,data=dram"},
+     "o=bf16,mask=causal,window=-1,cap=0,dist=fixed,data=dram"},
     {"mixed", "attention, prefills requests of qo_len new rows among decodes",
      "batch=8,prefills=1,qo_len=512,kv_len=1024,heads=32/8,head_dim=128,page=16,layout=NHD,q=bf16,"
      "kv=bf16,o=bf16,mask=causal,window=-1,cap=0,dist=fixed,data=dram"},

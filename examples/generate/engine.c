@@ -4,18 +4,20 @@
 
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "clock.h"
 #include "qkv/sampling.h"
+#include "view.h"
 
 /* ---- create ---------------------------------------------------------------------------------- */
 
-/* A default pool takes no more than a quarter of the machine's memory. */
-static int64_t most_pages(const engine *e)
+/* A default pool takes no more than a quarter of the device's memory. */
+static bool most_pages(const engine *e, int64_t *pages, char error[GGUF_ERROR])
 {
-    const int64_t memory = (int64_t)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);
-    return memory / 4 / (int64_t)forward_page_bytes(e->m, e->options.page_size);
+    size_t memory;
+    if (!device_memory(e->m->device, &memory, error)) return false;
+    *pages = (int64_t)(memory / 4 / forward_page_bytes(e->m, e->options.page_size));
+    return true;
 }
 
 static int compare_descending(const void *a, const void *b)
@@ -25,14 +27,15 @@ static int compare_descending(const void *a, const void *b)
 }
 
 /* sizes: [num_requests] pages of each request, sorted here. */
-static int32_t default_pages(const engine *e, int32_t *sizes)
+static bool default_pages(engine *e, int32_t *sizes, char error[GGUF_ERROR])
 {
-    int64_t wanted = 0;
+    int64_t wanted = 0, most;
+    if (!most_pages(e, &most, error)) return false;
     qsort(sizes, (size_t)e->num_requests, sizeof *sizes, compare_descending);
     for (int32_t i = 0; i < e->num_requests && i < e->options.max_batch; i++) wanted += sizes[i];
-    const int64_t most = most_pages(e);
     if (wanted > most) wanted = most > sizes[0] ? most : sizes[0];
-    return (int32_t)(wanted < INT32_MAX ? wanted : INT32_MAX);
+    e->options.num_pages = (int32_t)(wanted < INT32_MAX ? wanted : INT32_MAX);
+    return true;
 }
 
 static bool add_request(engine *e, request *r, const engine_prompt *p, char error[GGUF_ERROR])
@@ -44,6 +47,7 @@ static bool add_request(engine *e, request *r, const engine_prompt *p, char erro
                     p->num_tokens, context);
     r->prompt_len = r->num_tokens = p->num_tokens;
     r->max_new = p->max_new;
+    r->arrival_ms = p->arrival_ms;
     if (r->max_new > context - p->num_tokens + 1) r->max_new = context - p->num_tokens + 1;
     const int32_t kv_len = r->prompt_len + r->max_new - 1;
     r->tokens = malloc(((size_t)kv_len + 1) * sizeof *r->tokens);
@@ -69,8 +73,9 @@ static bool create_compute(engine *e, char error[GGUF_ERROR])
         piece += e->requests[i].prompt_len;
     }
     if (piece > e->options.chunk) piece = e->options.chunk;
-    if (e->options.num_pages == 0) e->options.num_pages = default_pages(e, sizes);
+    const bool sized = e->options.num_pages > 0 || default_pages(e, sizes, error);
     free(sizes);
+    if (!sized) return false;
     if (engine_pages_for(e, max_len) > e->options.num_pages)
         return fail(error,
                     "the longest prompt and what it may generate need %d pages of %d tokens, "
@@ -88,28 +93,35 @@ static bool create_compute(engine *e, char error[GGUF_ERROR])
     return e->pool || fail(error, "out of memory");
 }
 
+/* What qkv_sample is told of every request, which is the same for all but the draw's number. */
+static bool create_sampling(engine *e, char error[GGUF_ERROR])
+{
+    const compute_device *d = e->m->device;
+    const size_t n = (size_t)e->options.max_batch, words = n * 4, doubles = n * 8;
+    if (!mirror_create(d, words, &e->drawn) || !mirror_create(d, words, &e->temperatures) ||
+        !mirror_create(d, words, &e->top_ps) || !mirror_create(d, words, &e->top_ks) ||
+        !mirror_create(d, doubles, &e->seeds) || !mirror_create(d, doubles, &e->offsets))
+        return fail(error, "out of memory");
+    for (size_t i = 0; i < n; i++) {
+        ((float *)e->temperatures.host)[i] = e->options.temperature;
+        ((float *)e->top_ps.host)[i] = e->options.top_p;
+        ((int32_t *)e->top_ks.host)[i] = e->options.top_k;
+        ((uint64_t *)e->seeds.host)[i] = e->options.seed;
+    }
+    return mirror_upload(d, &e->temperatures, words, error) &&
+           mirror_upload(d, &e->top_ps, words, error) &&
+           mirror_upload(d, &e->top_ks, words, error) &&
+           mirror_upload(d, &e->seeds, doubles, error);
+}
+
 static bool create_step(engine *e, char error[GGUF_ERROR])
 {
     const size_t n = (size_t)e->options.max_batch;
     e->running = malloc(n * sizeof *e->running);
     e->sampled = malloc(n * sizeof *e->sampled);
     e->rows = malloc(n * sizeof *e->rows);
-    e->drawn = malloc(n * sizeof *e->drawn);
-    e->top_ks = malloc(n * sizeof *e->top_ks);
-    e->temperatures = malloc(n * sizeof *e->temperatures);
-    e->top_ps = malloc(n * sizeof *e->top_ps);
-    e->seeds = malloc(n * sizeof *e->seeds);
-    e->offsets = malloc(n * sizeof *e->offsets);
-    if (!e->running || !e->sampled || !e->rows || !e->drawn || !e->top_ks || !e->temperatures ||
-        !e->top_ps || !e->seeds || !e->offsets)
-        return fail(error, "out of memory");
-    for (size_t i = 0; i < n; i++) {
-        e->temperatures[i] = e->options.temperature;
-        e->top_ks[i] = e->options.top_k;
-        e->top_ps[i] = e->options.top_p;
-        e->seeds[i] = e->options.seed;
-    }
-    return true;
+    if (!e->running || !e->sampled || !e->rows) return fail(error, "out of memory");
+    return create_sampling(e, error);
 }
 
 static bool create(engine *e, const engine_prompt *prompts, char error[GGUF_ERROR])
@@ -152,9 +164,14 @@ void engine_destroy(engine *e)
         void *const parts[] = {r->tokens, r->token_ms, r->pages, r->saved};
         for (int j = 0; j < 4; j++) free(parts[j]);
     }
-    void *const arrays[] = {e->requests, e->running,      e->sampled, e->rows,  e->drawn,
-                            e->top_ks,   e->temperatures, e->top_ps,  e->seeds, e->offsets};
-    for (size_t i = 0; i < sizeof arrays / sizeof arrays[0]; i++) free(arrays[i]);
+    mirror *const mirrors[] = {&e->drawn,  &e->temperatures, &e->top_ps,
+                               &e->top_ks, &e->seeds,        &e->offsets};
+    for (size_t i = 0; i < sizeof mirrors / sizeof mirrors[0]; i++)
+        mirror_destroy(e->m->device, mirrors[i]);
+    free(e->requests);
+    free(e->running);
+    free(e->sampled);
+    free(e->rows);
     page_pool_destroy(e->pool);
     forward_destroy(e->compute);
     free(e);
@@ -162,31 +179,40 @@ void engine_destroy(engine *e)
 
 /* ---- a step ---------------------------------------------------------------------------------- */
 
-static DLTensor tensor_of(void *data, DLDataType dtype, int32_t ndim, int64_t *shape)
+/* Logits [num_sampled, vocab_size] to the first of drawn. The draw number is the count of tokens
+ * generated so far, so a request's tokens do not depend on the steps they come from. */
+static bool sample(engine *e, float *logits, char error[GGUF_ERROR])
 {
-    return (DLTensor){
-        .data = data, .device = {kDLCPU, 0}, .ndim = ndim, .dtype = dtype, .shape = shape};
+    const compute_device *d = e->m->device;
+    const int64_t n = e->num_sampled, vocab = e->m->config.vocab_size;
+    view scores, drawn, temperatures, top_ks, top_ps, seeds, offsets;
+    matrix(&scores, d->where, logits, QKV_F32, n, vocab, vocab);
+    vector(&drawn, d->where, e->drawn.there, QKV_I32, n);
+    if (e->options.temperature == 0)
+        return works(error, "qkv_argmax", qkv_argmax(e->ctx, &drawn.tensor, &scores.tensor, NULL));
+    uint64_t *numbers = e->offsets.host;
+    for (int64_t i = 0; i < n; i++)
+        numbers[i] = (uint64_t)(e->sampled[i]->num_tokens - e->sampled[i]->prompt_len);
+    const qkv_sampling_params params = {
+        QKV_SAMPLING_PARAMS_INIT,
+        .temperature = vector(&temperatures, d->where, e->temperatures.there, QKV_F32, n),
+        .top_k = vector(&top_ks, d->where, e->top_ks.there, QKV_I32, n),
+        .top_p = vector(&top_ps, d->where, e->top_ps.there, QKV_F32, n),
+        .seed = vector(&seeds, d->where, e->seeds.there, QKV_U64, n),
+        .offset = vector(&offsets, d->where, e->offsets.there, QKV_U64, n)};
+    return mirror_upload(d, &e->offsets, (size_t)n * sizeof *numbers, error) &&
+           works(error, "qkv_sample",
+                 qkv_sample(e->ctx, &drawn.tensor, &scores.tensor, &params, NULL));
 }
 
-/* Logits [num_sampled, vocab_size] to drawn[num_sampled]. The draw number is the count of tokens
- * generated so far, so a request's tokens do not depend on the steps they come from. */
-static qkv_status sample(engine *e, float *logits)
+/* The step's tokens, when all of it is done. */
+static bool draw(engine *e, char error[GGUF_ERROR])
 {
-    int64_t shape[] = {e->num_sampled, e->m->config.vocab_size};
-    const DLTensor scores = tensor_of(logits, QKV_F32, 2, shape);
-    DLTensor drawn = tensor_of(e->drawn, QKV_I32, 1, shape);
-    if (e->options.temperature == 0) return qkv_argmax(e->ctx, &drawn, &scores, NULL);
-    for (int32_t i = 0; i < e->num_sampled; i++)
-        e->offsets[i] = (uint64_t)(e->sampled[i]->num_tokens - e->sampled[i]->prompt_len);
-    const DLTensor temperatures = tensor_of(e->temperatures, QKV_F32, 1, shape);
-    const DLTensor top_ks = tensor_of(e->top_ks, QKV_I32, 1, shape);
-    const DLTensor top_ps = tensor_of(e->top_ps, QKV_F32, 1, shape);
-    const DLTensor seeds = tensor_of(e->seeds, QKV_U64, 1, shape);
-    const DLTensor offsets = tensor_of(e->offsets, QKV_U64, 1, shape);
-    const qkv_sampling_params params = {QKV_SAMPLING_PARAMS_INIT, .temperature = &temperatures,
-                                        .top_k = &top_ks,         .top_p = &top_ps,
-                                        .seed = &seeds,           .offset = &offsets};
-    return qkv_sample(e->ctx, &drawn, &scores, &params, NULL);
+    const compute_device *d = e->m->device;
+    if (e->num_sampled == 0) return device_wait(d, error);
+    float *logits = forward_logits(e->compute, e->rows, e->num_sampled, error);
+    return logits && sample(e, logits, error) &&
+           mirror_download(d, &e->drawn, (size_t)e->num_sampled * sizeof(int32_t), error);
 }
 
 static void finish(engine *e, request *r)
@@ -203,9 +229,10 @@ static void finish(engine *e, request *r)
 
 static void take_tokens(engine *e, double ms)
 {
+    const int32_t *drawn = e->drawn.host;
     for (int32_t i = 0; i < e->num_sampled; i++) {
         request *r = e->sampled[i];
-        const int32_t token = e->drawn[i];
+        const int32_t token = drawn[i];
         r->token_ms[r->num_tokens - r->prompt_len] = ms;
         r->tokens[r->num_tokens++] = token;
         if (r->num_tokens == r->prompt_len + r->max_new ||
@@ -214,14 +241,19 @@ static void take_tokens(engine *e, double ms)
     }
 }
 
+/* With nothing else to do. */
+static void await_next(engine *e)
+{
+    const request *r = e->num_running == 0 ? engine_next(e) : NULL;
+    for (double ms; r && (ms = engine_ms_until(e, r)) > 0;) sleep_ms(ms);
+}
+
 bool engine_step(engine *e, char error[GGUF_ERROR])
 {
+    await_next(e);
     const double before = now_ms();
-    if (!engine_schedule(e, error) || !forward_run(e->compute, error)) return false;
-    if (e->num_sampled > 0) {
-        float *logits = forward_logits(e->compute, e->rows, e->num_sampled, error);
-        if (!logits || !works(error, "sampling", sample(e, logits))) return false;
-    }
+    if (!engine_schedule(e, error) || !forward_run(e->compute, error) || !draw(e, error))
+        return false;
     const double after = now_ms();
     take_tokens(e, after);
     if (e->step_prompt_tokens > 0) {

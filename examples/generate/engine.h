@@ -4,7 +4,8 @@
  * prompts: those of running requests first, then of new ones, in the order of arrival. All of it
  * goes through the layers as one batch. When the pool has no page left for a running request, the
  * youngest is preempted: its keys and values are copied to host memory and come back, bit by bit,
- * when there is room, before any newer request is let in.
+ * when there is room, before any newer request is let in. A request may be known before it arrives:
+ * it is let in from then on, and where nothing else is to be done the step waits for it.
  * SPDX-License-Identifier: Apache-2.0 */
 #ifndef GENERATE_ENGINE_H
 #define GENERATE_ENGINE_H
@@ -17,8 +18,9 @@ typedef enum request_state { WAITING, RUNNING, PREEMPTED, FINISHED } request_sta
 
 typedef struct request {
     request_state state;
-    int32_t *tokens;  /* [prompt_len + max_new] the prompt, then what was generated */
-    double *token_ms; /* [max_new] when each generated token was known */
+    int32_t *tokens;   /* [prompt_len + max_new] the prompt, then what was generated */
+    double *token_ms;  /* [max_new] when each generated token was known */
+    double arrival_ms; /* from start_ms on */
     int32_t prompt_len, max_new, num_tokens;
     int32_t num_cached; /* tokens whose keys are in the pages (or in saved) */
     int32_t *pages;     /* [num_pages] */
@@ -37,10 +39,12 @@ typedef struct engine_options {
     uint64_t seed; /* of every request: what it draws does not depend on the others */
 } engine_options;
 
-/* What one request asks for. tokens are borrowed for engine_create. */
+/* What one request asks for, and when: milliseconds from engine_create on, none before the former
+ * request's. tokens are borrowed for engine_create. */
 typedef struct engine_prompt {
     const int32_t *tokens;
     int32_t num_tokens, max_new;
+    double arrival_ms;
 } engine_prompt;
 
 typedef struct engine_counts {
@@ -66,16 +70,18 @@ typedef struct engine {
 
     /* The step: which requests get a token from it, and the row that predicts it. */
     request **sampled; /* [max_batch], as all of these */
-    int32_t *rows, *drawn, *top_ks;
-    float *temperatures, *top_ps;
-    uint64_t *seeds, *offsets;
+    int32_t *rows;
+    mirror drawn;                /* i32, the tokens */
+    mirror temperatures, top_ps; /* f32 */
+    mirror top_ks;               /* i32 */
+    mirror seeds, offsets;       /* u64 */
     int32_t num_sampled, step_prompt_tokens;
 
     double start_ms;
     engine_counts counts;
 } engine;
 
-/* NULL and a message if a prompt is empty, does not fit the model's context or (with what it may
+/* text may be NULL with ignore_end. NULL and a message if a prompt is empty, does not fit the model's context or (with what it may
  * generate) the pool, or memory runs out. max_new is cut to what the context leaves. ctx, m and
  * text are borrowed. */
 engine *engine_create(qkv_context *ctx, const model *m, const tokenizer *text,
@@ -91,6 +97,10 @@ static inline bool engine_busy(const engine *e)
     return e->num_finished < e->num_requests;
 }
 
+/* Until the request arrives; not above 0 if it is there. */
+double engine_ms_until(const engine *e, const request *r);
+/* The request that is let in next, or NULL. */
+request *engine_next(engine *e);
 /* schedule.c: chooses the step's rows and gives them pages; fills the step of e->compute, sampled
  * and rows. */
 bool engine_schedule(engine *e, char error[GGUF_ERROR]);

@@ -2,10 +2,11 @@
  *
  * A step is a batch: for each request some new tokens (a chunk of its prompt, or the last token it
  * produced), where they stand, and the pages that hold its keys. Weights, KV cache and activations
- * are of the model's dtype, logits f32.
+ * are of the model's dtype, logits f32; all of them are on the model's device.
  *
  * What comes out for a row depends on that request alone: every operator used here gives a row the
- * same bits whatever it is batched with, and attention is never split (max_split_rows).
+ * same bits whatever it is batched with (on a GPU, qkv_gemm as gemm.h says), and attention is never
+ * split (max_split_rows).
  * SPDX-License-Identifier: Apache-2.0 */
 #ifndef GENERATE_FORWARD_H
 #define GENERATE_FORWARD_H
@@ -39,15 +40,17 @@ int32_t forward_add(forward *f, const int32_t *tokens, int32_t num_tokens, int32
                     const int32_t *pages);
 
 /* Computes the step: keys and values go to the pages, what the last layer's attention gives stays
- * for forward_logits. */
+ * for forward_logits. The device may still be at it on return; the next step begins after a wait. */
 bool forward_run(forward *f, char error[GGUF_ERROR]);
 
-/* f32 [num_rows, vocab_size] for some rows of the step, each once in a call, or NULL; overwritten by
- * the next call. */
+/* f32 [num_rows, vocab_size] on the device, for some rows of the step, each once in a call, or NULL;
+ * overwritten by the next call. */
 float *forward_logits(forward *f, const int32_t *rows, int32_t num_rows, char error[GGUF_ERROR]);
 
-/* Copies pages out to, or back from, [num_pages] blocks of forward_page_bytes. */
-void forward_save_pages(const forward *f, const int32_t *pages, int32_t num_pages, void *to);
-void forward_load_pages(forward *f, const int32_t *pages, int32_t num_pages, const void *from);
+/* Copies pages out to, or back from, [num_pages] blocks of forward_page_bytes on the host. */
+bool forward_save_pages(const forward *f, const int32_t *pages, int32_t num_pages, void *to,
+                        char error[GGUF_ERROR]);
+bool forward_load_pages(forward *f, const int32_t *pages, int32_t num_pages, const void *from,
+                        char error[GGUF_ERROR]);
 
 #endif

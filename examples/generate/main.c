@@ -1,6 +1,7 @@
 /* main.c - qkv-generate: prompts in, completions out. `qkv-generate --help` says how.
  *
  *   options -> gguf, tokenizer -> prompts -> model -> engine (schedule, forward, pages) -> output
+ *                               (or trace)                                                (or report)
  *
  * SPDX-License-Identifier: Apache-2.0 */
 #include <inttypes.h>
@@ -8,9 +9,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "output.h"
 #include "qkv/qkv.h"
+#include "replay.h"
 #include "report.h"
 #include "score.h"
 
@@ -21,13 +24,21 @@ typedef struct program {
     gguf *file;
     tokenizer *text;
     prompt *prompts;
+    trace requests; /* of --trace */
     qkv_context *ctx;
+    compute_device where;
     model *m;
 } program;
 
 static void show_loading(void *terminal, double share)
 {
     console_progress(terminal, "loading the model: %.0f %%", share * 100);
+}
+
+/* A kernel's first use on a GPU may take a second. */
+static void show_compiling(void *terminal, const char *kernel, double seconds)
+{
+    if (seconds < 0) console_progress(terminal, "compiling %s", kernel);
 }
 
 /* Puts the model's path before an error in its file, where it does not stand there yet. */
@@ -39,15 +50,23 @@ static bool fails_in_model(const program *p, char error[GGUF_ERROR])
     return fail(error, "%.160s: %s", p->o.model, why);
 }
 
+/* For what the host does whatever the device. */
+static int32_t num_host_threads(const program *p)
+{
+    if (p->o.device.device_type == kDLCPU) return qkv_context_num_threads(p->ctx);
+    return p->o.num_threads > 0 ? p->o.num_threads : (int32_t)sysconf(_SC_NPROCESSORS_ONLN);
+}
+
 static bool load(program *p, char error[GGUF_ERROR])
 {
-    if (strcmp(p->o.device, "cpu") != 0)
-        return fail(error, "--device %s: this program computes on the CPU only", p->o.device);
     const qkv_context_options how = {QKV_CONTEXT_OPTIONS_INIT, .num_threads = p->o.num_threads,
-                                     .device = {kDLCPU, 0}};
+                                     .device = p->o.device, .jit_progress = show_compiling,
+                                     .jit_user = &p->terminal};
     if (!works(error, "qkv_context_create", qkv_context_create(&how, &p->ctx))) return false;
-    p->m = model_load(p->file, p->o.dtype, qkv_context_num_threads(p->ctx), show_loading,
-                      &p->terminal, error);
+    if (!device_open(&p->where, p->o.device, error)) return false;
+    const int32_t num_threads = num_host_threads(p);
+    p->m =
+        model_load(p->file, &p->where, p->o.dtype, num_threads, show_loading, &p->terminal, error);
     console_clear(&p->terminal);
     if (!p->m) return fails_in_model(p, error);
     if (tokenizer_vocab_size(p->text) > p->m->config.vocab_size)
@@ -114,12 +133,19 @@ static bool run(program *p, char error[GGUF_ERROR])
     if (!p->file) return fails_in_model(p, error);
     p->text = tokenizer_create(p->file, error);
     if (!p->text) return fails_in_model(p, error);
-    p->prompts = prompts_create(&p->o, p->file, p->text, error);
-    if (!p->prompts) return false;
+    if (p->o.trace_file) {
+        if (!trace_read(p->o.trace_file, &p->requests, error)) return false;
+    } else {
+        p->prompts = prompts_create(&p->o, p->file, p->text, error);
+        if (!p->prompts) return false;
+    }
     if (p->o.tokenize) return print_tokens(p, error);
     if (!load(p, error)) return false;
     gguf_close(p->file); /* the weights are copies; a mapped file need not stay in memory */
     p->file = NULL;
+    if (p->o.trace_file)
+        return replay(p->ctx, p->m, &p->o.engine, &p->requests, (double)p->o.trace_speed, p->o.json,
+                      &p->terminal, error);
     if (p->o.perplexity) return print_perplexity(p, error);
     if (p->o.logits_file)
         return score_logits(p->ctx, p->m, &p->o.engine, p->prompts[0].tokens,
@@ -137,8 +163,10 @@ int main(int argc, char **argv)
         if (status != EXIT_SUCCESS) console_say(&p.terminal, "qkv-generate: %s", error);
     }
     model_destroy(p.m);
+    device_close(&p.where);
     qkv_context_destroy(p.ctx);
     prompts_destroy(p.prompts, p.o.num_prompts);
+    trace_free(&p.requests);
     tokenizer_destroy(p.text);
     gguf_close(p.file);
     free(p.o.prompts);

@@ -1,4 +1,5 @@
-/* model.c - loads and converts weights: one block of memory, filled by several threads.
+/* model.c - loads and converts weights: one block of memory, filled by several threads, and copied to
+ * the device where that is not the CPU.
  * SPDX-License-Identifier: Apache-2.0 */
 #include "model.h"
 
@@ -106,7 +107,7 @@ static bool lay_out(loader *l, char error[GGUF_ERROR])
     model *m = l->m;
     const size_t hidden = (size_t)m->config.hidden_size, vocab = (size_t)m->config.vocab_size;
     l->used = l->num_jobs = l->num_rows = 0;
-    m->embedding = carve(l, vocab, hidden, false);
+    m->embedding = carve(l, vocab, hidden, false); /* the block's first */
     if (!add(l, "token_embd.weight", vocab, hidden, m->embedding, 0, error)) return false;
     for (int32_t i = 0; i < m->config.num_layers; i++)
         if (!add_layer(l, i, error)) return false;
@@ -194,6 +195,30 @@ static bool convert_all(loader *l, int32_t num_threads, char error[GGUF_ERROR])
     return !atomic_load(&l->out_of_memory) || fail(error, "out of memory while loading the model");
 }
 
+static bool fails_for_memory(const model *m, char error[GGUF_ERROR])
+{
+    return fail(error, "out of memory: the weights need %zu MiB", m->weight_bytes >> 20);
+}
+
+/* Copies the weights to the device and keeps of those here the embedding alone. */
+static bool move_to_device(loader *l, char error[GGUF_ERROR])
+{
+    model *m = l->m;
+    uint8_t *host = l->base;
+    l->base = m->weights = device_alloc(m->device, m->weight_bytes);
+    if (!l->base) return fails_for_memory(m, error);
+    if (!device_upload(m->device, l->base, host, m->weight_bytes, error) || !lay_out(l, error))
+        return false;
+    const size_t bytes =
+        (size_t)m->config.vocab_size * (size_t)m->config.hidden_size * (m->dtype.bits / 8);
+    m->embedding = allocate(bytes);
+    if (!m->embedding) return fails_for_memory(m, error);
+    memcpy(m->embedding, host, bytes);
+    free(host);
+    m->host_weights = m->embedding;
+    return true;
+}
+
 static bool load(loader *l, int32_t num_threads, char error[GGUF_ERROR])
 {
     model *m = l->m;
@@ -203,20 +228,23 @@ static bool load(loader *l, int32_t num_threads, char error[GGUF_ERROR])
     if (!m->layers || !l->jobs) return fail(error, "out of memory");
     if (!lay_out(l, error) || !check_all_used(l, error)) return false;
     m->weight_bytes = l->used;
-    m->weights = l->base = allocate(m->weight_bytes);
-    if (!m->weights)
-        return fail(error, "out of memory: the weights need %zu MiB", m->weight_bytes >> 20);
-    return lay_out(l, error) && convert_all(l, num_threads, error);
+    m->host_weights = l->base = allocate(m->weight_bytes);
+    if (!m->host_weights) return fails_for_memory(m, error);
+    if (!lay_out(l, error) || !convert_all(l, num_threads, error)) return false;
+    if (m->device->where.device_type != kDLCPU) return move_to_device(l, error);
+    m->weights = m->host_weights;
+    return true;
 }
 
-model *model_load(const gguf *file, DLDataType dtype, int32_t num_threads, model_progress progress,
-                  void *user, char error[GGUF_ERROR])
+model *model_load(const gguf *file, const compute_device *d, DLDataType dtype, int32_t num_threads,
+                  model_progress progress, void *user, char error[GGUF_ERROR])
 {
     model *m = calloc(1, sizeof *m);
     if (!m) {
         fail(error, "out of memory");
         return NULL;
     }
+    m->device = d;
     m->dtype = dtype;
     loader l = {.file = file, .m = m, .progress = progress, .user = user};
     const bool loaded = load(&l, num_threads, error);
@@ -230,6 +258,7 @@ void model_destroy(model *m)
 {
     if (!m) return;
     free(m->layers);
-    free(m->weights);
+    if (m->weights != m->host_weights) device_free(m->device, m->weights);
+    free(m->host_weights);
     free(m);
 }

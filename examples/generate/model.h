@@ -1,13 +1,13 @@
 /* model.h - a Llama model: its shape, and its weights as the kernels want them.
  *
  * Matrices that read the same input are stored as one: [q; k; v] and [gate; up]. Matrices and the
- * embedding are of the model's dtype, norm weights always f32.
+ * embedding are of the model's dtype, norm weights always f32. All of them are on the device but the
+ * embedding, whose rows the host looks up; a head that is tied to it is a copy there.
  * SPDX-License-Identifier: Apache-2.0 */
 #ifndef GENERATE_MODEL_H
 #define GENERATE_MODEL_H
 
-#include "error.h"
-#include "gguf.h"
+#include "device.h"
 #include "qkv/rope.h"
 
 typedef struct model_config {
@@ -29,10 +29,12 @@ typedef struct model {
     model_config config;
     DLDataType dtype; /* f32 or bf16 */
     model_layer *layers;
-    void *embedding;    /* [vocab_size, hidden_size] */
+    const compute_device *device;
+    void *embedding;    /* [vocab_size, hidden_size], on the host */
     float *output_norm; /* [hidden_size] */
     void *head;         /* [vocab_size, hidden_size]; the embedding itself when they are tied */
-    void *weights;      /* the one block that all of the above point into */
+    void *weights;      /* the device's block that all of the above but the embedding point into */
+    void *host_weights; /* the embedding's block: on the CPU the same */
     size_t weight_bytes;
 } model;
 
@@ -40,9 +42,9 @@ typedef struct model {
 typedef void (*model_progress)(void *user, double share);
 
 /* Converts the file's weights; it may be closed afterwards. NULL and a message if the model is of a
- * kind that this program does not run, or memory runs out. progress may be NULL. */
-model *model_load(const gguf *file, DLDataType dtype, int32_t num_threads, model_progress progress,
-                  void *user, char error[GGUF_ERROR]);
+ * kind that this program does not run, or memory runs out. d is borrowed; progress may be NULL. */
+model *model_load(const gguf *file, const compute_device *d, DLDataType dtype, int32_t num_threads,
+                  model_progress progress, void *user, char error[GGUF_ERROR]);
 
 /* NULL is fine. */
 void model_destroy(model *m);

@@ -33,7 +33,7 @@ static const char usage[] =
     "\n"
     "computation\n"
     "      --dtype TYPE       weights and KV cache: bf16 or f32 (bf16)\n"
-    "      --device DEVICE    cpu (cpu)\n"
+    "      --device DEVICE    cpu, or an NVIDIA GPU: cuda, cuda:N (cpu)\n"
     "      --threads N        0 = as many as this process may use (0)\n"
     "      --max-batch N      requests running at a time (16)\n"
     "      --chunk N          prompt tokens in one step (256)\n"
@@ -47,6 +47,11 @@ static const char usage[] =
     "                         ttft_ms, tokens_per_s (after the first token)\n"
     "      --tokenize         only print the ids of each prompt's tokens, a line per prompt\n"
     "      --logits FILE      only write a prompt's logits, float32 [tokens, vocabulary]\n"
+    "      --trace FILE       instead of prompts: replay arrivals and lengths (trace.h says how "
+    "they "
+    "are\n"
+    "                         written) and report times; --json prints them too\n"
+    "      --trace-speed X    arrivals X times as fast (1)\n"
     "      --perplexity       only print the perplexity of a text, in windows of 512 tokens\n"
     "      --max-tokens N     of the text for --perplexity (all)\n"
     "      --help, --version\n";
@@ -72,6 +77,8 @@ enum { /* options without a short form */
        TOKENIZE,
        LOGITS,
        PERPLEXITY,
+       TRACE,
+       TRACE_SPEED,
        MAX_TOKENS,
        HELP,
        VERSION
@@ -101,6 +108,8 @@ static const struct option long_options[] = {
     {"tokenize", no_argument, NULL, TOKENIZE},
     {"logits", required_argument, NULL, LOGITS},
     {"perplexity", no_argument, NULL, PERPLEXITY},
+    {"trace", required_argument, NULL, TRACE},
+    {"trace-speed", required_argument, NULL, TRACE_SPEED},
     {"max-tokens", required_argument, NULL, MAX_TOKENS},
     {"help", no_argument, NULL, HELP},
     {"version", no_argument, NULL, VERSION},
@@ -160,6 +169,23 @@ static bool parse_dtype(DLDataType *out)
     return true;
 }
 
+static bool parse_device(DLDevice *out)
+{
+    int32_t number = 0;
+    char *end;
+    *out = (DLDevice){kDLCPU, 0};
+    if (!strcmp(optarg, "cpu")) return true;
+    if (!strncmp(optarg, "cuda:", 5) && optarg[5] >= '0' && optarg[5] <= '9') {
+        errno = 0;
+        const long value = strtol(optarg + 5, &end, 10);
+        number = *end || errno || value > INT32_MAX ? -1 : (int32_t)value;
+    } else if (strcmp(optarg, "cuda") != 0) {
+        number = -1;
+    }
+    *out = (DLDevice){kDLCUDA, number};
+    return number >= 0 || wrong("--device: expected cpu, cuda or cuda:N, got \"%s\"", optarg);
+}
+
 /* name: as it was typed, for options that are none. */
 static bool parse_option(options *o, int option, const char *name)
 {
@@ -179,7 +205,7 @@ static bool parse_option(options *o, int option, const char *name)
     case SEED: return parse_seed(&e->seed);
     case IGNORE_EOS: e->ignore_end = true; return true;
     case DTYPE: return parse_dtype(&o->dtype);
-    case DEVICE: o->device = optarg; return true;
+    case DEVICE: return parse_device(&o->device);
     case THREADS: return parse_int("--threads", 0, 1024, &o->num_threads);
     case MAX_BATCH: return parse_int("--max-batch", 1, 1 << 16, &e->max_batch);
     case CHUNK: return parse_int("--chunk", 1, 1 << 20, &e->chunk);
@@ -190,6 +216,8 @@ static bool parse_option(options *o, int option, const char *name)
     case TOKENIZE: o->tokenize = true; return true;
     case LOGITS: o->logits_file = optarg; return true;
     case PERPLEXITY: o->perplexity = true; return true;
+    case TRACE: o->trace_file = optarg; return true;
+    case TRACE_SPEED: return parse_float("--trace-speed", false, 1e6f, &o->trace_speed);
     case MAX_TOKENS: return parse_int("--max-tokens", 2, INT32_MAX, &o->max_tokens);
     case ':': return wrong("%s: expected a value", name);
     default: return wrong("%s: no such option", name);
@@ -198,15 +226,17 @@ static bool parse_option(options *o, int option, const char *name)
 
 static bool check(const options *o, int num_arguments)
 {
-    const int modes = o->tokenize + o->perplexity + (o->logits_file != NULL);
+    const int modes =
+        o->tokenize + o->perplexity + (o->logits_file != NULL) + (o->trace_file != NULL);
     if (num_arguments != 1) return wrong("expected one model file, got %d", num_arguments);
+    if (modes > 1)
+        return wrong("--tokenize, --logits, --perplexity and --trace: expected one of them");
+    if (o->trace_file)
+        return o->num_prompts == 0 || wrong("--trace: expected no prompts, got %d", o->num_prompts);
     if (o->num_prompts == 0) return wrong("expected a prompt: -p TEXT or -f FILE");
-    if (modes > 1) return wrong("--tokenize, --logits and --perplexity: expected one of them");
     if ((o->perplexity || o->logits_file) && o->num_prompts != 1)
         return wrong("%s: expected one prompt, got %d", o->perplexity ? "--perplexity" : "--logits",
                      (int)o->num_prompts);
-    if (strcmp(o->device, "cpu") != 0 && strncmp(o->device, "cuda", 4) != 0)
-        return wrong("--device: expected cpu, got \"%s\"", o->device);
     return true;
 }
 
@@ -214,9 +244,10 @@ int options_parse(options *o, int argc, char **argv)
 {
     *o = (options){
         .dtype = QKV_BF16,
-        .device = "cpu",
+        .device = {kDLCPU, 0},
         .max_new = 128,
         .max_tokens = INT32_MAX,
+        .trace_speed = 1,
         .engine = {
             .max_batch = 16, .chunk = 256, .page_size = 16, .share_prefixes = true, .top_p = 1}};
     o->prompts = malloc((size_t)argc * sizeof *o->prompts);

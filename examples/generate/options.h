@@ -22,10 +22,12 @@ typedef struct options {
     int32_t num_prompts;
     const char *system;      /* NULL = the model's own */
     const char *logits_file; /* NULL = not wanted */
+    const char *trace_file;  /* NULL = prompts are given */
+    float trace_speed;
     bool json, tokenize, perplexity;
     prompt_form form;
     DLDataType dtype;
-    const char *device;
+    DLDevice device;
     int32_t num_threads; /* 0 = all */
     int32_t max_new;
     int32_t max_tokens; /* of --perplexity */

@@ -12,4 +12,8 @@ void report_progress(const engine *e, console *terminal);
 /* Some lines at the end. */
 bool report_write(const engine *e, console *terminal, char error[GGUF_ERROR]);
 
+/* The same for the trace of this name, with percentiles; with json also an object on standard output. */
+bool report_trace(const engine *e, const char *name, bool json, console *terminal,
+                  char error[GGUF_ERROR]);
+
 #endif

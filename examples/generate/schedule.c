@@ -9,6 +9,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "clock.h"
+
 /* The library computes the attention of a few rows and of many rows in different ways, which round
  * differently. Up to 16 rows may count as few. So that a prompt comes out the same however it is
  * cut, no piece of it is that short unless the whole prompt is. */
@@ -63,7 +65,7 @@ static bool preempt_youngest(engine *e, const request *asking, int32_t computed,
     const int32_t num_pages = min_int(r->num_pages, engine_pages_for(e, r->num_cached));
     r->saved = allocate((size_t)num_pages * forward_page_bytes(e->m, e->options.page_size));
     if (!r->saved) return fail(error, "out of memory while swapping out a request");
-    forward_save_pages(e->compute, r->pages, num_pages, r->saved);
+    if (!forward_save_pages(e->compute, r->pages, num_pages, r->saved, error)) return false;
     release_pages(e, r);
     r->num_pages = num_pages;
     r->state = PREEMPTED;
@@ -174,21 +176,33 @@ static bool schedule_request(engine *e, request *r, int32_t *budget, char error[
 
 /* ---- who is in ------------------------------------------------------------------------------- */
 
+double engine_ms_until(const engine *e, const request *r)
+{
+    return e->start_ms + r->arrival_ms - now_ms();
+}
+
+request *engine_next(engine *e)
+{
+    while (e->next < e->num_requests && e->requests[e->next].state == FINISHED) e->next++;
+    return e->next < e->num_requests ? &e->requests[e->next] : NULL;
+}
+
 /* Puts a preempted request back as it was, in other pages that it has to itself. */
-static bool resume(engine *e, request *r)
+static bool resume(engine *e, request *r, char error[GGUF_ERROR])
 {
     const int32_t num_pages = r->num_pages;
-    if (pages_wanted(e, r) > pages_to_spare(e)) return false;
     for (int32_t i = 0; i < num_pages; i++) r->pages[i] = page_pool_take(e->pool);
-    forward_load_pages(e->compute, r->pages, num_pages, r->saved);
+    if (!forward_load_pages(e->compute, r->pages, num_pages, r->saved, error)) return false;
     free(r->saved);
     r->saved = NULL;
     r->private_from_here = num_pages > 0;
     return true;
 }
 
-static bool start(engine *e, request *r)
+/* Takes over known pages of a new request if there is room for the rest. */
+static bool fits(engine *e, request *r)
 {
+    if (r->state == PREEMPTED) return pages_wanted(e, r) <= pages_to_spare(e);
     share_pages(e, r); /* first, so that these pages do not count as available */
     if (pages_wanted(e, r) - r->num_pages <= pages_to_spare(e)) return true;
     e->counts.shared_tokens -= r->num_cached;
@@ -197,16 +211,18 @@ static bool start(engine *e, request *r)
     return false;
 }
 
-/* Lets in the next request if there is room for it. */
-static bool admit(engine *e)
+/* Lets in the next request if there is room for it; *admitted is NULL if not. */
+static bool admit(engine *e, request **admitted, char error[GGUF_ERROR])
 {
-    while (e->next < e->num_requests && e->requests[e->next].state == FINISHED) e->next++;
-    if (e->next == e->num_requests || e->num_running == e->options.max_batch) return false;
-    request *r = &e->requests[e->next];
-    if (r->state == PREEMPTED ? !resume(e, r) : !start(e, r)) return false;
+    request *r = engine_next(e);
+    *admitted = NULL;
+    if (!r || e->num_running == e->options.max_batch || engine_ms_until(e, r) > 0 || !fits(e, r))
+        return true;
+    if (r->state == PREEMPTED && !resume(e, r, error)) return false;
     r->state = RUNNING;
     e->running[e->num_running++] = r;
     e->next++;
+    *admitted = r;
     return true;
 }
 
@@ -217,7 +233,10 @@ bool engine_schedule(engine *e, char error[GGUF_ERROR])
     forward_begin(e->compute);
     for (int32_t i = 0; i < e->num_running; i++)
         if (!schedule_request(e, e->running[i], &budget, error)) return false;
-    while (budget > 0 && admit(e))
-        if (!schedule_request(e, e->running[e->num_running - 1], &budget, error)) return false;
+    for (request *r; budget > 0;) {
+        if (!admit(e, &r, error)) return false;
+        if (!r) break;
+        if (!schedule_request(e, r, &budget, error)) return false;
+    }
     return true;
 }

@@ -14,55 +14,78 @@ static int32_t min_int(int32_t a, int32_t b)
     return a < b ? a : b;
 }
 
-/* A forward pass for num_requests requests of len tokens, with the pages each of them needs:
- * request i has pages[i * (number of pages) ...]. */
-static forward *create(qkv_context *ctx, const model *m, const engine_options *options,
-                       int32_t num_requests, int32_t len, int32_t max_tokens, int32_t **pages,
-                       char error[GGUF_ERROR])
+/* A forward pass whose logits are wanted on the host. */
+typedef struct scorer {
+    forward *f;
+    const model *m;
+    float *logits;  /* [ROWS_A_TURN, vocab_size] */
+    int32_t *pages; /* of its requests, one after the other */
+    int32_t pages_per_request;
+} scorer;
+
+static void destroy(scorer *s)
 {
-    const int32_t per_request = (len - 1) / options->page_size + 1;
+    forward_destroy(s->f);
+    free(s->logits);
+    free(s->pages);
+}
+
+/* For num_requests requests of len tokens. To be destroyed even on failure. */
+static bool create(scorer *s, qkv_context *ctx, const model *m, int32_t page_size,
+                   int32_t num_requests, int32_t len, int32_t max_tokens, char error[GGUF_ERROR])
+{
+    *s = (scorer){.m = m, .pages_per_request = (len - 1) / page_size + 1};
     const forward_limits limits = {.max_requests = num_requests,
                                    .max_tokens = max_tokens,
                                    .max_logits = ROWS_A_TURN,
                                    .max_kv_len = len,
-                                   .num_pages = num_requests * per_request,
-                                   .page_size = options->page_size};
-    *pages = malloc((size_t)limits.num_pages * sizeof **pages);
-    if (!*pages) {
-        fail(error, "out of memory");
-        return NULL;
-    }
-    for (int32_t i = 0; i < limits.num_pages; i++) (*pages)[i] = i;
-    forward *f = forward_create(ctx, m, &limits, error);
-    if (!f) free(*pages);
-    return f;
+                                   .num_pages = num_requests * s->pages_per_request,
+                                   .page_size = page_size};
+    s->logits = malloc(ROWS_A_TURN * (size_t)m->config.vocab_size * sizeof *s->logits);
+    s->pages = malloc((size_t)limits.num_pages * sizeof *s->pages);
+    if (!s->logits || !s->pages) return fail(error, "out of memory");
+    for (int32_t i = 0; i < limits.num_pages; i++) s->pages[i] = i;
+    s->f = forward_create(ctx, m, &limits, error);
+    return s->f != NULL;
 }
 
-/* Rows [first, first + n) of the step, n at most ROWS_A_TURN. */
-static float *logits_of(forward *f, int32_t first, int32_t n, char error[GGUF_ERROR])
+/* Rows [first, first + n) of the step, n at most ROWS_A_TURN, to s->logits. */
+static bool read_logits(const scorer *s, int32_t first, int32_t n, char error[GGUF_ERROR])
 {
     int32_t rows[ROWS_A_TURN];
+    const size_t row_bytes = (size_t)s->m->config.vocab_size * sizeof *s->logits;
     for (int32_t i = 0; i < n; i++) rows[i] = first + i;
-    return forward_logits(f, rows, n, error);
+    const float *logits = forward_logits(s->f, rows, n, error);
+    return logits && device_download(s->m->device, s->logits, logits, (size_t)n * row_bytes, error);
 }
 
-static bool write_logits(forward *f, const int32_t *tokens, int32_t num_tokens, int32_t chunk,
-                         const int32_t *pages, size_t vocab, FILE *file, char error[GGUF_ERROR])
+static bool write_logits(const scorer *s, const int32_t *tokens, int32_t num_tokens, int32_t chunk,
+                         FILE *file, char error[GGUF_ERROR])
 {
+    const size_t row_bytes = (size_t)s->m->config.vocab_size * sizeof *s->logits;
     for (int32_t at = 0; at < num_tokens; at += chunk) {
         const int32_t n = min_int(chunk, num_tokens - at);
-        forward_begin(f);
-        forward_add(f, tokens + at, n, at, pages);
-        if (!forward_run(f, error)) return false;
+        forward_begin(s->f);
+        forward_add(s->f, tokens + at, n, at, s->pages);
+        if (!forward_run(s->f, error)) return false;
         for (int32_t row = 0; row < n; row += ROWS_A_TURN) {
             const int32_t rows = min_int(ROWS_A_TURN, n - row);
-            const float *logits = logits_of(f, row, rows, error);
-            if (!logits) return false;
-            if (fwrite(logits, sizeof(float) * vocab, (size_t)rows, file) != (size_t)rows)
+            if (!read_logits(s, row, rows, error)) return false;
+            if (fwrite(s->logits, row_bytes, (size_t)rows, file) != (size_t)rows)
                 return fail(error, "logits file: %s", strerror(errno));
         }
     }
     return true;
+}
+
+static bool write_logits_file(const scorer *s, const int32_t *tokens, int32_t num_tokens,
+                              int32_t chunk, const char *path, char error[GGUF_ERROR])
+{
+    FILE *file = fopen(path, "wb");
+    if (!file) return fail(error, "%s: %s", path, strerror(errno));
+    const bool good = write_logits(s, tokens, num_tokens, chunk, file, error);
+    const bool closed = fclose(file) == 0;
+    return good && (closed || fail(error, "%s: %s", path, strerror(errno)));
 }
 
 bool score_logits(qkv_context *ctx, const model *m, const engine_options *options,
@@ -73,17 +96,11 @@ bool score_logits(qkv_context *ctx, const model *m, const engine_options *option
     if (num_tokens > m->config.context_len)
         return fail(error, "the prompt has %d tokens, more than the model's context of %d",
                     num_tokens, m->config.context_len);
-    int32_t *pages;
     const int32_t chunk = min_int(options->chunk, num_tokens);
-    forward *f = create(ctx, m, options, 1, num_tokens, chunk, &pages, error);
-    if (!f) return false;
-    FILE *file = fopen(path, "wb");
-    bool good = file || fail(error, "%s: %s", path, strerror(errno));
-    good = good && write_logits(f, tokens, num_tokens, chunk, pages, (size_t)m->config.vocab_size,
-                                file, error);
-    if (file && fclose(file) && good) good = fail(error, "%s: %s", path, strerror(errno));
-    free(pages);
-    forward_destroy(f);
+    scorer s;
+    const bool good = create(&s, ctx, m, options->page_size, 1, num_tokens, chunk, error) &&
+                      write_logits_file(&s, tokens, num_tokens, chunk, path, error);
+    destroy(&s);
     return good;
 }
 
@@ -98,37 +115,35 @@ static double surprise(const float *logits, int32_t vocab, int32_t token)
 }
 
 /* Sums over the rows of one step, which holds num_tokens tokens from a window's start on. */
-static bool add_step(forward *f, const int32_t *tokens, int32_t num_tokens, int32_t vocab,
-                     double *sum, int64_t *count, char error[GGUF_ERROR])
+static bool add_step(const scorer *s, const int32_t *tokens, int32_t num_tokens, double *sum,
+                     int64_t *count, char error[GGUF_ERROR])
 {
+    const int32_t vocab = s->m->config.vocab_size;
     for (int32_t row = 0; row < num_tokens; row += ROWS_A_TURN) {
         const int32_t rows = min_int(ROWS_A_TURN, num_tokens - row);
-        const float *logits = logits_of(f, row, rows, error);
-        if (!logits) return false;
+        if (!read_logits(s, row, rows, error)) return false;
         for (int32_t i = row; i < row + rows; i++) {
             if (i + 1 == num_tokens || (i + 1) % WINDOW == 0) continue; /* a window's last */
-            *sum += surprise(logits + (int64_t)(i - row) * vocab, vocab, tokens[i + 1]);
+            *sum += surprise(s->logits + (int64_t)(i - row) * vocab, vocab, tokens[i + 1]);
             ++*count;
         }
     }
     return true;
 }
 
-static bool add_all(forward *f, const model *m, const int32_t *tokens, int32_t num_tokens,
-                    int32_t pages_per_window, const int32_t *pages, console *terminal, double *nll,
-                    char error[GGUF_ERROR])
+static bool add_all(const scorer *s, const int32_t *tokens, int32_t num_tokens, console *terminal,
+                    double *nll, char error[GGUF_ERROR])
 {
     double sum = 0;
     int64_t count = 0;
     for (int32_t at = 0; at < num_tokens; at += WINDOW * WINDOWS_A_STEP) {
         const int32_t n = min_int(WINDOW * WINDOWS_A_STEP, num_tokens - at);
         console_progress(terminal, "perplexity: %d of %d tokens", at, num_tokens);
-        forward_begin(f);
+        forward_begin(s->f);
         for (int32_t i = 0; i * WINDOW < n; i++)
-            forward_add(f, tokens + at + i * WINDOW, min_int(WINDOW, n - i * WINDOW), 0,
-                        pages + i * pages_per_window);
-        if (!forward_run(f, error) ||
-            !add_step(f, tokens + at, n, m->config.vocab_size, &sum, &count, error))
+            forward_add(s->f, tokens + at + i * WINDOW, min_int(WINDOW, n - i * WINDOW), 0,
+                        s->pages + i * s->pages_per_request);
+        if (!forward_run(s->f, error) || !add_step(s, tokens + at, n, &sum, &count, error))
             return false;
     }
     *nll = sum / (double)count;
@@ -143,13 +158,10 @@ bool score_perplexity(qkv_context *ctx, const model *m, const engine_options *op
     if (m->config.context_len < WINDOW)
         return fail(error, "the model's context of %d is less than a window of %d",
                     m->config.context_len, WINDOW);
-    int32_t *pages;
-    forward *f =
-        create(ctx, m, options, WINDOWS_A_STEP, WINDOW, WINDOW * WINDOWS_A_STEP, &pages, error);
-    if (!f) return false;
-    const bool good = add_all(f, m, tokens, num_tokens, (WINDOW - 1) / options->page_size + 1,
-                              pages, terminal, nll, error);
-    free(pages);
-    forward_destroy(f);
+    scorer s;
+    const bool good = create(&s, ctx, m, options->page_size, WINDOWS_A_STEP, WINDOW,
+                             WINDOW * WINDOWS_A_STEP, error) &&
+                      add_all(&s, tokens, num_tokens, terminal, nll, error);
+    destroy(&s);
     return good;
 }

@@ -229,7 +229,7 @@ QKV_API qkv_status qkv_attention_create(qkv_context *ctx, const qkv_attention_sp
 QKV_API qkv_status qkv_attention_warm_up(qkv_context *ctx, const qkv_attention_spec *spec,
                                          const qkv_attention_limits *limits);
 
-/* NULL is fine. */
+/* NULL is fine. What was enqueued on a GPU must have ended, as before its tensors are freed. */
 QKV_API void qkv_attention_destroy(qkv_attention *attention);
 
 /*

@@ -35,11 +35,14 @@ typedef struct qkv_parallel {
  * QKV_VERBOSE=error do not come here but go to standard error: a call may fail without a context. */
 typedef void (*qkv_log_fn)(void *user, const char *line);
 
-/* May an operator with a variant be compiled? (Built-in kernels never need it.) */
+/* May kernels be compiled: an operator's with a variant on the CPU, all of a GPU's? */
 enum {
     QKV_JIT_ALLOW = 0,  /* from the disk cache, or by the compiler */
     QKV_JIT_CACHED = 1, /* from the disk cache only */
-    QKV_JIT_NEVER = 2   /* neither: QKV_ERR_COMPILE */
+    QKV_JIT_NEVER = 2,  /* neither: QKV_ERR_COMPILE */
+    QKV_JIT_FILL = 3 /* GPUs of the architecture isa, of which there need be none here: warm-ups and
+                           calls that compute compile what they need into the disk cache, for machines
+                           with such a GPU and no compiler, and compute nothing; nothing can be created */
 };
 
 /* A compilation of a kernel begins (seconds < 0), or has ended after so many seconds. */
@@ -50,7 +53,9 @@ typedef struct qkv_context_options {
     int32_t num_threads; /* CPU: 0 = all that this process may run on; ignored with parallel.run */
     DLDevice device;     /* {kDLCPU, 0}; a zeroed device means the same */
     const char *isa;     /* CPU: NULL = the fastest level; else "avx2", "avx512", "avx512_bf16",
-                            "amx", "neon". QKV_DEVICE=cpu:LEVEL in the environment wins over it */
+                            "amx", "neon". QKV_DEVICE=cpu:LEVEL in the environment wins over it.
+                            With QKV_JIT_FILL "sm_80", "sm_90a", "sm_100a", ...; else a GPU
+                            says itself what it is */
     qkv_allocator allocator;
     qkv_parallel parallel;
     int32_t jit_policy;      /* QKV_JIT_... */
@@ -91,6 +96,10 @@ QKV_API void qkv_context_destroy(qkv_context *ctx);
 
 /* "cpu:avx512": the device and the ISA level in use. Lives as long as the context. */
 QKV_API const char *qkv_context_device_name(const qkv_context *ctx);
+
+/* The compiler that kernels go through, "nvrtc 13.0"; "" where there is none. Lives as long as the
+ * context. */
+QKV_API const char *qkv_context_compiler(const qkv_context *ctx);
 
 /* How many tasks run at a time; the default of max_workers. */
 QKV_API int32_t qkv_context_num_threads(const qkv_context *ctx);

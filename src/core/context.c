@@ -45,8 +45,19 @@ static qkv_status open_cpu(const qkv_context_options *o, qkv_context *ctx)
     return QKV_OK;
 }
 
+/* No driver and no device: to compile for others. */
+static qkv_status open_compiler(const qkv_context_options *o, qkv_context *ctx)
+{
+    QI_TRY(qi_cuda_describe(o->isa, &ctx->cuda));
+    QI_TRY(qi_jit_open(o, 0, &ctx->jit));
+    qi_nvrtc_level(NULL, ctx->cuda.major, ctx->cuda.minor, ctx->cuda_level);
+    snprintf(ctx->device_name, sizeof ctx->device_name, "cuda:none:%s", ctx->cuda_level);
+    return QKV_OK;
+}
+
 static qkv_status open_cuda(const qkv_context_options *o, qkv_context *ctx)
 {
+    if (o->jit_policy == QKV_JIT_FILL) return open_compiler(o, ctx);
     QI_TRY(qi_cuda_open(o->device.device_id, &ctx->cuda));
     QI_TRY(qi_jit_open(o, ctx->cuda.driver, &ctx->jit));
     qi_nvrtc_level(ctx->jit.nvrtc, ctx->cuda.major, ctx->cuda.minor, ctx->cuda_level);
@@ -119,6 +130,11 @@ void qkv_context_destroy(qkv_context *ctx)
 const char *qkv_context_device_name(const qkv_context *ctx)
 {
     return ctx ? ctx->device_name : "";
+}
+
+const char *qkv_context_compiler(const qkv_context *ctx)
+{
+    return ctx ? qi_jit_compiler(&ctx->jit, ctx->device.device_type) : "";
 }
 
 int32_t qkv_context_num_threads(const qkv_context *ctx)

@@ -85,7 +85,10 @@ qkv_status qi_compile_cuda(const qkv_context *ctx, const qi_source *source,
                             .main = source->main};
     void *kernels[MAX_NAMES];
     QI_TRY(qi_jit_get(&ctx->jit, &ctx->logger, &job, names, num_names, kernels));
-    for (int i = 0; i < num_names; i++) QI_TRY(qi_cuda_function(&ctx->cuda, kernels[i], &out[i]));
+    for (int i = 0; i < num_names; i++) {
+        out[i] = NULL;
+        if (kernels[i]) QI_TRY(qi_cuda_function(&ctx->cuda, kernels[i], &out[i]));
+    }
     return QKV_OK;
 }
 
@@ -98,7 +101,7 @@ static qkv_status make_function(const qkv_context *ctx, const qi_kernel *row,
     const qi_source source = {
         .what = row->name, .main = row->cuda.file, .defines = defines, .header = ""};
     QI_TRY(qi_compile_cuda(ctx, &source, &row->cuda.entry, 1, out));
-    return qi_functions_add((qi_functions *)&ctx->functions, key, *out);
+    return *out ? qi_functions_add((qi_functions *)&ctx->functions, key, *out) : QKV_OK;
 }
 
 qkv_status qi_launch_cuda(const qkv_context *ctx, const qi_kernel *row, const i32 *constants,
@@ -108,6 +111,7 @@ qkv_status qi_launch_cuda(const qkv_context *ctx, const qi_kernel *row, const i3
     memcpy(key.constants, constants, (size_t)num_constants(&row->cuda) * sizeof *constants);
     cu_function function = qi_functions_find((qi_functions *)&ctx->functions, &key);
     if (!function) QI_TRY(make_function(ctx, row, &key, &function));
+    if (!function) return QKV_OK; /* QKV_JIT_FILL */
     return qi_cuda_launch(&ctx->cuda, function, grid, params, stream);
 }
 

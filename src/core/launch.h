@@ -120,7 +120,8 @@ typedef struct qi_source {
 qkv_status qi_compile(const qkv_context *ctx, const qi_source *source, const char *const *names,
                       int num_names, qi_cpu_kernel *out);
 
-/* The same on a GPU: out[i] is the kernel names[i], loaded onto the context's device. */
+/* The same on a GPU: out[i] is the kernel names[i], loaded onto the context's device; NULL where contexts
+ * only compile (QKV_JIT_FILL). */
 qkv_status qi_compile_cuda(const qkv_context *ctx, const qi_source *source,
                            const char *const *names, int num_names, cu_function *out);
 

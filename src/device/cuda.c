@@ -2,6 +2,7 @@
  * SPDX-License-Identifier: Apache-2.0 */
 #include "device/cuda.h"
 
+#include <stdio.h>
 #include <string.h>
 
 #include "base/status.h"
@@ -9,6 +10,7 @@
 /* Most often the device is current already, and the driver's get is cheap. */
 int qi_cuda_enter(const qi_cuda_device *device, cu_context *before)
 {
+    if (!device->context) return CU_NOT_INITIALIZED; /* QKV_JIT_FILL */
     const int result = qi_cuda.context_current(before);
     if (result != CU_SUCCESS || *before == device->context) return result;
     return qi_cuda.context_set(device->context);
@@ -23,7 +25,12 @@ void qi_cuda_leave(const qi_cuda_device *device, cu_context before)
 #define ON_DEVICE(device, call)                                                                    \
     do {                                                                                           \
         cu_context before_;                                                                        \
-        QI_CUDA_TRY(qi_cuda_enter((device), &before_));                                            \
+        if (!(device)->context)                                                                    \
+            QI_FAIL(QKV_ERR_UNSUPPORTED,                                                           \
+                    "ctx: expected a context of a device, got one of QKV_JIT_FILL");               \
+        const int entered_ = qi_cuda_enter((device), &before_);                                    \
+        if (entered_ != CU_SUCCESS)                                                                \
+            return qi_cuda_check(entered_, "cuCtxSetCurrent", __FILE__, __LINE__);                 \
         const int result_ = (call);                                                                \
         qi_cuda_leave((device), before_);                                                          \
         if (result_ != CU_SUCCESS) return qi_cuda_check(result_, #call, __FILE__, __LINE__);       \
@@ -78,6 +85,37 @@ void qi_cuda_close(qi_cuda_device *device)
     device->context = NULL;
 }
 
+/* A device's shared memory follows its architecture; of multiprocessors, those of a large one. */
+qkv_status qi_cuda_describe(const char *isa, qi_cuda_device *out)
+{
+    static const struct {
+        int major, minor, num_sms, shared_bytes, l2_bytes;
+    } known[] = {
+        {8, 0, 108, 166912, 40 << 20},   {8, 6, 84, 101376, 6 << 20},
+        {8, 7, 16, 166912, 4 << 20},     {8, 9, 142, 101376, 96 << 20},
+        {9, 0, 132, 232448, 50 << 20},   {10, 0, 148, 232448, 126 << 20},
+        {10, 3, 148, 232448, 126 << 20}, {12, 0, 170, 101376, 96 << 20},
+        {12, 1, 48, 101376, 24 << 20},
+    };
+    char names[256] = "";
+    size_t at = 0;
+    for (size_t i = 0; i < sizeof known / sizeof known[0]; i++) {
+        char name[16];
+        snprintf(name, sizeof name, "sm_%d%d%s", known[i].major, known[i].minor,
+                 known[i].major >= 9 ? "a" : "");
+        *out = (qi_cuda_device){.major = known[i].major,
+                                .minor = known[i].minor,
+                                .num_sms = known[i].num_sms,
+                                .shared_bytes = known[i].shared_bytes,
+                                .l2_bytes = known[i].l2_bytes};
+        snprintf(out->name, sizeof out->name, "%s", name);
+        if (isa && strcmp(isa, name) == 0) return QKV_OK;
+        at += (size_t)snprintf(names + at, sizeof names - at, "%s%s", at ? ", " : "", name);
+    }
+    QI_FAIL(QKV_ERR_INVALID, "isa: expected one of %s with QKV_JIT_FILL, got %s", names,
+            isa ? isa : "NULL");
+}
+
 /* ---- memory ------------------------------------------------------------------------------- */
 
 qkv_status qi_cuda_alloc(const qi_cuda_device *device, size_t bytes, void **out)
@@ -127,19 +165,39 @@ void qi_cuda_free_pinned(const qi_cuda_device *device, void *memory)
 
 /* ---- kernels ------------------------------------------------------------------------------ */
 
-void *qi_cuda_load_image(const void *image, const char **error)
+/* Is it the image that the driver does not take? */
+static int is_of_image(int result)
+{
+    static const int results[] = {
+        CU_INVALID_IMAGE,          CU_NO_BINARY_FOR_GPU,       CU_INVALID_PTX,
+        CU_JIT_COMPILER_NOT_FOUND, CU_UNSUPPORTED_PTX_VERSION, CU_JIT_COMPILATION_DISABLED,
+        CU_INVALID_SOURCE};
+    for (size_t i = 0; i < sizeof results / sizeof results[0]; i++)
+        if (result == results[i]) return 1;
+    return 0;
+}
+
+qkv_status qi_cuda_load_image(const void *image, void **out, const char **error)
 {
     cu_library library = NULL;
     const int result = qi_cuda.library_load(&library, image, NULL, NULL, 0, NULL, NULL, 0);
-    if (result == CU_SUCCESS) return library;
-    if (qi_cuda.error_string(result, error) != CU_SUCCESS) *error = "no text for it";
-    return NULL;
+    *out = NULL;
+    if (result == CU_SUCCESS)
+        *out = library;
+    else if (!is_of_image(result))
+        return qi_cuda_check(result, "cuLibraryLoadData", __FILE__, __LINE__);
+    else if (qi_cuda.error_string(result, error) != CU_SUCCESS)
+        *error = "no text for it";
+    return QKV_OK;
 }
 
-void *qi_cuda_find(void *library, const char *name)
+qkv_status qi_cuda_find(void *library, const char *name, void **out)
 {
     cu_kernel kernel = NULL;
-    return qi_cuda.library_kernel(&kernel, library, name) == CU_SUCCESS ? kernel : NULL;
+    const int result = qi_cuda.library_kernel(&kernel, library, name);
+    *out = kernel;
+    if (result == CU_SUCCESS || result == CU_NOT_FOUND) return QKV_OK;
+    return qi_cuda_check(result, "cuLibraryGetKernel", __FILE__, __LINE__);
 }
 
 qkv_status qi_cuda_function(const qi_cuda_device *device, void *kernel, cu_function *out)

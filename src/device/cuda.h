@@ -20,6 +20,10 @@ typedef struct qi_cuda_device {
 qkv_status qi_cuda_open(int ordinal, qi_cuda_device *out);
 void qi_cuda_close(qi_cuda_device *device);
 
+/* What is known of GPUs of an architecture, "sm_90a", where there is none: to compile for them. Whatever
+ * else is asked of such a device is UNSUPPORTED. INVALID: it is no such name. */
+qkv_status qi_cuda_describe(const char *isa, qi_cuda_device *out);
+
 /* Makes the device current on this thread until it leaves, which makes current what was before. Returns the
  * driver's result; on failure there is nothing to leave. */
 int qi_cuda_enter(const qi_cuda_device *device, cu_context *before);
@@ -31,11 +35,11 @@ void qi_cuda_free(const qi_cuda_device *device, void *memory);
 qkv_status qi_cuda_alloc_pinned(const qi_cuda_device *device, size_t bytes, void **out);
 void qi_cuda_free_pinned(const qi_cuda_device *device, void *memory);
 
-/* A compiled image (cubin or PTX), which serves every device of its architecture; *error is the driver's
- * text for NULL. */
-void *qi_cuda_load_image(const void *image, const char **error);
-/* The kernel of that name, NULL if there is none. */
-void *qi_cuda_find(void *library, const char *name);
+/* A compiled image (cubin or PTX), which serves every device of its architecture. *out stays NULL for one that
+ * the driver does not take; *error is why, in its words. MEMORY, DEVICE */
+qkv_status qi_cuda_load_image(const void *image, void **out, const char **error);
+/* *out: the kernel of that name, NULL if there is none. MEMORY, DEVICE */
+qkv_status qi_cuda_find(void *library, const char *name, void **out);
 
 /* Loads a kernel onto the device and allows it all of the shared memory. */
 qkv_status qi_cuda_function(const qi_cuda_device *device, void *kernel, cu_function *out);

@@ -65,11 +65,27 @@ qkv_status qi_cuda_load(void)
     return QKV_OK;
 }
 
+/* The driver's name of the call that this text makes: of "qi_cuda.launch(&config)", cuLaunchKernelEx. */
+static const char *symbol_of(const char *call)
+{
+    static const struct {
+        const char *text, *symbol;
+    } table[] = {
+#define X(name, symbol, version, args) {"qi_cuda." #name, symbol},
+        QI_CUDA_API(X)
+#undef X
+    };
+    const size_t length = strcspn(call, "(");
+    for (size_t i = 0; i < sizeof table / sizeof table[0]; i++)
+        if (strlen(table[i].text) == length && strncmp(table[i].text, call, length) == 0)
+            return table[i].symbol;
+    return call;
+}
+
 qkv_status qi_cuda_check(int result, const char *call, const char *file, int line)
 {
     const char *text = NULL;
     if (qi_cuda.error_string(result, &text) != CU_SUCCESS || !text) text = "no text for it";
-    const int length = (int)strcspn(call, "("); /* its name alone */
     return qi_fail(result == CU_OUT_OF_MEMORY ? QKV_ERR_MEMORY : QKV_ERR_DEVICE, file, line,
-                   "CUDA driver: %.*s: error %d, %s", length, call, result, text);
+                   "CUDA driver: %s: error %d, %s", symbol_of(call), result, text);
 }

@@ -21,7 +21,20 @@ typedef struct cu_function *cu_function;
 typedef u64 cu_ptr;
 
 /* Results that the library tells apart. */
-enum { CU_SUCCESS = 0, CU_OUT_OF_MEMORY = 2, CU_NOT_INITIALIZED = 3, CU_NO_DEVICE = 100 };
+enum {
+    CU_SUCCESS = 0,
+    CU_OUT_OF_MEMORY = 2,
+    CU_NOT_INITIALIZED = 3,
+    CU_NO_DEVICE = 100,
+    CU_INVALID_IMAGE = 200,
+    CU_NO_BINARY_FOR_GPU = 209,
+    CU_INVALID_PTX = 218,
+    CU_JIT_COMPILER_NOT_FOUND = 221,
+    CU_UNSUPPORTED_PTX_VERSION = 222,
+    CU_JIT_COMPILATION_DISABLED = 223,
+    CU_INVALID_SOURCE = 300,
+    CU_NOT_FOUND = 500
+};
 
 /* Attributes of a device. */
 enum {
@@ -106,7 +119,8 @@ extern qi_cuda_api qi_cuda;
 /* Fills the table; the first call does the work. UNSUPPORTED: no driver, or one too old. */
 qkv_status qi_cuda_load(void);
 
-/* A driver's answer as a status: MEMORY or DEVICE, with the call and the driver's words. */
+/* A driver's answer as a status: MEMORY or DEVICE, with the driver's name of the call and its words. call: a
+ * call by the table as it is written, or that name. */
 qkv_status qi_cuda_check(int result, const char *call, const char *file, int line);
 #define QI_CUDA_TRY(call)                                                                          \
     do {                                                                                           \

@@ -51,7 +51,13 @@
     X(merge, "ops/attention/merge.cu")                                                             \
     X(cuda_hooks, "ops/attention/hooks.cuh")                                                       \
     X(cuda_rows, "ops/attention/rows.cuh")                                                         \
+    X(cuda_merge_rows, "ops/attention/merge_rows.cuh")                                             \
+    X(mma_types, "ops/attention/mma_types.cuh")                                                    \
+    X(decode_mma, "ops/attention/decode_mma.cuh")                                                  \
+    X(attention_mma, "ops/attention/attention_mma.cu")                                             \
     X(cuda_attention, "ops/attention/attention.cu")                                                \
+    X(prefill_loads, "ops/attention/prefill_loads.cuh")                                            \
+    X(prefill_mma, "ops/attention/prefill_mma.cuh")                                                \
     X(gemm_params, "ops/gemm/gemm_params.h")                                                       \
     X(gemm_thin, "ops/gemm/gemm_thin.cu")                                                          \
     X(gemm_mma, "ops/gemm/gemm_mma.cu")                                                            \

@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -180,4 +181,49 @@ int qi_cache_write(const char *dir, const char *key, const void *bytes, size_t s
     }
     unlink(temporary);
     return 0;
+}
+
+/* ---- locks -------------------------------------------------------------------------------- */
+
+static int lock_path(const char *dir, const char *key, char out[PATH_MAX])
+{
+    const int n = snprintf(out, PATH_MAX, "%s/" TEMPORARY "lock-%s", dir, key);
+    return n > 0 && n < PATH_MAX;
+}
+
+/* Is the file still the one of that name? Its last holder may have removed it. */
+static int stands(int fd, const char *path)
+{
+    struct stat held, named;
+    return fstat(fd, &held) == 0 && stat(path, &named) == 0 && held.st_ino == named.st_ino &&
+           held.st_dev == named.st_dev;
+}
+
+int qi_cache_lock(const char *dir, const char *key, int ms)
+{
+    enum { POLL_MS = 5 };
+    const struct timespec nap = {.tv_nsec = POLL_MS * 1000000};
+    char path[PATH_MAX];
+    if (!*dir || !lock_path(dir, key, path) || !make_dir(dir)) return -1;
+    for (;;) {
+        const int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
+        if (fd < 0) return -1;
+        int result;
+        while ((result = flock(fd, LOCK_EX | LOCK_NB)) != 0 &&
+               (errno == EWOULDBLOCK || errno == EINTR) && (ms -= POLL_MS) >= 0)
+            nanosleep(&nap, NULL);
+        if (result == 0 && stands(fd, path)) return fd;
+        close(fd);
+        if (result != 0) return -1;
+    }
+}
+
+/* Children of fork() hold the same lock: it is given up by name, not by the last close. */
+void qi_cache_unlock(const char *dir, const char *key, int lock)
+{
+    char path[PATH_MAX];
+    if (lock < 0) return;
+    if (lock_path(dir, key, path)) unlink(path);
+    flock(lock, LOCK_UN);
+    close(lock);
 }

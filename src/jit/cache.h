@@ -24,4 +24,10 @@ int qi_cache_read(const char *dir, const char *key, void **bytes, size_t *size);
  * a read-only folder and the like. */
 int qi_cache_write(const char *dir, const char *key, const void *bytes, size_t size);
 
+/* The right to make an entry, which one process has at a time: waits up to so many ms for it. -1: not had, by
+ * then or because such a folder has no locks; the caller makes the entry nonetheless, for locks only save
+ * work. A killed holder's is free. */
+int qi_cache_lock(const char *dir, const char *key, int ms);
+void qi_cache_unlock(const char *dir, const char *key, int lock); /* -1 is fine */
+
 #endif

@@ -156,18 +156,24 @@ static void *load_library(const void *image, size_t bytes, const char **error)
     return handle;
 }
 
-static void *load_image(DLDeviceType device, const void *image, size_t bytes, const char **error)
+/* *out stays NULL for an image that cannot be loaded; *error is why. MEMORY, DEVICE: the GPU is at fault. */
+static qkv_status load_image(DLDeviceType device, const void *image, size_t bytes, void **out,
+                             const char **error)
 {
-    return device == kDLCUDA ? qi_cuda_load_image(image, error) : load_library(image, bytes, error);
+    if (device == kDLCUDA) return qi_cuda_load_image(image, out, error);
+    *out = load_library(image, bytes, error);
+    return QKV_OK;
 }
 
-static void *find_symbol(DLDeviceType device, void *handle, const char *symbol)
+/* *out: NULL where there is none. */
+static qkv_status find_symbol(DLDeviceType device, void *handle, const char *symbol, void **out)
 {
-    return device == kDLCUDA ? qi_cuda_find(handle, symbol) : dlsym(handle, symbol);
+    if (device == kDLCUDA) return qi_cuda_find(handle, symbol, out);
+    *out = dlsym(handle, symbol);
+    return QKV_OK;
 }
 
-/* Empty: there is no compiler. */
-static const char *compiler_of(const qi_jit *jit, DLDeviceType device)
+const char *qi_jit_compiler(const qi_jit *jit, DLDeviceType device)
 {
     return device == kDLCUDA ? qi_nvrtc_identity(jit->nvrtc) : jit->cc.identity;
 }
@@ -191,34 +197,96 @@ static qkv_status load_cached(const qi_jit *jit, const qi_jit_job *job, const ch
     const int found = jit->cache_dir[0] ? qi_cache_read(jit->cache_dir, key, &image, &bytes) : 0;
     if (found < 0) QI_FAIL(QKV_ERR_MEMORY, "%s: out of memory", job->what);
     if (found == 0) return QKV_OK;
-    *handle = load_image(job->device, image, bytes, &error);
+    const qkv_status status = load_image(job->device, image, bytes, handle, &error);
     free(image);
-    return QKV_OK;
+    return status;
 }
 
-/* By the compiler. The image goes to the cache under its key and, for machines without this compiler,
- * under the key that names none. */
+/* By the compiler. */
+static qkv_status make_image(const qi_jit *jit, const qi_jit_job *job, void **image, size_t *bytes)
+{
+    const int64_t start = qi_now_ns();
+    const int can = qi_jit_compiler(jit, job->device)[0] != '\0';
+    if (jit->progress && can) jit->progress(jit->user, job->what, -1.0);
+    const qkv_status status = run_compiler(jit, job, image, bytes);
+    if (jit->progress && can)
+        jit->progress(jit->user, job->what, (double)(qi_now_ns() - start) * 1e-9);
+    return status;
+}
+
+/* Under its key and, for machines without this compiler, under the key that names none. */
+static int write_cached(const qi_jit *jit, const char *key, const char *any_key, const void *image,
+                        size_t bytes)
+{
+    const int written = qi_cache_write(jit->cache_dir, key, image, bytes);
+    return qi_cache_write(jit->cache_dir, any_key, image, bytes) && written;
+}
+
 static qkv_status compile(const qi_jit *jit, const qi_jit_job *job, const char *key,
                           const char *any_key, void **handle)
 {
-    const int64_t start = qi_now_ns();
-    const int can = compiler_of(jit, job->device)[0] != '\0';
     void *image;
     size_t bytes;
-    if (jit->progress && can) jit->progress(jit->user, job->what, -1.0);
-    const qkv_status status = run_compiler(jit, job, &image, &bytes);
-    if (jit->progress && can)
-        jit->progress(jit->user, job->what, (double)(qi_now_ns() - start) * 1e-9);
-    if (status != QKV_OK) return status;
     const char *error;
-    *handle = load_image(job->device, image, bytes, &error);
-    if (*handle && jit->cache_dir[0]) {
-        qi_cache_write(jit->cache_dir, key, image, bytes);
-        qi_cache_write(jit->cache_dir, any_key, image, bytes);
-    }
+    QI_TRY(make_image(jit, job, &image, &bytes));
+    const qkv_status status = load_image(job->device, image, bytes, handle, &error);
+    if (*handle && jit->cache_dir[0]) write_cached(jit, key, any_key, image, bytes);
     free(image);
+    if (status != QKV_OK) return status;
     if (!*handle) QI_FAIL(QKV_ERR_COMPILE, "%s: cannot be loaded: %s", job->what, error);
     return QKV_OK;
+}
+
+static int is_cached(const qi_jit *jit, const char *key)
+{
+    void *image;
+    size_t bytes;
+    if (qi_cache_read(jit->cache_dir, key, &image, &bytes) <= 0) return 0;
+    free(image);
+    return 1;
+}
+
+/* How long to wait for another process that is at the same kernel. */
+enum { PATIENCE_MS = 60000 };
+
+static qkv_status fill_entry(const qi_jit *jit, const qi_jit_job *job, const char *key,
+                             const char *any_key)
+{
+    void *image;
+    size_t bytes;
+    if (is_cached(jit, key) && is_cached(jit, any_key)) return QKV_OK;
+    QI_TRY(make_image(jit, job, &image, &bytes));
+    const int written = write_cached(jit, key, any_key, image, bytes);
+    free(image);
+    if (!written)
+        QI_FAIL(QKV_ERR_COMPILE, "%s: cannot be written to the cache (%s)", job->what,
+                jit->cache_dir);
+    return QKV_OK;
+}
+
+/* Sees to it that the cache has the kernel; nothing is loaded. */
+static qkv_status fill_cache(const qi_jit *jit, const qi_jit_job *job, const char *key,
+                             const char *any_key)
+{
+    if (is_cached(jit, key) && is_cached(jit, any_key)) return QKV_OK;
+    const int right = qi_cache_lock(jit->cache_dir, key, PATIENCE_MS);
+    const qkv_status status = fill_entry(jit, job, key, any_key);
+    qi_cache_unlock(jit->cache_dir, key, right);
+    return status;
+}
+
+/* One of several processes that want a kernel compiles it. */
+static qkv_status compile_once(const qi_jit *jit, const qi_jit_job *job, const char *key,
+                               const char *any_key, const char **how, void **handle)
+{
+    const int right = qi_cache_lock(jit->cache_dir, key, PATIENCE_MS);
+    qkv_status status = right >= 0 ? load_cached(jit, job, key, handle) : QKV_OK;
+    if (status == QKV_OK && !*handle) {
+        *how = "compiled";
+        status = compile(jit, job, key, any_key, handle);
+    }
+    qi_cache_unlock(jit->cache_dir, key, right);
+    return status;
 }
 
 static qkv_status make_module(const qi_jit *jit, const qi_jit_job *job, const char *key,
@@ -228,7 +296,7 @@ static qkv_status make_module(const qi_jit *jit, const qi_jit_job *job, const ch
     *handle = NULL;
     QI_TRY(load_cached(jit, job, key, handle));
     /* Where nothing can be compiled, what another machine's compiler made is welcome. */
-    const int can_compile = jit->policy == QKV_JIT_ALLOW && compiler_of(jit, job->device)[0];
+    const int can_compile = jit->policy == QKV_JIT_ALLOW && qi_jit_compiler(jit, job->device)[0];
     if (!*handle && !can_compile) QI_TRY(load_cached(jit, job, any_key, handle));
     if (*handle) return QKV_OK;
     if (jit->policy == QKV_JIT_CACHED)
@@ -236,8 +304,7 @@ static qkv_status make_module(const qi_jit *jit, const qi_jit_job *job, const ch
             QKV_ERR_COMPILE,
             "%s: jit_policy is QKV_JIT_CACHED, and the cache (%s) has no entry that can be loaded",
             job->what, jit->cache_dir[0] ? jit->cache_dir : "none");
-    *how = "compiled";
-    return compile(jit, job, key, any_key, handle);
+    return compile_once(jit, job, key, any_key, how, handle);
 }
 
 qkv_status qi_jit_get(const qi_jit *jit, const qi_logger *logger, const qi_jit_job *job,
@@ -246,8 +313,10 @@ qkv_status qi_jit_get(const qi_jit *jit, const qi_logger *logger, const qi_jit_j
     if (jit->policy == QKV_JIT_NEVER)
         QI_FAIL(QKV_ERR_COMPILE, "%s: jit_policy is QKV_JIT_NEVER", job->what);
     char key[65], any_key[65];
-    make_key(job, compiler_of(jit, job->device), key);
+    make_key(job, qi_jit_compiler(jit, job->device), key);
     make_key(job, "", any_key);
+    for (int i = 0; i < num_symbols; i++) functions[i] = NULL;
+    if (jit->policy == QKV_JIT_FILL) return fill_cache(jit, job, key, any_key);
     const int64_t start = qi_now_ns();
     const char *how = "loaded";
     qkv_status status = QKV_OK;
@@ -262,7 +331,7 @@ qkv_status qi_jit_get(const qi_jit *jit, const qi_logger *logger, const qi_jit_j
         qi_log(logger, "jit,%s,%s,%s,ms=%.2f", job->what, job->level, how,
                (double)(qi_now_ns() - start) * 1e-6);
     for (int i = 0; i < num_symbols; i++) {
-        functions[i] = find_symbol(job->device, handle, symbols[i]);
+        QI_TRY(find_symbol(job->device, handle, symbols[i], &functions[i]));
         if (!functions[i])
             QI_FAIL(QKV_ERR_INTERNAL, "%s: expected the symbol %s in the compiled kernel",
                     job->what, symbols[i]);
@@ -272,15 +341,20 @@ qkv_status qi_jit_get(const qi_jit *jit, const qi_logger *logger, const qi_jit_j
 
 qkv_status qi_jit_open(const qkv_context_options *options, int cuda_driver, qi_jit *out)
 {
-    QI_REQUIRE(options->jit_policy >= QKV_JIT_ALLOW && options->jit_policy <= QKV_JIT_NEVER,
-               "jit_policy: expected QKV_JIT_ALLOW, QKV_JIT_CACHED or QKV_JIT_NEVER, got %d",
+    const int cuda = options->device.device_type == kDLCUDA;
+    QI_REQUIRE(options->jit_policy >= QKV_JIT_ALLOW &&
+                   options->jit_policy <= (cuda ? QKV_JIT_FILL : QKV_JIT_NEVER),
+               "jit_policy: expected QKV_JIT_ALLOW, QKV_JIT_CACHED or QKV_JIT_NEVER, or for CUDA "
+               "QKV_JIT_FILL, got %d",
                (int)options->jit_policy);
     QI_TRY(watch_forks());
     *out = (qi_jit){.policy = options->jit_policy,
                     .progress = options->jit_progress,
                     .user = options->jit_user};
     qi_cache_dir(options->cache_dir, out->cache_dir, sizeof out->cache_dir);
-    if (cuda_driver)
+    QI_REQUIRE(out->policy != QKV_JIT_FILL || out->cache_dir[0],
+               "cache_dir: expected a folder with QKV_JIT_FILL, got none");
+    if (cuda)
         out->nvrtc = qi_nvrtc_find(cuda_driver);
     else
         qi_cc_find(options->compiler, &out->cc);

@@ -76,6 +76,11 @@ QI_INLINE float ex2(float x)
     return y < 0x1p-126f ? 0.f : y;
 }
 
+QI_INLINE int tid_x()
+{
+    return (int)threadIdx.x;
+}
+
 /* ---- shared memory and the tensor cores --------------------------------------------------- */
 
 QI_INLINE void ldmatrix_x4(u32 r[4], const void *row)
@@ -130,6 +135,11 @@ QI_INLINE void griddepcontrol_wait()
 }
 QI_INLINE void griddepcontrol_launch_dependents()
 {
+}
+
+QI_INLINE void prefetch_l2(const void *p)
+{
+    (void)p;
 }
 
 #endif

@@ -1,6 +1,7 @@
 """Holds qkv-generate against the NumPy reference on any model: logits, tokens, perplexity.
 
-  python3 tests/python/check_model.py --generate build/qkv-generate --model FILE [--quick]
+  python3 tests/python/check_model.py --generate build/qkv-generate --model FILE
+                                      [--device DEVICE] [--quick]
 
 The bounds, all in f32:
   logits      N roundings (2^-24) of the largest logit, with N = 8 times what the reference itself
@@ -89,8 +90,8 @@ FAILURES = (Mismatch, subprocess.TimeoutExpired, ValueError, LookupError)
 class Subject:
     """The program under test, a process per call; messages: the last one's standard error."""
 
-    def __init__(self, program, model):
-        self.command = [program, model]
+    def __init__(self, program, model, device):
+        self.command = [program, model, "--device", device]
         self.messages = ""
 
     def run(self, *options):
@@ -303,6 +304,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--generate", required=True, help="the program qkv-generate")
     parser.add_argument("--model", required=True, help="a GGUF file of the Llama architecture")
+    parser.add_argument("--device", default="cpu", help="as qkv-generate takes it")
     parser.add_argument("--quick", action="store_true", help="fewer prompts and tokens")
     args = parser.parse_args()
     if not os.access(args.generate, os.X_OK):
@@ -310,7 +312,7 @@ def main():
     reference = Reference(args.model, 24 if args.quick else 64)
     passed = failed = 0
     with tempfile.TemporaryDirectory() as folder:
-        subject = Subject(args.generate, args.model)
+        subject = Subject(args.generate, args.model, args.device)
         try:
             for name, check in checks(subject, reference, args.quick, folder):
                 try:

@@ -116,13 +116,50 @@ class Tool(unittest.TestCase):
             f32_level = {"avx512_bf16": "avx512", "amx": "avx512"}.get(level, level)
             self.assertEqual(r["ceiling_name"], "fma_" + f32_level)
 
+    def test_host_figures_without_a_gpu(self):
+        lines = self.succeeds("bench", "host", QKV_NVRTC="/nonexistent").splitlines()
+        self.assertRegex(lines[0], r"^# qkv .*, cpu:\w+, kernels for sm_90a by no compiler$")
+        figures = json.loads(self.succeeds("bench", "host", "--json", QKV_NVRTC="/nonexistent"))
+        self.assertEqual((figures["op"], figures["compiler"]), ("host", ""))
+        for key in ("open_ms", "plan_us", "plan_zipf_us"):
+            self.assertGreater(figures[key], 0, key)
+        for key in ("cold_decode_ms", "cached_decode_ms", "run_decode_us", "device_plan_us"):
+            self.assertNotIn(key, figures)
+
+    def test_compile_fills_a_cache_for_machines_without_nvrtc(self):
+        with tempfile.TemporaryDirectory() as folder, \
+                tempfile.NamedTemporaryFile("w", suffix=".txt") as f:
+            f.write("rmsnorm tokens=3,size=256\nrmsnorm tokens=30,size=256\ngated tokens=2\n"
+                    "append\nargmax batch=3\n")
+            f.flush()
+            arguments = ["compile", f.name, "--arch", "sm_80,sm_90a,sm_100a", "--cache", folder + "/new"]
+            done = qkv(*arguments, QKV_NVRTC="/nonexistent")
+            self.assertEqual(done[:2], (1, ""))
+            self.assertIn("expected NVRTC", done[2])
+            probe = ["compile", f.name, "--arch", "sm_80", "--cache", folder + "/probe"]
+            if "expected NVRTC" in qkv(*probe)[2]:
+                self.skipTest("no NVRTC on this machine")
+            lines = self.succeeds(*arguments).splitlines()
+            self.assertEqual([line.split()[0] for line in lines], ["sm_80", "sm_90a", "sm_100a"])
+            compiled = 0
+            for line in lines:
+                self.assertRegex(line, r" 5 problems, [4-9] kernels compiled by nvrtc \d+\.\d+ in ")
+                compiled += int(line.split(" problems, ")[1].split()[0])
+            entries = sorted(os.listdir(folder + "/new"))
+            self.assertEqual(len(entries), 2 * compiled)  # with the compiler's name and without
+            for environment in ({}, {"QKV_NVRTC": "/nonexistent"}):
+                again = self.succeeds(*arguments, **environment).splitlines()
+                for line in again:
+                    self.assertRegex(line, r" 5 problems, 0 kernels compiled")
+            self.assertEqual(sorted(os.listdir(folder + "/new")), entries)
+
     def test_wrong_usage_is_named(self):
         with tempfile.NamedTemporaryFile("w", suffix=".txt") as f:
             f.write("# one fine line\ngemm m=2,n=8,k=8\ngemm m=2,n=zero\n")
             f.flush()
             cases = [
                 ([], "expected a command"),
-                (["benhc"], "benhc: expected info or bench"),
+                (["benhc"], "benhc: expected info, bench or compile"),
                 (["bench"], "expected OP [PROBLEM], or --file"),
                 (["bench", "gemm", "--file", f.name], "expected OP [PROBLEM], or --file"),
                 (["bench", "gem"], 'op: expected one of decode'),
@@ -136,9 +173,15 @@ class Tool(unittest.TestCase):
                 (["bench", "gemm", "--seconds", "1s"], "--seconds: expected a number"),
                 (["bench", "gemm", "--threads", "0"], "--threads: expected a number from 1"),
                 (["bench", "gemm", "--ceilings"], "--ceilings belongs to info"),
-                (["bench", "--file", "/nowhere/at/all"], "--file: /nowhere/at/all: "),
+                (["bench", "--file", "/nowhere/at/all"], "/nowhere/at/all: "),
                 (["bench", "--file", os.devnull], "no problem in it"),
                 (["bench", "--file", f.name], "line 3: n: expected a whole number"),
+                (["bench", "gemm", "--device", "gpu"], "--device: expected cpu, cuda or cuda:N"),
+                (["bench", "gemm", "--device", "cuda:x"], "--device cuda:: expected a number"),
+                (["bench", "gemm", "--cache", "x"], "--arch and --cache belong to compile"),
+                (["compile"], "compile: expected a file of problems"),
+                (["compile", os.devnull], "no problem in it"),
+                (["compile", SMOKE, "--arch", "sm_80,"], "--arch: expected names by commas"),
                 (["info", "gemm"], "info: expected decode, prefill or mixed"),
                 (["info", "--json"], "info: takes neither"),
             ]
@@ -160,8 +203,56 @@ class Tool(unittest.TestCase):
             self.assertIn(message, err)
 
 
+class Gpu(unittest.TestCase):
+    """The same on a GPU, or on an emulated one: QKV_TEST_DEVICE=cuda."""
+
+    environment = {k: os.environ[k] for k in ("QKV_NVRTC", "QKV_CACHE_DIR") if k in os.environ}
+
+    def bench(self, *arguments, **environment):
+        status, out, err = qkv("bench", "--device", "cuda", "--json", "--seconds", "0", *arguments,
+                               **dict(self.environment, **environment))
+        self.assertEqual(status, 0, err)
+        return [json.loads(line) for line in out.splitlines()]
+
+    def test_info_names_the_gpu(self):
+        status, out, err = qkv("info", "--device", "cuda", **self.environment)
+        self.assertEqual((status, err), (0, ""))
+        self.assertRegex(out, r"(?m)^device +cuda:0:sm_\w+, \d+ threads$")
+        self.assertRegex(out, r"(?m)^gpu +\S.*, \d+ multiprocessors, driver of CUDA \d+\.\d+$")
+        self.assertRegex(out, r"(?m)^compiler +nvrtc \d+\.\d+$")
+        status, out, err = qkv("info", "--device", "cuda:99", **self.environment)
+        self.assertEqual((status, out), (1, ""))
+        self.assertIn("device_id", err)
+
+    def test_every_operator_is_verified(self):
+        results = self.bench("--file", SMOKE)
+        with open(SMOKE) as f:
+            self.assertEqual([r["op"] for r in results],
+                             [line.split()[0] for line in f if line[0].isalpha()])
+        for r in results:
+            self.assertTrue(r["device"].startswith("cuda:0:sm_"), r)
+            for key in ("us", "us_best", "host_us", "runs"):
+                self.assertGreater(r[key], 0, key)
+
+    def test_a_filled_cache_serves_without_nvrtc(self):
+        problem = ["rmsnorm", "tokens=3,size=64,data=cache"]
+        with tempfile.TemporaryDirectory() as folder, \
+                tempfile.NamedTemporaryFile("w", suffix=".txt") as f:
+            f.write(" ".join(problem))
+            f.flush()
+            without = {"QKV_NVRTC": "/nonexistent", "QKV_CACHE_DIR": folder}
+            arch = qkv("info", "--device", "cuda")[1].split("cuda:0:")[1].split(",")[0]
+            status, _, err = qkv("bench", "--device", "cuda", *problem, **without)
+            self.assertEqual(status, 1)
+            self.assertIn("expected NVRTC", err)
+            self.assertEqual(qkv("compile", f.name, "--arch", arch, "--cache", folder,
+                                 **self.environment)[0], 0)
+            self.assertEqual(len(self.bench(*problem, **without)), 1)
+
+
 if __name__ == "__main__":
     QKV = sys.argv[1:]
     if not QKV:
         sys.exit(__doc__)
-    unittest.main(argv=sys.argv[:1])
+    unittest.main(argv=sys.argv[:1],
+                  defaultTest="Gpu" if os.environ.get("QKV_TEST_DEVICE") == "cuda" else "Tool")

@@ -59,6 +59,13 @@ QI_INLINE u32 hmul2_f16(u32 a, u32 b)
     return product;
 }
 
+QI_INLINE u32 hadd2_f16(u32 a, u32 b)
+{
+    u32 sum;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+    return sum;
+}
+
 /* The two 8-bit floats in the lower half of `bits` as two f16, exactly; NaN stays NaN. */
 QI_INLINE u32 e4m3x2_to_f16x2(u32 bits)
 {
@@ -80,12 +87,37 @@ QI_INLINE u32 e5m2x2_to_f16x2(u32 bits)
     return (bits & 0xff) << 8 | (bits & 0xff00) << 16;
 }
 
+/* The two signed bytes in the lower half of `bits`: as the last bits of 1024 + 128 + x. */
+QI_INLINE u32 i8x2_to_f16x2(u32 bits)
+{
+    return hadd2_f16(__byte_perm(bits ^ 0x8080, 0x64646464, 0x4140), 0xe480e480);
+}
+
 /* 2^x, within 2 units of the last place; subnormal results are 0. */
 QI_INLINE float ex2(float x)
 {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+
+/* 1 / x, within 1 unit of the last place; of a subnormal number infinity. */
+QI_INLINE float rcp(float x)
+{
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* ---- registers ---------------------------------------------------------------------------- */
+
+/* threadIdx.x, read at this place: what follows from it takes no registers through a loop around. */
+QI_INLINE int tid_x()
+{
+    int x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    __builtin_assume(x >= 0 && x < 1024);
+    return x;
 }
 
 /* ---- shared memory and the tensor cores --------------------------------------------------- */
@@ -127,18 +159,18 @@ QI_INLINE u32 movmatrix_trans(u32 r)
  * with columns 8 further. b[0] rows 2c, 2c + 1 of column g; b[1] rows 8 further. */
 QI_INLINE void mma_m16n8k16_bf16(float d[4], const u32 a[4], u32 b0, u32 b1)
 {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 QI_INLINE void mma_m16n8k16_f16(float d[4], const u32 a[4], u32 b0, u32 b1)
 {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 /* ---- asynchronous copies ------------------------------------------------------------------ */
@@ -159,6 +191,12 @@ QI_INLINE void cp_async_commit_group()
 
 /* Waits until at most n of this thread's groups are under way; n is a constant. */
 #define cp_async_wait_group(n) asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory")
+
+/* Brings the line at p into L2. */
+QI_INLINE void prefetch_l2(const void *p)
+{
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
 
 /* ---- dependent launches ------------------------------------------------------------------- */
 

@@ -18,20 +18,21 @@ QI_CPU_DECLARE(attention_levels);
 
 static const char *reject_variant(const void *desc)
 {
-    const qkv_attention_spec *s = desc;
-    return s->variant ? "the variant is not compiled in" : NULL;
+    const qkv_attention *a = desc;
+    return a->spec.variant ? "the variant is not compiled in" : NULL;
 }
 
 static const char *reject_builtin(const void *desc)
 {
-    const qkv_attention_spec *s = desc;
-    return s->variant ? NULL : "there is no variant to compile";
+    const qkv_attention *a = desc;
+    return a->spec.variant ? NULL : "there is no variant to compile";
 }
 
 /* The rows for one head dim read keys where they are. */
-static const char *reject_fixed(const qkv_attention_spec *s, int32_t dim, const char *reason)
+static const char *reject_fixed(const void *desc, int32_t dim, const char *reason)
 {
-    if (s->variant) return reject_variant(s);
+    const qkv_attention_spec *s = &((const qkv_attention *)desc)->spec;
+    if (s->variant) return reject_variant(desc);
     if (s->head_dim_qk != dim || s->head_dim_vo != dim) return reason;
     if (s->features & QKV_FEATURE_ROPE) return "keys are rotated in the kernel";
     return NULL;
@@ -47,6 +48,23 @@ static const char *reject_d128(const void *desc)
     return reject_fixed(desc, 128, "head_dim is not 128");
 }
 
+/* Tensor cores multiply what cp.async brings: keys as they are. */
+static const char *reject_mma(const void *desc)
+{
+    const qkv_attention *a = desc;
+    const qkv_attention_spec *s = &a->spec;
+    const qi_dtype q = (qi_dtype)qi_dtype_of(s->dtype_q), kv = (qi_dtype)qi_dtype_of(s->dtype_kv);
+    if (q == QI_F32 || kv == QI_F32) return "f32 is not multiplied by tensor cores";
+    if (qi_dtype_bytes(q) == 2 && qi_dtype_bytes(kv) == 2 && q != kv)
+        return "q and k are of different 16-bit types";
+    if (s->head_dim_qk > 256 || s->head_dim_vo > 256) return "a head dim is more than 256";
+    if (s->features & QKV_FEATURE_ROPE) return "keys are rotated in the kernel";
+    if (a->variant.changes_keys) return "the variant changes keys";
+    if (a->cuda.shared_bytes > (u32)a->ctx->cuda.shared_bytes)
+        return "a block has too little shared memory on this device";
+    return NULL;
+}
+
 /* Fastest first; the first row whose reject() returns NULL wins; the reference is last. */
 const qi_kernel qi_attention_kernels[] = {
     QI_CPU_ROW("attention.d64", reject_d64, attention_d64),
@@ -55,6 +73,11 @@ const qi_kernel qi_attention_kernels[] = {
     {.name = "attention.variant",
      .device = kDLCPU,
      .reject = reject_builtin}, /* compiled by create */
+    QI_CUDA_ROW(
+        "attention.mma", reject_mma, "ops/attention/attention_mma.cu", "attention",
+        "HEAD_DIM_QK HEAD_DIM_VO GROUP_SIZE PAGE_SIZE DTYPE_Q DTYPE_KV DTYPE_O CAUSAL WINDOW "
+        "SOFT_CAP ALIBI CUSTOM_MASK SPARSE MIXED DECODE_ROWS DECODE_STAGES PREFILL "
+        "BLOCKS_PER_SM THREADS"),
     QI_CUDA_ROW("attention.cuda", NULL, "ops/attention/attention.cu", "attention", "THREADS"),
     {0},
 };
@@ -167,8 +190,8 @@ static qkv_status read_spec(const qkv_attention_spec *in, qkv_attention_spec *ou
 #define MAX_INDEX  0x7fffffffLL
 #define MAX_LENGTH (1LL << 30)
 
-static qkv_status read_limits(const qkv_context *ctx, const qkv_attention_spec *spec,
-                              const qkv_attention_limits *in, qkv_attention_limits *out)
+static qkv_status read_limits(const qkv_attention_spec *spec, const qkv_attention_limits *in,
+                              qkv_attention_limits *out)
 {
     QI_TRY(qi_read_struct(out, sizeof *out, in, "limits"));
     qkv_attention_limits *l = out;
@@ -179,7 +202,6 @@ static qkv_status read_limits(const qkv_context *ctx, const qkv_attention_spec *
     if (l->max_qo_len == 0 || l->max_qo_len > l->max_tokens) l->max_qo_len = (int32_t)l->max_tokens;
     QI_REQUIRE(l->max_workers >= 0 && l->max_workers <= 4096,
                "max_workers: expected 0 to 4096, got %d", (int)l->max_workers);
-    if (l->max_workers == 0) l->max_workers = qkv_context_num_threads(ctx);
     QI_REQUIRE(l->max_kv_len > 0 && l->max_kv_len <= MAX_LENGTH,
                "max_kv_len: expected 1 to 2^30, got %lld", (long long)l->max_kv_len);
     if (spec->page_size == 0) l->max_pages = 0;
@@ -272,7 +294,7 @@ static qi_limits schedule_limits(const qkv_context *ctx, const qkv_attention_spe
         .num_workers = limits->max_workers,
         .num_kv_heads = spec->num_kv_heads,
         .group_size = group,
-        .decode_rows = cuda && group > DECODE_M ? 0 : decode_rows(group),
+        .decode_rows = cuda ? cuda_decode_rows(group) : decode_rows(group),
         .split_heads = cuda,
         .tile_rows = prefill_rows(group, cuda ? PREFILL_TILE_M(spec->head_dim_vo) : (i32)PREFILL_M),
         .causal = spec->mask == QKV_MASK_CAUSAL,
@@ -361,6 +383,13 @@ static void bind_workspace(qkv_attention *a, qi_arena *plan, qi_arena *scratch)
     a->scratch = qi_arena_take(scratch, (uint64_t)num_tasks(a), (uint64_t)a->scratch_stride);
 }
 
+/* As many as can work at a time. */
+static int32_t num_workers(const qkv_attention *a)
+{
+    if (a->ctx->device.device_type != kDLCUDA) return qkv_context_num_threads(a->ctx);
+    return a->cuda.blocks_per_sm * a->ctx->cuda.num_sms;
+}
+
 /* Reads spec and limits, chooses a row and measures the workspace; binds nothing. */
 static qkv_status prepare(qkv_context *ctx, const qkv_attention_spec *spec,
                           const qkv_attention_limits *limits, qkv_attention *a,
@@ -370,10 +399,12 @@ static qkv_status prepare(qkv_context *ctx, const qkv_attention_spec *spec,
     *a = (qkv_attention){.ctx = ctx, .max_page = -1};
     QI_TRY(read_spec(spec, &a->spec, &a->rope));
     QI_TRY(qi_variant_read(a->spec.variant, &a->variant));
-    QI_TRY(read_limits(ctx, &a->spec, limits, &a->limits));
+    QI_TRY(read_limits(&a->spec, limits, &a->limits));
+    if (ctx->device.device_type == kDLCUDA) qi_attention_cuda_configure(a);
+    QI_TRY(qi_select(ctx, qi_attention_kernels, a, &a->row));
+    QI_TRY(qi_select(ctx, qi_attention_levels_kernels, a, &a->levels_row));
+    if (a->limits.max_workers == 0) a->limits.max_workers = num_workers(a);
     a->schedule = schedule_limits(ctx, &a->spec, &a->limits);
-    QI_TRY(qi_select(ctx, qi_attention_kernels, &a->spec, &a->row));
-    QI_TRY(qi_select(ctx, qi_attention_levels_kernels, &a->spec, &a->levels_row));
     QI_REQUIRE(!(a->variant.no_softmax && a->spec.flags & QKV_ATTENTION_HAS_SINK),
                "flags: expected no QKV_ATTENTION_HAS_SINK, since the variant has no softmax");
     const i64 work = max_work(&a->schedule, &a->spec, &a->limits);
@@ -402,7 +433,7 @@ qkv_status qkv_attention_can_run(qkv_context *ctx, const qkv_attention_spec *spe
     reasons[0] = '\0';
     size_t at = 0;
     for (const qi_kernel *k = qi_attention_kernels; k->name && at < reasons_bytes; k++) {
-        const char *reason = k->reject ? k->reject(&a.spec) : NULL;
+        const char *reason = k->reject ? k->reject(&a) : NULL;
         const int n = snprintf(reasons + at, reasons_bytes - at, "%s: %s\n", k->name,
                                reason ? reason : "runs");
         at += n > 0 ? (size_t)n : 0;

@@ -9,7 +9,7 @@
  * Bound: FMA and shared memory; keys are read once a CHUNK of rows.
  * SPDX-License-Identifier: Apache-2.0 */
 #include "kern/cuda/prelude.cuh"
-#include "ops/attention/rows.cuh"
+#include "ops/attention/merge_rows.cuh"
 
 enum {
     CHUNK = ATTENTION_CHUNK,
@@ -197,26 +197,35 @@ QI_INLINE void accumulate(float acc[CHUNK][OUTPUTS], int rows, int n, const tile
     __syncthreads();
 }
 
-/* Results of the chunk's rows: to o, or to partial rows from slot on. */
+/* Results of the chunk's rows: to o, or to partial rows from slot on. Sums pass through t->v, since a thread
+ * has every THREADS-th dim of a row, and four neighbours are stored together. */
 QI_INLINE void store_rows(const attention_cuda_params *c, float acc[CHUNK][OUTPUTS], int rows,
                           i64 slot, const tile *t)
 {
     const attention_params *p = &c->at;
+    const int dim = t->dim_vo, quads = dim / 4;
 #pragma unroll
     for (int r = 0; r < CHUNK; r++) {
         if (r >= rows) break;
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < OUTPUTS; i++) {
+            const int d = i * THREADS + (int)threadIdx.x;
+            if (d < dim) t->v[d] = acc[r][i];
+        }
+        __syncthreads();
         const float sum = t->sum[r];
         const int seen = sum > 0.f || sum != sum, first = threadIdx.x == 0;
         float norm = !SOFTMAX ? 1.f : seen ? 1.f / sum : 0.f;
         if (slot < 0) norm = finish_row(c, t->row[r], t->qo_head[r], t->max[r], sum, first);
-#pragma unroll
-        for (int i = 0; i < OUTPUTS; i++) {
-            const int d = i * THREADS + (int)threadIdx.x;
-            if (d >= t->dim_vo) break;
+        for (int i = (int)threadIdx.x; i < quads; i += THREADS) {
+            float o[4];
+            for (int j = 0; j < 4; j++) o[j] = t->v[4 * i + j] * norm;
             if (slot < 0)
-                store_output(c, t->row[r], t->qo_head[r], d, acc[r][i] * norm);
+                store_outputs(c, t->row[r], t->qo_head[r], 4 * i, o);
             else
-                p->plan.o_partial[(slot + r) * t->dim_vo + d] = acc[r][i] * norm;
+                *(float4 *)(p->plan.o_partial + (slot + r) * dim + 4 * i) =
+                    make_float4(o[0], o[1], o[2], o[3]);
         }
         if (slot >= 0 && first)
             p->plan.lse_partial[slot + r] = seen ? t->max[r] + log2f(sum) : -QI_INFINITY;
@@ -244,35 +253,13 @@ QI_INLINE void do_chunk(const attention_cuda_params *c, const qi_work *w, int kv
     store_rows(c, acc, rows, slot, t);
 }
 
-/* ---- merging ------------------------------------------------------------------------------ */
-
-/* Counts a finished piece; the last one merges the tile and leaves the ticket as it was found. */
-QI_INLINE void finish_piece(const attention_cuda_params *c, const qi_work *w, tile *t)
-{
-    const attention_params *p = &c->at;
-    const qi_merge m = p->plan.merge[w->merge];
-    int *ticket = &p->plan.ticket[w->merge];
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) t->is_last = atomicAdd(ticket, 1) == m.num_pieces - 1;
-    __syncthreads();
-    if (!t->is_last) return;
-    __threadfence();
-    const int group = p->num_qo_heads / p->num_kv_heads, heads = m.num_kv_heads * group;
-    for (int i = (int)threadIdx.x / WARP; i < m.num_rows * heads; i += WARPS) {
-        const int row = m.row_begin + i / heads, head = m.kv_head * group + i % heads;
-        const pieces of = pieces_of(p, &m, row, head);
-        merge_row(c, &of, 1, row_at(p, row), head);
-    }
-    if (threadIdx.x == 0) *ticket = 0;
-    __syncthreads();
-}
-
 /* ---- entries ------------------------------------------------------------------------------ */
 
 QI_KERNEL(attention, attention_cuda_params)
 {
     extern __shared__ __align__(16) char shared[];
+    griddepcontrol_wait();
+    griddepcontrol_launch_dependents();
     const attention_params *a = &p.at;
     tile *t = make_tile(a, shared);
     const int one_level = a->plan.header->num_levels == 1;
@@ -282,26 +269,12 @@ QI_KERNEL(attention, attention_cuda_params)
         const qi_work w = a->plan.work[i];
         for (int head = w.kv_head; head < w.kv_head + w.num_kv_heads; head++)
             for (int m = 0; m < w.num_rows * group; m += CHUNK) do_chunk(&p, &w, head, m, t);
-        if (w.slot >= 0 && one_level) finish_piece(&p, &w, t);
+        if (w.slot >= 0 && one_level) finish_piece(&p, &w, &t->is_last);
     }
 }
 
-/* Several levels: all rows that have partial ones, a warp a (row, head). */
 QI_KERNEL(attention_levels, attention_cuda_params)
 {
-    const attention_params *a = &p.at;
-    const int levels = a->plan.header->num_levels, group = a->num_qo_heads / a->num_kv_heads;
-    if (levels == 1) return;
-    const i64 count = (i64)a->plan.header->num_tokens * a->num_qo_heads;
-    for (i64 i = (i64)blockIdx.x * WARPS + threadIdx.x / WARP; i < count; i += gridDim.x * WARPS) {
-        const int row = (int)(i / a->num_qo_heads), head = (int)(i % a->num_qo_heads);
-        pieces of[MAX_LEVELS];
-        int n = 0;
-        for (int l = 0; l < levels; l++) {
-            const int merge =
-                a->plan.row_merge[(l * a->plan.max_tokens + row) * a->num_kv_heads + head / group];
-            if (merge >= 0) of[n++] = pieces_of(a, &a->plan.merge[merge], row, head);
-        }
-        if (n > 0) merge_row(&p, of, n, row_at(a, row), head);
-    }
+    griddepcontrol_wait();
+    merge_levels(&p);
 }

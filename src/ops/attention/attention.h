@@ -10,8 +10,12 @@
 #include "ops/attention/variant.h"
 #include "qkv/attention.h"
 
-/* On a GPU: the plan block there, a copy of the host's, and the kernels. */
+/* On a GPU: how the kernels are compiled and launched, and the plan block there, a copy of the host's. */
 typedef struct attention_cuda {
+    i32 decode_rows, decode_stages; /* 0: no tile has few rows */
+    i32 prefill;                    /* 0: no tile has many */
+    i32 blocks_per_sm;
+    u32 shared_bytes;         /* of a block; more than there is: the kernel declines */
     char *block;              /* [workspace size's plan_bytes] */
     const char *host;         /* the block that it is a copy of */
     qi_plan plan;             /* addresses in block; fixed, since captured launches keep them */
@@ -51,6 +55,7 @@ struct qkv_attention {
 };
 
 /* cuda.c: what create, plan, run and destroy do beside on a GPU. */
+void qi_attention_cuda_configure(qkv_attention *a);
 qkv_status qi_attention_cuda_compile(qkv_attention *a);
 qkv_status qi_attention_cuda_alloc(qkv_attention *a, const qkv_workspace_size *size,
                                    qkv_workspace *out);

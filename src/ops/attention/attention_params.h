@@ -73,6 +73,21 @@ enum {
 /* M of a prefill tile on a GPU: four warps of 32 rows, or of 16 where the sums of v take more registers. */
 #define PREFILL_TILE_M(dim_vo) ((dim_vo) <= 128 ? 128 : 64)
 
+/* Decode tiles on a GPU (decode_mma.cuh): keys of a tile; 16-byte pieces of a row in shared memory, an odd
+ * number, so that eight rows are on different banks; bytes of a slot of a warp's ring, which takes a tile or
+ * the sums of v of `rows` rows. */
+#define DECODE_TILE(kv_bytes)        ((kv_bytes) == 1 ? 32 : 16)
+#define DECODE_CHUNKS(dim, kv_bytes) (((dim) + 15) / 16 * (kv_bytes) | 1)
+#define DECODE_TILE_BYTES(qk, vo, kv_bytes)                                                        \
+    (16 * DECODE_TILE(kv_bytes) * (DECODE_CHUNKS(qk, kv_bytes) + DECODE_CHUNKS(vo, kv_bytes)))
+#define DECODE_SUM_BYTES(vo, rows) (4 * (rows) * (((vo) + 15) / 16 * 16 + 4))
+#define DECODE_SLOT_BYTES(qk, vo, kv_bytes, rows)                                                  \
+    (DECODE_TILE_BYTES(qk, vo, kv_bytes) > DECODE_SUM_BYTES(vo, rows)                              \
+         ? DECODE_TILE_BYTES(qk, vo, kv_bytes)                                                     \
+         : DECODE_SUM_BYTES(vo, rows))
+#define DECODE_Q_PITCH(dim)           (((dim) + 15) / 16 * 32 + 16)
+#define DECODE_SHARED_ROOM(dim, rows) (2816 + (rows)*DECODE_Q_PITCH(dim)) /* beside the rings */
+
 /* The reference kernel of GPUs: query rows and keys that a block has in shared memory at a time. */
 #define ATTENTION_CHUNK        16
 #define ATTENTION_KEYS(qk, vo) ((qk) + (vo) <= 512 ? 32 : 16)
@@ -82,9 +97,45 @@ enum {
      ATTENTION_TILE_BYTES)
 #define ATTENTION_TILE_BYTES 4096
 
+/* The prefill tile of GPUs with mma.sync: query rows and keys that a block of 4 warps has at a time, and its
+ * shared memory. Rows there are an odd number of 16-byte chunks long, so that 8 rows at one chunk lie in
+ * different banks; a head dim is padded to 16. Two tiles of keys, the next on its way, where two blocks
+ * still fit an SM. */
+#define PREFILL_SHARED_ROOM       16 /* in front of it: is this the last piece? */
+#define PREFILL_PITCH(dim, bytes) ((((dim) + 15) / 16 * (bytes) | 1) * 16)
+#define PREFILL_ITEM_BYTES        128 /* what is noted of an item, of a row, of a key */
+#define PREFILL_ROW_BYTES         16
+#define PREFILL_KEY_BYTES         24
+#define PREFILL_NOTES(vo)                                                                          \
+    (PREFILL_ITEM_BYTES + PREFILL_TILE_M(vo) * PREFILL_ROW_BYTES + 2 * 64 * PREFILL_KEY_BYTES)
+#define PREFILL_FIXED(qk, vo) (PREFILL_NOTES(vo) + PREFILL_TILE_M(vo) * PREFILL_PITCH(qk, 2))
+#define PREFILL_STAGE(qk, vo, kv_bytes, keys)                                                      \
+    ((keys) * (PREFILL_PITCH(qk, kv_bytes) + PREFILL_PITCH(vo, kv_bytes)))
+#define PREFILL_MOST_SHARED (111 * 1024)
+#define PREFILL_FITS(qk, vo, kv_bytes, keys, stages)                                               \
+    (PREFILL_FIXED(qk, vo) + (stages)*PREFILL_STAGE(qk, vo, kv_bytes, keys) + 16 <=                \
+     PREFILL_MOST_SHARED)
+#define PREFILL_KEYS(qk, vo, kv_bytes)   (PREFILL_FITS(qk, vo, kv_bytes, 64, 1) ? 64 : 48)
+#define PREFILL_STAGES(qk, vo, kv_bytes) (PREFILL_FITS(qk, vo, kv_bytes, 64, 2) ? 2 : 1)
+#define PREFILL_STAGED_PITCH(vo)         (((vo) + 15) / 16 * 64 + 32) /* of o in f32 */
+#define PREFILL_LOADED(qk, vo, kv_bytes) /* and 16 bytes that are read, not used */                \
+    (PREFILL_FIXED(qk, vo) + 16 +                                                                  \
+     PREFILL_STAGES(qk, vo, kv_bytes) *                                                            \
+         PREFILL_STAGE(qk, vo, kv_bytes, PREFILL_KEYS(qk, vo, kv_bytes)))
+#define PREFILL_STAGED(vo) (PREFILL_NOTES(vo) + 64 * PREFILL_STAGED_PITCH(vo))
+#define PREFILL_SHARED_BYTES(qk, vo, kv_bytes)                                                     \
+    (PREFILL_LOADED(qk, vo, kv_bytes) > PREFILL_STAGED(vo) ? PREFILL_LOADED(qk, vo, kv_bytes)      \
+                                                           : PREFILL_STAGED(vo))
+
 static inline i32 decode_rows(i32 group_size)
 {
     return group_size < DECODE_M ? DECODE_M / group_size : 1;
+}
+
+/* On a GPU more heads than that are a prefill tile. */
+static inline i32 cuda_decode_rows(i32 group_size)
+{
+    return group_size <= DECODE_M ? decode_rows(group_size) : 0;
 }
 
 /* tile_m: PREFILL_M or PREFILL_TILE_M(). */

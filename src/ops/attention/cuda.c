@@ -5,13 +5,84 @@
 
 #include "ops/attention/attention.h"
 
-enum { THREADS = 128 };
+enum { THREADS = 128, WARPS = THREADS / 32, NUM_CONSTANTS = 19 };
+
+static i32 max32(i32 a, i32 b)
+{
+    return a > b ? a : b;
+}
+
+static i32 min32(i32 a, i32 b)
+{
+    return a < b ? a : b;
+}
+
+/* Rings of two tiles a warp or more, for two blocks an SM where they fit, since one computes while the other
+ * waits; shared memory of an SM is 1 KB more than a block may have, and each block takes 1 KB for itself. */
+void qi_attention_cuda_configure(qkv_attention *a)
+{
+    enum { MAX_STAGES = 6 };
+    const qkv_attention_spec *s = &a->spec;
+    const qkv_attention_limits *l = &a->limits;
+    attention_cuda *c = &a->cuda;
+    const i32 group = s->num_qo_heads / s->num_kv_heads, few = cuda_decode_rows(group);
+    const i64 most = l->max_levels > 1 ? l->max_tokens : l->max_qo_len; /* rows of a group */
+    const i32 qk = s->head_dim_qk, vo = s->head_dim_vo;
+    const i32 bytes = (i32)qi_dtype_bytes((qi_dtype)qi_dtype_of(s->dtype_kv));
+    const i32 room = a->ctx->cuda.shared_bytes, half = (room - 1024) / 2;
+    c->decode_rows = few == 0 ? 0 : (most < few ? (i32)most : few) * group <= 8 ? 8 : 16;
+    c->prefill = most > few;
+    const i32 slots = WARPS * DECODE_SLOT_BYTES(qk, vo, bytes, c->decode_rows);
+    const i32 shared = DECODE_SHARED_ROOM(qk, c->decode_rows);
+    const i32 prefill = c->prefill ? PREFILL_SHARED_ROOM + PREFILL_SHARED_BYTES(qk, vo, bytes) : 0;
+    const i32 needed = max32(c->decode_rows ? shared + 2 * slots : 0, prefill);
+    c->blocks_per_sm = needed <= half ? 2 : 1;
+    const i32 fit = ((c->blocks_per_sm == 2 ? half : room) - shared) / slots;
+    c->decode_stages = c->decode_rows ? min32(max32(fit, 2), MAX_STAGES) : 0;
+    c->shared_bytes = (u32)max32(c->decode_rows ? shared + c->decode_stages * slots : 0, prefill);
+}
+
+/* Of attention.mma, in the order of its row's names. */
+static void write_constants(const qkv_attention *a, i32 *out)
+{
+    const qkv_attention_spec *s = &a->spec;
+    const attention_cuda *c = &a->cuda;
+    const i32 constants[] = {
+        s->head_dim_qk,
+        s->head_dim_vo,
+        s->num_qo_heads / s->num_kv_heads,
+        s->page_size,
+        (i32)qi_dtype_of(s->dtype_q),
+        (i32)qi_dtype_of(s->dtype_kv),
+        (i32)qi_dtype_of(s->dtype_o),
+        s->mask == QKV_MASK_CAUSAL,
+        (s->features & QKV_FEATURE_WINDOW) != 0,
+        (s->features & QKV_FEATURE_SOFT_CAP) != 0,
+        (s->features & QKV_FEATURE_ALIBI) != 0,
+        s->mask == QKV_MASK_CUSTOM,
+        a->limits.max_row_blocks > 0,
+        a->limits.max_levels > 1,
+        c->decode_rows,
+        c->decode_stages,
+        c->prefill,
+        c->blocks_per_sm,
+        THREADS,
+    };
+    _Static_assert(sizeof constants / sizeof *constants == NUM_CONSTANTS, "the row's names");
+    memcpy(out, constants, sizeof constants);
+}
+
+static int is_reference(const qkv_attention *a)
+{
+    return strcmp(a->row->name, "attention.cuda") == 0;
+}
 
 qkv_status qi_attention_cuda_compile(qkv_attention *a)
 {
-    const i32 constants[] = {THREADS};
+    i32 constants[NUM_CONSTANTS] = {THREADS};
     const char *const names[] = {a->row->cuda.entry, a->levels_row->cuda.entry};
-    char defines[512];
+    char defines[1024];
+    if (!is_reference(a)) write_constants(a, constants);
     qi_write_defines(&a->row->cuda, constants, defines, sizeof defines);
     return qi_variant_compile_cuda(a->ctx, &a->spec, &a->variant, a->row, defines, names,
                                    a->cuda.functions);
@@ -158,9 +229,12 @@ qkv_status qi_attention_cuda_run(qkv_attention *a, const attention_params *p,
     const i32 qk = a->spec.head_dim_qk, vo = a->spec.head_dim_vo;
     const qi_grid grid = {.x = (u32)a->limits.max_workers,
                           .threads = THREADS,
-                          .shared_bytes = (u32)ATTENTION_SHARED_BYTES(qk, vo)};
+                          .shared_bytes = is_reference(a) ? (u32)ATTENTION_SHARED_BYTES(qk, vo)
+                                                          : a->cuda.shared_bytes,
+                          .overlaps_before = 1};
     QI_TRY(qi_cuda_launch(&a->ctx->cuda, a->cuda.functions[0], &grid, &c, stream));
     if (a->limits.max_levels == 1) return QKV_OK;
-    const qi_grid merge = {.x = (u32)a->limits.max_workers, .threads = THREADS};
+    const qi_grid merge = {
+        .x = (u32)a->limits.max_workers, .threads = THREADS, .overlaps_before = 1};
     return qi_cuda_launch(&a->ctx->cuda, a->cuda.functions[1], &merge, &c, stream);
 }

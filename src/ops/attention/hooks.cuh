@@ -40,15 +40,23 @@ enum { CHANGES_KEYS = 1 };
 enum { CHANGES_KEYS = 0 };
 #endif
 
+/* A pair of q, of which the first is dim a. */
+QI_INLINE qi_pair hook_query(const attention_cuda_params *c, qi_pos pos, int a, qi_pair pair)
+{
+#ifdef VARIANT_QUERY
+    return variant_query(VARIANT_ARGS(c), pos, a, pair);
+#else
+    return pair;
+#endif
+}
+
 /* Pair i of a row of q or k. */
 QI_INLINE void hook_pair(const attention_cuda_params *c, qi_pos pos, float *row, int i, int dim,
                          const int is_key)
 {
     const int a = PAIR_FIRST(i, dim), b = PAIR_SECOND(i, dim);
     qi_pair pair = {row[a], row[b]};
-#ifdef VARIANT_QUERY
-    if (!is_key) pair = variant_query(VARIANT_ARGS(c), pos, a, pair);
-#endif
+    if (!is_key) pair = hook_query(c, pos, a, pair);
 #ifdef VARIANT_KEY
     if (is_key) pair = variant_key(VARIANT_ARGS(c), pos, a, pair);
 #endif

@@ -1,5 +1,5 @@
-/* rows.cuh - what GPU kernels of attention share: which rows and keys a work item has, what a row sees,
- * where its result goes, and merging partial results. The twin of attention_tile.h.
+/* rows.cuh - what GPU kernels of attention share: which rows and keys a work item has, what a row sees, and
+ * where its result goes. The twin of attention_tile.h.
  * SPDX-License-Identifier: Apache-2.0 */
 #ifndef QI_ATTENTION_ROWS_CUH
 #define QI_ATTENTION_ROWS_CUH
@@ -19,6 +19,17 @@ QI_INLINE tile_row row_at(const attention_params *p, int row)
     r.token = p->plan.header->num_levels > 1 ? p->plan.rows[row] : row;
     r.request = p->plan.token_request[r.token];
     r.position = p->plan.qo_pos[r.request] + (r.token - p->plan.qo_indptr[r.request]);
+    return r;
+}
+
+/* The same of a row of this group, of which most say where it stands themselves. */
+QI_INLINE tile_row row_of_group(const attention_params *p, const qi_group *g, int row)
+{
+    if (g->flags & QI_GROUP_MIXED) return row_at(p, row);
+    tile_row r;
+    r.token = p->plan.rows && p->plan.header->num_levels > 1 ? p->plan.rows[row] : row;
+    r.request = g->request;
+    r.position = (int)g->pos_first + (row - g->row_begin);
     return r;
 }
 
@@ -139,66 +150,32 @@ QI_INLINE float finish_row(const attention_cuda_params *c, tile_row row, int qo_
     return norm * qi_scale_at(&c->v_scale, kv_head);
 }
 
-/* One element of o, from its final sum. */
-QI_INLINE void store_output(const attention_cuda_params *c, tile_row row, int qo_head, int d,
-                            float o)
+/* The type of o: a constant in kernels that are compiled for one. */
+#ifdef DTYPE_O
+#define OUTPUT_TYPE(p) DTYPE_O
+#else
+#define OUTPUT_TYPE(p) ((p)->dtype_o)
+#endif
+
+/* Four neighbouring elements of o, from their final sums. */
+QI_INLINE void store_outputs(const attention_cuda_params *c, tile_row row, int qo_head, int d,
+                             float o[4])
 {
     const attention_params *p = &c->at;
-    o = hook_output(c, hook_pos(p, row, qo_head), d, o);
     const float scale = qi_scale_at(&c->o_scale, qo_head);
-    if (scale != 1.f) o *= 1.f / scale;
-    const i64 at = row.token * p->o_stride[0] + qo_head * p->o_stride[1] + d;
-    qi_store1(qi_to(p->o, p->dtype_o, at), o, p->dtype_o);
-}
-
-/* ---- merging ------------------------------------------------------------------------------ */
-
-/* The pieces of one (row, query head) of one tile: piece i at partial row slot + i * step. */
-typedef struct pieces {
-    i64 slot;
-    int step, count;
-} pieces;
-
-QI_INLINE pieces pieces_of(const attention_params *p, const qi_merge *m, int row, int qo_head)
-{
-    const int group = p->num_qo_heads / p->num_kv_heads, head = qo_head / group - m->kv_head;
-    pieces of;
-    of.slot = m->slot + ((i64)head * m->num_rows + (row - m->row_begin)) * group + qo_head % group;
-    of.step = m->rows_per_piece;
-    of.count = m->num_pieces;
-    return of;
-}
-
-/* o = sum_i w_i o_i / sum_i w_i with w_i = 2^(lse_i - max), over the pieces of every level in key order;
- * without a softmax their plain sum. By one warp. What other blocks wrote is read past L1. */
-QI_INLINE void merge_row(const attention_cuda_params *c, const pieces *levels, int num_levels,
-                         tile_row row, int qo_head)
-{
-    const attention_params *p = &c->at;
-    const int lane = threadIdx.x % WARP;
-    float max = -QI_INFINITY, sum = 0.f;
-    for (int l = 0; l < num_levels; l++)
-        for (int i = 0; i < levels[l].count; i++)
-            max =
-                fmaxf(max, __ldcg(p->plan.lse_partial + levels[l].slot + (i64)i * levels[l].step));
-    for (int l = 0; l < num_levels; l++)
-        for (int i = 0; i < levels[l].count; i++) {
-            const float lse =
-                __ldcg(p->plan.lse_partial + levels[l].slot + (i64)i * levels[l].step);
-            sum += !SOFTMAX ? 1.f : lse == -QI_INFINITY ? 0.f : exp2f(lse - max);
-        }
-    const float norm = finish_row(c, row, qo_head, max, sum, lane == 0);
-    for (int d = lane; d < p->head_dim_vo; d += WARP) {
-        float acc = 0.f;
-        for (int l = 0; l < num_levels; l++)
-            for (int i = 0; i < levels[l].count; i++) {
-                const i64 slot = levels[l].slot + (i64)i * levels[l].step;
-                const float lse = __ldcg(p->plan.lse_partial + slot);
-                const float weight = !SOFTMAX ? 1.f : lse == -QI_INFINITY ? 0.f : exp2f(lse - max);
-                acc += weight * __ldcg(p->plan.o_partial + slot * p->head_dim_vo + d);
-            }
-        store_output(c, row, qo_head, d, acc * norm);
+    for (int i = 0; i < 4; i++) {
+        o[i] = hook_output(c, hook_pos(p, row, qo_head), d + i, o[i]);
+        if (scale != 1.f) o[i] *= 1.f / scale;
     }
+    const int type = OUTPUT_TYPE(p);
+    char *to = qi_to(p->o, type, row.token * p->o_stride[0] + qo_head * p->o_stride[1] + d);
+#ifdef DTYPE_O
+    if (((u64)to & (4 * qi_size_of(DTYPE_O) - 1)) == 0) {
+        qi_store(to, o, DTYPE_O, 4);
+        return;
+    }
+#endif
+    for (int i = 0; i < 4; i++) qi_store1(to + i * qi_size_of(type), o[i], type);
 }
 
 #endif

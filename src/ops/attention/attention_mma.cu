@@ -1,0 +1,58 @@
+/* attention_mma.cu - attention by mma.sync, for GPUs from sm_80 on. Each block walks its strip of the plan:
+ * first its decode tiles, in one stream of keys, then its prefill tiles. The last piece of a cut tile to
+ * finish merges it; with several levels all partial rows are merged by a launch of their own, which begins
+ * before this one has ended and waits for it.
+ *
+ * JIT constants: those of decode_mma.cuh and prefill_mma.cuh; DECODE_ROWS, 0 where no tile has few rows;
+ * PREFILL, 0 where no tile has many; BLOCKS_PER_SM; QI_VARIANT.
+ * SPDX-License-Identifier: Apache-2.0 */
+#include "kern/cuda/prelude.cuh"
+#include "ops/attention/merge_rows.cuh"
+#if DECODE_ROWS
+#include "ops/attention/decode_mma.cuh"
+#endif
+#if PREFILL
+#include "ops/attention/prefill_mma.cuh"
+#endif
+
+/* Is there an item of this kind in [begin, end)? The same in all threads. */
+QI_INLINE int any_item(const attention_params *p, int begin, int end, int flags)
+{
+    int any = 0;
+    for (int i = begin + (int)threadIdx.x; i < end; i += THREADS)
+        any |= p->plan.work[i].flags == flags;
+    return __syncthreads_or(any);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
+    attention(const __grid_constant__ attention_cuda_params p)
+{
+    extern __shared__ __align__(16) char shared[];
+    griddepcontrol_wait();
+    griddepcontrol_launch_dependents();
+    const attention_params *a = &p.at;
+    const int one_level = a->plan.header->num_levels == 1;
+    const int begin = a->plan.work_indptr[blockIdx.x], end = a->plan.work_indptr[blockIdx.x + 1];
+#if DECODE_ROWS
+    if (!PREFILL || any_item(a, begin, end, QI_TILE_DECODE))
+        decode_items(&p, begin, end, one_level,
+                     shared + DECODE_SHARED_ROOM(HEAD_DIM_QK, DECODE_ROWS),
+                     (decode_shared *)shared);
+#endif
+#if PREFILL
+    int *is_last = (int *)shared;
+    if (DECODE_ROWS && !any_item(a, begin, end, QI_TILE_PREFILL)) return;
+    for (int i = begin; i < end; i++) {
+        const qi_work w = a->plan.work[i];
+        if (w.flags != QI_TILE_PREFILL) continue;
+        prefill_item(&p, &w, shared + PREFILL_SHARED_ROOM);
+        if (w.slot >= 0 && one_level) finish_piece(&p, &w, is_last);
+    }
+#endif
+}
+
+QI_KERNEL(attention_levels, attention_cuda_params)
+{
+    griddepcontrol_wait();
+    merge_levels(&p);
+}

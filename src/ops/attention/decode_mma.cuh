@@ -1,0 +1,640 @@
+/* decode_mma.cuh - decode tiles by mma.sync: few query rows against many keys, bound by memory.
+ *
+ * Keys are the 16 rows of a product and the rows of q, token by token and head by head of the group, its 8
+ * columns (or twice 8), so a group of 4 wastes half of a product instead of three quarters:
+ *
+ *   S^T [16 keys, 8 rows]  = K [16, dim_qk] Q^T         K by ldmatrix, Q^T in registers
+ *   O^T [dim_vo, 8 rows]  += V^T [dim_vo, 16 keys] P^T  V by ldmatrix.trans, P^T by movmatrix
+ *
+ * The warps of a block share a work item: of its tiles of TILE keys warp w takes every fourth. Each warp has
+ * a ring of DECODE_STAGES tiles of its own in shared memory, filled by cp.async one row of 16 bytes a lane,
+ * so no warp waits for another but at the end of an item, where the warps' results are added up. The ring
+ * runs on through the items of the strip: the next item's keys are under way while one is finished, as is its
+ * q, and what the plan says of the items is in shared memory before any is begun. Of a cut tile the ticket is
+ * drawn while the next item is computed.
+ *
+ * 8-bit keys and values stay 8 bits in shared memory and become f16 on the way to the products, exactly. A
+ * register of ldmatrix then has four neighbouring dims of a key, so the columns of a product stand for dims
+ * in another order, and q is loaded in that order; of values it has two dims of two keys, so the rows 2g and
+ * 2g + 1 of a product are dims of one register.
+ *
+ * JIT constants: HEAD_DIM_QK, HEAD_DIM_VO, GROUP_SIZE, PAGE_SIZE (0 = ragged), DTYPE_Q, DTYPE_KV, DTYPE_O,
+ * CAUSAL, WINDOW, SOFT_CAP, ALIBI, CUSTOM_MASK, SPARSE; DECODE_ROWS, 8 or 16, the most rows of q of an item;
+ * DECODE_STAGES; THREADS.
+ * Bound: HBM, 2 head dims of elements a key and KV head; 32 products of 16x8x16 a tile of 16 keys of 128.
+ * Source: the operand swap follows from the fragment layouts of the PTX manual, section mma.m16n8k16.
+ * SPDX-License-Identifier: Apache-2.0 */
+#ifndef QI_ATTENTION_DECODE_MMA_CUH
+#define QI_ATTENTION_DECODE_MMA_CUH
+
+#include "ops/attention/merge_rows.cuh"
+#include "ops/attention/mma_types.cuh"
+
+enum {
+    DECODE_WARPS = THREADS / WARP,
+    DECODE_ITEMS = 16, /* of a strip that are in shared memory at a time */
+    TILE = DECODE_TILE(KV_BYTES),
+    K_PITCH = 16 * DECODE_CHUNKS(HEAD_DIM_QK, KV_BYTES), /* bytes of a key in shared memory */
+    V_PITCH = 16 * DECODE_CHUNKS(HEAD_DIM_VO, KV_BYTES),
+    Q_PITCH = DECODE_Q_PITCH(HEAD_DIM_QK),
+    SLOT_BYTES = DECODE_SLOT_BYTES(HEAD_DIM_QK, HEAD_DIM_VO, KV_BYTES, DECODE_ROWS),
+    NQ = DECODE_ROWS / 8,
+    STEPS_QK = (HEAD_DIM_QK + 15) / 16,
+    STEPS_VO = (HEAD_DIM_VO + 15) / 16,
+    SUM_PITCH = 16 * STEPS_VO + 4, /* floats of a row of sums: quads of lanes on different banks */
+    Q_UNITS = DECODE_ROWS * STEPS_QK * 2, /* of 8 elements */
+    Q_OF_THREAD = (Q_UNITS + THREADS - 1) / THREADS,
+};
+
+/* A work item and what its group says. A prefill tile has no keys here. */
+typedef struct decode_item {
+    int kv_begin, kv_end;                      /* keys of the group's list */
+    int list, block, kv_offset, kv_head;       /* of the list */
+    int row_begin, count;                      /* rows of q: tokens times heads of the group */
+    int request, position;                     /* of its first row; MIXED groups: of none */
+    int slot, merge, pieces, is_decode, flags; /* pieces: of its tile, where it is cut */
+    const qi_group *group;
+} decode_item;
+
+/* What the warps of a block share beside the rings. */
+typedef struct decode_shared {
+    int is_last;
+    int ticket; /* how many pieces of a tile were done */
+    tile_row row[DECODE_WARPS][DECODE_ROWS];
+    float max[DECODE_WARPS][DECODE_ROWS], sum[DECODE_WARPS][DECODE_ROWS];
+    const float *sums[DECODE_WARPS]; /* [DECODE_ROWS][SUM_PITCH] sums of v, in key order of tiles */
+    decode_item items[DECODE_ITEMS];
+    __align__(
+        16) char q[DECODE_ROWS * Q_PITCH]; /* of the item at hand, in the type of the products */
+} decode_shared;
+_Static_assert(sizeof(decode_shared) <= DECODE_SHARED_ROOM(HEAD_DIM_QK, DECODE_ROWS),
+               "as launched");
+
+/* Work items [begin, begin + count) to shared memory, a thread each. */
+QI_INLINE void decode_read_items(const attention_params *p, int begin, int count, decode_shared *t)
+{
+    if ((int)threadIdx.x < count) {
+        const qi_work w = p->plan.work[begin + (int)threadIdx.x];
+        const qi_group *g = &p->plan.groups[w.group];
+        decode_item i;
+        i.is_decode = w.flags == QI_TILE_DECODE;
+        i.kv_begin = w.kv_begin;
+        i.kv_end = i.is_decode ? w.kv_end : w.kv_begin;
+        i.list = g->kv_begin;
+        i.block = g->block_begin;
+        i.kv_offset = g->kv_offset;
+        i.kv_head = w.kv_head;
+        i.row_begin = w.row_begin;
+        i.count = w.num_rows * GROUP_SIZE;
+        i.request = g->request;
+        i.position = (int)g->pos_first + (w.row_begin - g->row_begin);
+        i.slot = w.slot;
+        i.merge = w.merge;
+        i.pieces = 0;
+        if (w.merge >= 0) {
+            i.pieces = p->plan.merge[w.merge].num_pieces;
+            prefetch_l2(&p->plan.ticket[w.merge]);
+        }
+        i.flags = g->flags;
+        i.group = g;
+        t->items[threadIdx.x] = i;
+    }
+    __syncthreads();
+}
+
+/* The row of q of an item that row m of a product is. */
+QI_INLINE tile_row decode_row(const attention_params *p, const decode_item *i, int m)
+{
+    const int r = m / GROUP_SIZE;
+    if (MIXED && (i->flags & QI_GROUP_MIXED)) return row_at(p, i->row_begin + r);
+    tile_row row;
+    row.token = i->row_begin + r;
+    if (MIXED && p->plan.header->num_levels > 1) row.token = p->plan.rows[row.token];
+    row.request = i->request;
+    row.position = i->position + r;
+    return row;
+}
+
+/* ---- the stream of keys that a warp loads --------------------------------------------------- */
+
+typedef struct decode_stream {
+    int item, end; /* of the items in shared memory */
+    int first;     /* which warp takes the item's first tile: turns, so that short items use all */
+    int at;        /* the first key of this warp's next tile */
+    int page, in_list; /* of this lane's key of that tile */
+} decode_stream;
+
+QI_INLINE int decode_tiles(const decode_item *i)
+{
+    return (i->kv_end - i->kv_begin + TILE - 1) / TILE;
+}
+
+/* The place of this warp among those of an item. */
+QI_INLINE int decode_place(int first)
+{
+    return ((int)threadIdx.x / WARP + DECODE_WARPS - first) % DECODE_WARPS;
+}
+
+/* To the first tile at or after `at` that there is, in this item or a later one; then looks up the page of this
+ * lane's key, one tile before it is loaded. */
+QI_INLINE void decode_settle(const attention_params *p, const decode_item *items, decode_stream *s)
+{
+    while (s->item < s->end && s->at >= items[s->item].kv_end) {
+        s->first = (s->first + decode_tiles(&items[s->item])) % DECODE_WARPS;
+        if (++s->item < s->end) s->at = items[s->item].kv_begin + TILE * decode_place(s->first);
+    }
+    const decode_item *now = &items[s->item];
+    const int index = s->at + (int)threadIdx.x % TILE;
+    s->page = 0;
+    s->in_list = index;
+    if (s->item >= s->end || index >= now->kv_end) return;
+    if (SPARSE && (now->flags & QI_GROUP_SPARSE))
+        s->in_list =
+            p->bsr_indices[now->block + index / p->bsr_cols] * p->bsr_cols + index % p->bsr_cols;
+    if (PAGE_SIZE > 0) s->page = p->plan.pages[now->list + s->in_list / (PAGE_SIZE | !PAGE_SIZE)];
+}
+
+QI_INLINE void decode_open(const attention_params *p, const decode_item *items, int end,
+                           decode_stream *s)
+{
+    s->item = 0;
+    s->end = end;
+    s->first = 0;
+    s->at = items[0].kv_begin + TILE * decode_place(0);
+    decode_settle(p, items, s);
+}
+
+/* Loads rows of `dim` elements from where each lane says, `to` rows of `pitch` bytes; rows from `valid` on, and
+ * what rows have past dim up to a multiple of 16, become 0. */
+QI_INLINE void decode_load_rows(char *to, const int pitch, const char *row, const int dim,
+                                int valid)
+{
+    const int chunks = (dim + 15) / 16 * KV_BYTES, lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int i = 0; i < (TILE * chunks + WARP - 1) / WARP; i++) {
+        const int e = lane + i * WARP, r = e / chunks, chunk = e % chunks;
+        const char *from = (const char *)__shfl_sync(ALL_LANES, (u64)row, r % TILE) + 16 * chunk;
+        const int left = dim * KV_BYTES - 16 * chunk;
+        const int bytes = r >= valid || left < 0 ? 0 : left < 16 ? left : 16;
+        if ((TILE * chunks) % WARP == 0 || r < TILE)
+            cp_async_16(to + r * pitch + 16 * chunk, from, (u32)bytes);
+    }
+}
+
+/* A whole tile of rows that follow each other at `step` bytes: no lane asks another. */
+QI_INLINE void decode_load_run(char *to, const int pitch, const char *first, i64 step,
+                               const int dim)
+{
+    const int chunks = (dim + 15) / 16 * KV_BYTES, lane = threadIdx.x % WARP;
+    if (dim % 16 == 0 && WARP % chunks == 0) { /* a lane has the same chunk of every few rows */
+        const int rows = WARP / chunks, r = lane / chunks, chunk = lane % chunks;
+        const char *from = first + r * step + 16 * chunk;
+        char *at = to + r * pitch + 16 * chunk;
+#pragma unroll
+        for (int i = 0; i < TILE / rows; i++, from += rows * step)
+            cp_async_16(at + i * rows * pitch, from, 16);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < (TILE * chunks + WARP - 1) / WARP; i++) {
+        const int e = lane + i * WARP, r = e / chunks, chunk = e % chunks;
+        const int left = dim * KV_BYTES - 16 * chunk, bytes = left < 0 ? 0 : left < 16 ? left : 16;
+        if ((TILE * chunks) % WARP == 0 || r < TILE)
+            cp_async_16(to + r * pitch + 16 * chunk, first + r * step + 16 * chunk, (u32)bytes);
+    }
+}
+
+/* The same from any address, a lane a row: slow. */
+QI_INLINE void decode_copy_rows(char *to, const int pitch, const char *row, const int dim,
+                                int valid)
+{
+    const int r = threadIdx.x % WARP;
+#pragma unroll 1
+    for (int chunk = 0; r < TILE && chunk < (dim + 15) / 16 * KV_BYTES; chunk++)
+        copy_elements(to + r * pitch + 16 * chunk, row + 16 * chunk,
+                      r < valid ? dim * KV_BYTES - 16 * chunk : 0);
+}
+
+/* Begins to load this warp's next tile into a slot of the ring, if there is one. */
+QI_INLINE void decode_load(const attention_params *p, const decode_item *items, decode_stream *s,
+                           char *slot, int aligned)
+{
+    if (s->item < s->end) {
+        const decode_item *now = &items[s->item];
+        const i64 page = s->page;
+        const i64 in_page =
+            PAGE_SIZE > 0 ? s->in_list % (PAGE_SIZE | !PAGE_SIZE) : (i64)now->list + s->in_list;
+        const int valid = now->kv_end - s->at;
+        const char *k = (const char *)p->k, *v = (const char *)p->v;
+        if ((int)threadIdx.x % TILE < valid) {
+            k +=
+                (page * p->k_stride[0] + in_page * p->k_stride[1] + now->kv_head * p->k_stride[2]) *
+                KV_BYTES;
+            v +=
+                (page * p->v_stride[0] + in_page * p->v_stride[1] + now->kv_head * p->v_stride[2]) *
+                KV_BYTES;
+        }
+        char *values = slot + TILE * K_PITCH;
+        const int in_run = PAGE_SIZE == 0 || (PAGE_SIZE % TILE == 0 && s->at % TILE == 0);
+        const int sparse = SPARSE && (now->flags & QI_GROUP_SPARSE);
+        if (aligned && in_run && !sparse && valid >= TILE) { /* in one page */
+            const int r = (int)threadIdx.x % TILE;
+            const i64 k_step = p->k_stride[1] * KV_BYTES, v_step = p->v_stride[1] * KV_BYTES;
+            decode_load_run(slot, K_PITCH, k - r * k_step, k_step, HEAD_DIM_QK);
+            decode_load_run(values, V_PITCH, v - r * v_step, v_step, HEAD_DIM_VO);
+        } else if (aligned) {
+            decode_load_rows(slot, K_PITCH, k, HEAD_DIM_QK, valid);
+            decode_load_rows(values, V_PITCH, v, HEAD_DIM_VO, valid);
+        } else {
+            decode_copy_rows(slot, K_PITCH, k, HEAD_DIM_QK, valid);
+            decode_copy_rows(values, V_PITCH, v, HEAD_DIM_VO, valid);
+        }
+        s->at += DECODE_WARPS * TILE;
+        decode_settle(p, items, s);
+    }
+    cp_async_commit_group();
+}
+
+/* ---- the rows of an item -------------------------------------------------------------------- */
+
+/* Of lane 4g + c: of each 8 rows of q, rows 2c and 2c + 1. */
+typedef struct decode_state {
+    const decode_item *item;
+    int count, kv_end; /* of the item */
+    int low, high;     /* every row sees the keys [low, high) of the list */
+    u32 q[NQ][STEPS_QK][2];
+    float o[NQ][STEPS_VO][4];
+    float max[NQ][2], sum[NQ][2], scale[NQ][2]; /* sum: of this lane's keys */
+    int position[NQ][2];
+} decode_state;
+
+/* This thread's part of an item's q, to be put into shared memory when the item before is done. */
+QI_INLINE void decode_load_query(const attention_cuda_params *c, const decode_item *i,
+                                 uint4 q[Q_OF_THREAD])
+{
+    const attention_params *p = &c->at;
+#pragma unroll
+    for (int u = 0; u < Q_OF_THREAD; u++) {
+        const int unit = u * THREADS + (int)threadIdx.x, m = unit / (2 * STEPS_QK);
+        const int d = unit % (2 * STEPS_QK) * 8;
+        q[u] = make_uint4(0, 0, 0, 0);
+        if (unit >= Q_UNITS || m >= i->count || d >= HEAD_DIM_QK) continue;
+        q[u] = load_query_unit(c, decode_row(p, i, m), i->kv_head * GROUP_SIZE + m % GROUP_SIZE, d);
+    }
+}
+
+QI_INLINE void decode_put_query(const uint4 q[Q_OF_THREAD], decode_shared *t)
+{
+#pragma unroll
+    for (int u = 0; u < Q_OF_THREAD; u++) {
+        const int unit = u * THREADS + (int)threadIdx.x;
+        if (unit < Q_UNITS)
+            *(uint4 *)(t->q + unit / (2 * STEPS_QK) * Q_PITCH + unit % (2 * STEPS_QK) * 16) = q[u];
+    }
+}
+
+/* The dims of q that this lane has in register `half` of a step: see the head of the file. */
+QI_INLINE int decode_dim(int step, int half)
+{
+    const int c = threadIdx.x % 4;
+    return KV_BYTES == 1 ? 16 * step + 4 * c + 2 * half : 16 * step + 2 * c + 8 * half;
+}
+
+/* Which keys all rows see: those in between need no mask but the custom ones. */
+QI_INLINE void decode_find_bounds(const attention_params *p, const decode_item *i,
+                                  const tile_row *row, decode_state *r)
+{
+    const int lane = threadIdx.x % WARP;
+    int first = row[lane < i->count ? lane : 0].position, last = first;
+    for (int step = WARP / 2; step > 0; step /= 2) {
+        first = min(first, __shfl_xor_sync(ALL_LANES, first, step));
+        last = max(last, __shfl_xor_sync(ALL_LANES, last, step));
+    }
+    i64 low = i->kv_begin, high = i->kv_end;
+    const i64 offset = i->kv_offset;
+    if (CAUSAL) high = min(high, first + 1 - offset);
+    if (WINDOW && p->window_right >= 0) high = min(high, (i64)first + p->window_right + 1 - offset);
+    if (WINDOW && p->window_left >= 0) low = max(low, (i64)last - p->window_left - offset);
+    r->low = (int)low;
+    r->high = (int)high;
+}
+
+QI_INLINE void decode_begin(const attention_cuda_params *c, const decode_item *i, decode_shared *t,
+                            decode_state *r)
+{
+    const attention_params *p = &c->at;
+    const int lane = threadIdx.x % WARP;
+    tile_row *row = t->row[threadIdx.x / WARP];
+    r->item = i;
+    r->count = i->count;
+    r->kv_end = i->kv_end;
+    if (lane < i->count) row[lane] = decode_row(p, i, lane);
+    __syncwarp();
+    decode_find_bounds(p, i, row, r);
+#pragma unroll
+    for (int n = 0; n < NQ; n++) {
+        const char *q = t->q + (8 * n + lane / 4) * Q_PITCH;
+#pragma unroll
+        for (int step = 0; step < STEPS_QK; step++)
+            for (int half = 0; half < 2; half++)
+                r->q[n][step][half] = *(const u32 *)(q + 2 * decode_dim(step, half));
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int m = 8 * n + 2 * (lane % 4) + h;
+            r->max[n][h] = -QI_INFINITY;
+            r->sum[n][h] = 0.f;
+            r->scale[n][h] = query_scale(c, i->kv_head * GROUP_SIZE + m % GROUP_SIZE);
+            r->position[n][h] = row[m < i->count ? m : 0].position;
+        }
+#pragma unroll
+        for (int step = 0; step < STEPS_VO; step++)
+            for (int j = 0; j < 4; j++) r->o[n][step][j] = 0.f;
+    }
+}
+
+/* ---- products ------------------------------------------------------------------------------- */
+
+/* s[n] = K q[n] over 16 keys from `keys` on; even and odd steps are added up apart, since a product waits for
+ * the one before it. */
+QI_INLINE void decode_scores(const char *keys, const decode_state *r, float s[NQ][4])
+{
+    const int lane = threadIdx.x % WARP;
+    const char *at = keys + lane % 16 * K_PITCH + lane / 16 * 16;
+    float odd[NQ][4] = {};
+#pragma unroll
+    for (int step = 0; step < STEPS_QK; step += 2) {
+        u32 a[2][4];
+        if (KV_BYTES == 2) {
+            ldmatrix_x4(a[0], at + 32 * step);
+            if (step + 1 < STEPS_QK) ldmatrix_x4(a[1], at + 32 * (step + 1));
+        } else {
+            u32 raw[4]; /* of both steps: four dims of keys g and g + 8 */
+            ldmatrix_x4(raw, at + 16 * step);
+            for (int i = 0; i < 2; i++)
+                for (int j = 0; j < 4; j++) a[i][j] = widen(raw[2 * i + j % 2] >> j / 2 * 16);
+        }
+#pragma unroll
+        for (int n = 0; n < NQ; n++) {
+            if (n > 0 && r->count <= 8) break;
+            mma(s[n], a[0], r->q[n][step][0], r->q[n][step][1]);
+            if (step + 1 < STEPS_QK) mma(odd[n], a[1], r->q[n][step + 1][0], r->q[n][step + 1][1]);
+        }
+    }
+    for (int n = 0; n < NQ; n++)
+        for (int i = 0; i < 4; i++) s[n][i] += odd[n][i];
+}
+
+/* o[n] += V^T P^T over 16 keys; b: the registers of P^T. */
+QI_INLINE void decode_values(const char *values, const u32 b[NQ][2], decode_state *r)
+{
+    const int lane = threadIdx.x % WARP;
+    if (KV_BYTES == 2) {
+        const char *at = values + (lane % 8 + lane / 16 * 8) * V_PITCH + lane / 8 % 2 * 16;
+#pragma unroll
+        for (int step = 0; step < STEPS_VO; step++) {
+            u32 a[4];
+            ldmatrix_x4_trans(a, at + 32 * step);
+#pragma unroll
+            for (int n = 0; n < NQ; n++)
+                if (n == 0 || r->count > 8) mma(r->o[n][step], a, b[n][0], b[n][1]);
+        }
+        return;
+    }
+    const char *at = values + lane % 16 * V_PITCH + lane / 16 * 16;
+#pragma unroll
+    for (int step = 0; step < STEPS_VO; step += 2) {
+        u32 raw[4];
+        ldmatrix_x4_trans(raw, at + 16 * step);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            if (step + i == STEPS_VO) break;
+            /* bytes: (key, dim), (key, dim + 1), (key + 1, dim), (key + 1, dim + 1): dims apart */
+            const u32 x = __byte_perm(raw[2 * i], 0, 0x3120),
+                      y = __byte_perm(raw[2 * i + 1], 0, 0x3120);
+            const u32 a[4] = {widen(x), widen(x >> 16), widen(y), widen(y >> 16)};
+#pragma unroll
+            for (int n = 0; n < NQ; n++)
+                if (n == 0 || r->count > 8) mma(r->o[n][step + i], a, b[n][0], b[n][1]);
+        }
+    }
+}
+
+/* ---- softmax -------------------------------------------------------------------------------- */
+
+/* Products of keys `index` + g and + 8 with rows 2c, 2c + 1 to scores in powers of two. */
+QI_INLINE void decode_mask(const attention_cuda_params *c, const decode_state *r,
+                           const tile_row *row, int index, int n, float s[4])
+{
+    const attention_params *p = &c->at;
+    const decode_item *of = r->item;
+    const int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int key = index + lane / 4 + i / 2 * 8, m = 8 * n + 2 * (lane % 4) + i % 2;
+        if (GENERAL_SCORES) {
+            const int there = key < r->kv_end && m < r->count;
+            const float none = SOFTMAX ? -QI_INFINITY : 0.f;
+            const int head = of->kv_head * GROUP_SIZE + m % GROUP_SIZE;
+            s[i] = there ? score(c, of->group, row[m], head, key,
+                                 key_at(p, of->group, key).position, s[i], r->scale[n][i % 2])
+                         : none;
+            continue;
+        }
+        const i64 at = of->kv_offset + (i64)key, from = r->position[n][i % 2];
+        int seen = key < r->kv_end;
+        if (CAUSAL) seen &= at <= from;
+        if (WINDOW && p->window_left >= 0) seen &= at >= from - p->window_left;
+        if (WINDOW && p->window_right >= 0) seen &= at <= from + p->window_right;
+        if (!seen) s[i] = -QI_INFINITY;
+    }
+}
+
+/* 16 keys of the list from `index` on: weights from s, relative to the running maxima, which move only when
+ * a score passes them by 2^8, since sums and weights up to that are as exact. */
+QI_INLINE void decode_weigh(const attention_cuda_params *c, const tile_row *row, int index,
+                            float s[NQ][4], decode_state *r)
+{
+    const attention_params *p = &c->at;
+    const int masked = index < r->low || index + 16 > r->high;
+#pragma unroll
+    for (int n = 0; n < NQ; n++) {
+        if (n > 0 && r->count <= 8) break;
+        if (!GENERAL_SCORES) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                s[n][i] *= r->scale[n][i % 2];
+                if (SOFT_CAP) s[n][i] = tanhf(s[n][i] / p->logits_soft_cap) * p->logits_soft_cap;
+                s[n][i] *= QI_LOG2E;
+            }
+        }
+        if (GENERAL_SCORES || masked) decode_mask(c, r, row, index, n, s[n]);
+        if (!SOFTMAX) continue;
+        float top[2] = {fmaxf(s[n][0], s[n][2]), fmaxf(s[n][1], s[n][3])};
+        for (int step = 4; step < WARP; step *= 2)
+            for (int h = 0; h < 2; h++)
+                top[h] = fmaxf(top[h], __shfl_xor_sync(ALL_LANES, top[h], step));
+        if (__any_sync(ALL_LANES, top[0] > r->max[n][0] + 8.f || top[1] > r->max[n][1] + 8.f)) {
+            float shrink[2];
+            for (int h = 0; h < 2; h++) {
+                const float max = fmaxf(r->max[n][h], top[h]);
+                shrink[h] = max == r->max[n][h] ? 1.f : ex2(r->max[n][h] - max);
+                r->max[n][h] = max;
+                r->sum[n][h] *= shrink[h];
+            }
+#pragma unroll
+            for (int i = 0; i < STEPS_VO; i++)
+                for (int j = 0; j < 4; j++) r->o[n][i][j] *= shrink[j % 2];
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float max = r->max[n][i % 2];
+            s[n][i] = ex2(s[n][i] - (max == -QI_INFINITY ? 0.f : max));
+            r->sum[n][i % 2] += s[n][i];
+        }
+    }
+}
+
+/* One tile in shared memory, keys of the list from `index` on. */
+QI_INLINE void decode_tile(const attention_cuda_params *c, const char *slot, const tile_row *row,
+                           int index, decode_state *r)
+{
+#pragma unroll
+    for (int sub = 0; sub < TILE; sub += 16) {
+        if (sub > 0 && index + sub >= r->kv_end) break;
+        float s[NQ][4] = {};
+        u32 b[NQ][2];
+        decode_scores(slot + sub * K_PITCH, r, s);
+        decode_weigh(c, row, index + sub, s, r);
+#pragma unroll
+        for (int n = 0; n < NQ; n++)
+            for (int i = 0; i < 2; i++)
+                b[n][i] = movmatrix_trans(pack_pair(s[n][2 * i], s[n][2 * i + 1]));
+        decode_values(slot + TILE * K_PITCH + sub * V_PITCH, b, r);
+    }
+}
+
+/* ---- the end of an item --------------------------------------------------------------------- */
+
+/* A warp's results to shared memory, its sums of v into the slot that it has just used. */
+QI_INLINE void decode_put(decode_state *r, int place, char *slot, decode_shared *t)
+{
+    const int lane = threadIdx.x % WARP, g = lane / 4, c = lane % 4;
+    float *sums = (float *)slot;
+    __syncwarp(); /* all lanes have read the tile */
+#pragma unroll
+    for (int n = 0; n < NQ; n++) {
+        for (int step = 4; step < WARP; step *= 2)
+            for (int h = 0; h < 2; h++)
+                r->sum[n][h] += __shfl_xor_sync(ALL_LANES, r->sum[n][h], step);
+        for (int h = 0; h < 2; h++) {
+            const int m = 8 * n + 2 * c + h;
+            if (g == 0) t->max[place][m] = r->max[n][h], t->sum[place][m] = r->sum[n][h];
+#pragma unroll
+            for (int i = 0; i < STEPS_VO; i++) {
+                const int d = KV_BYTES == 1 ? 16 * i + 2 * g : 16 * i + g;
+                sums[m * SUM_PITCH + d] = r->o[n][i][h];
+                sums[m * SUM_PITCH + d + (KV_BYTES == 1 ? 1 : 8)] = r->o[n][i][2 + h];
+            }
+        }
+    }
+    if (lane == 0) t->sums[place] = sums;
+}
+
+/* Adds up what `places` warps have put, in key order, and writes the item's result: four dims a thread. */
+QI_INLINE void decode_finish(const attention_cuda_params *c, const decode_item *of,
+                             const tile_row *row, int places, const decode_shared *t)
+{
+    const attention_params *p = &c->at;
+    enum { QUADS = HEAD_DIM_VO / 4 };
+    for (int e = (int)threadIdx.x; e < of->count * QUADS; e += THREADS) {
+        const int m = e / QUADS, d = e % QUADS * 4;
+        float max = -QI_INFINITY, sum = 0.f, o[4] = {};
+        for (int i = 0; i < places; i++) max = fmaxf(max, t->max[i][m]);
+        for (int i = 0; i < places; i++) {
+            const float lse = t->max[i][m];
+            const float weight = !SOFTMAX ? 1.f : lse == -QI_INFINITY ? 0.f : ex2(lse - max);
+            const float4 v = *(const float4 *)(t->sums[i] + m * SUM_PITCH + d);
+            sum += weight * t->sum[i][m];
+            o[0] += weight * v.x, o[1] += weight * v.y, o[2] += weight * v.z, o[3] += weight * v.w;
+        }
+        if (of->slot < 0) {
+            const int head = of->kv_head * GROUP_SIZE + m % GROUP_SIZE;
+            const float norm = finish_row(c, row[m], head, max, sum, d == 0);
+            for (int i = 0; i < 4; i++) o[i] *= norm;
+            store_outputs(c, row[m], head, d, o);
+            continue;
+        }
+        const int seen = sum > 0.f || sum != sum;
+        const float norm = !SOFTMAX ? 1.f : seen ? 1.f / sum : 0.f;
+        const i64 slot = (i64)of->slot + m;
+        *(float4 *)(p->plan.o_partial + slot * HEAD_DIM_VO + d) =
+            make_float4(o[0] * norm, o[1] * norm, o[2] * norm, o[3] * norm);
+        if (d == 0) p->plan.lse_partial[slot] = seen ? max + log2f(sum) : -QI_INFINITY;
+    }
+}
+
+/* ---- a strip -------------------------------------------------------------------------------- */
+
+/* The first `count` items in shared memory. q: this thread's part of the first one's. */
+QI_INLINE void decode_chunk(const attention_cuda_params *c, int count, int one_level, char *ring,
+                            decode_shared *t)
+{
+    const attention_params *p = &c->at;
+    const int warp = (int)threadIdx.x / WARP, aligned = keys_aligned(p);
+    char *slots = ring + warp * DECODE_STAGES * SLOT_BYTES;
+    decode_stream stream;
+    decode_state state;
+    uint4 q[Q_OF_THREAD];
+    decode_open(p, t->items, count, &stream);
+#pragma unroll 1
+    for (int i = 0; i < DECODE_STAGES - 1; i++)
+        decode_load(p, t->items, &stream, slots + i * SLOT_BYTES, aligned);
+    decode_load_query(c, &t->items[0], q);
+    decode_put_query(q, t);
+    __syncthreads();
+    int now = 0, used = DECODE_STAGES - 1; /* slots: of the next tile, and of the one before */
+    int ticket = 0;                        /* that thread 0 has drawn for the item before */
+    int first = 0, drawn = 0;
+#pragma unroll 1
+    for (int n = 0; n <= count; n++) { /* after the last item its ticket is left */
+        const decode_item *of = &t->items[min(n, count - 1)], *before = &t->items[max(n - 1, 0)];
+        const int tiles = n < count ? decode_tiles(of) : 0, place = decode_place(first);
+        if (n < count) decode_begin(c, of, t, &state);
+        if (n + 1 < count) decode_load_query(c, of + 1, q);
+#pragma unroll 1
+        for (int i = place; i < tiles; i += DECODE_WARPS) {
+            cp_async_wait_group(DECODE_STAGES - 2);
+            __syncwarp();
+            decode_load(p, t->items, &stream, slots + used * SLOT_BYTES, aligned);
+            decode_tile(c, slots + now * SLOT_BYTES, t->row[warp], of->kv_begin + i * TILE, &state);
+            used = now;
+            now = now + 1 == DECODE_STAGES ? 0 : now + 1;
+        }
+        if (place < tiles) decode_put(&state, place, slots + used * SLOT_BYTES, t);
+        if (threadIdx.x == 0) t->ticket = ticket;
+        __syncthreads();
+        if (n < count && of->is_decode)
+            decode_finish(c, of, t->row[warp], min(tiles, DECODE_WARPS), t);
+        if (n + 1 < count) decode_put_query(q, t);
+        if (drawn && t->ticket == before->pieces - 1) merge_tile(c, before->merge);
+        __syncthreads();
+        drawn = n < count && of->is_decode && of->slot >= 0 && one_level;
+        if (drawn && threadIdx.x == 0) ticket = draw_ticket(p, of->merge);
+        first = (first + tiles) % DECODE_WARPS;
+    }
+    cp_async_wait_group(0);
+}
+
+/* The decode items among work items [begin, end), by all threads. ring: DECODE_STAGES slots a warp. */
+QI_INLINE void decode_items(const attention_cuda_params *c, int begin, int end, int one_level,
+                            char *ring, decode_shared *t)
+{
+#pragma unroll 1
+    for (int from = begin; from < end; from += DECODE_ITEMS) {
+        const int count = min(end - from, DECODE_ITEMS);
+        decode_read_items(&c->at, from, count, t);
+        decode_chunk(c, count, one_level, ring, t);
+    }
+}
+
+#endif

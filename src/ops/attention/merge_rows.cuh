@@ -1,0 +1,150 @@
+/* merge_rows.cuh - merging partial results on a GPU: o = sum_i w_i o_i / sum_i w_i with w_i = 2^(lse_i - max),
+ * over a row's pieces in key order; without a softmax their plain sum. A warp takes a row of one query head:
+ * lanes read the pieces' lse side by side, then every lane sums four dims of each piece. What other blocks
+ * wrote is read past L1.
+ * SPDX-License-Identifier: Apache-2.0 */
+#ifndef QI_ATTENTION_MERGE_ROWS_CUH
+#define QI_ATTENTION_MERGE_ROWS_CUH
+
+#include "ops/attention/rows.cuh"
+
+enum { MERGE_LOADS = 8 };
+
+/* The pieces of one (row, query head) of one tile: piece i at partial row slot + i * step. */
+typedef struct pieces {
+    i64 slot;
+    int step, count;
+} pieces;
+
+QI_INLINE pieces pieces_of(const attention_params *p, const qi_merge *m, int row, int qo_head)
+{
+    const int group = p->num_qo_heads / p->num_kv_heads, head = qo_head / group - m->kv_head;
+    pieces of;
+    of.slot = m->slot + ((i64)head * m->num_rows + (row - m->row_begin)) * group + qo_head % group;
+    of.step = m->rows_per_piece;
+    of.count = m->num_pieces;
+    return of;
+}
+
+/* The partial row of piece i over all lists. */
+QI_INLINE i64 piece_slot(const pieces *lists, int i)
+{
+    while (i >= lists->count) i -= (lists++)->count;
+    return lists->slot + (i64)i * lists->step;
+}
+
+/* The weight of piece i relative to 2^max; 0 past the last. */
+QI_INLINE float piece_weight(const attention_params *p, i64 slot, int there, float max)
+{
+    if (!there || !SOFTMAX) return there ? 1.f : 0.f;
+    const float lse = __ldcg(p->plan.lse_partial + slot);
+    return lse == -QI_INFINITY ? 0.f : ex2(lse - max);
+}
+
+/* By one warp. */
+QI_INLINE void merge_row(const attention_cuda_params *c, const pieces *lists, int num_lists,
+                         tile_row row, int qo_head)
+{
+    const attention_params *p = &c->at;
+    const int lane = threadIdx.x % WARP;
+    int total = 0;
+    for (int l = 0; l < num_lists; l++) total += lists[l].count;
+    float max = -QI_INFINITY, sum = 0.f;
+    for (int i = lane; SOFTMAX && i < total; i += WARP)
+        max = fmaxf(max, __ldcg(p->plan.lse_partial + piece_slot(lists, i)));
+    if (SOFTMAX) max = warp_max(max);
+    for (int first = 0; first < p->head_dim_vo; first += 4 * WARP) {
+        const int d = first + 4 * lane;
+        const float *column = p->plan.o_partial + (d < p->head_dim_vo ? d : 0);
+        float o[4] = {};
+        for (int from = 0; from < total; from += WARP) { /* pieces, a lane each */
+            const int here = total - from < WARP ? total - from : WARP;
+            const i64 slot = lane < here ? piece_slot(lists, from + lane) : 0;
+            const float weight = piece_weight(p, slot, lane < here, max);
+            if (first == 0) sum += warp_sum(weight);
+#pragma unroll 1
+            for (int i = 0; i < here; i += MERGE_LOADS) { /* loads side by side */
+                float4 v[MERGE_LOADS];
+#pragma unroll
+                for (int j = 0; j < MERGE_LOADS; j++) {
+                    const int piece = i + j < here ? i + j : i;
+                    const i64 at = __shfl_sync(ALL_LANES, slot, piece) * p->head_dim_vo;
+                    v[j] = __ldcg((const float4 *)(column + at));
+                }
+#pragma unroll
+                for (int j = 0; j < MERGE_LOADS; j++) {
+                    const float w = __shfl_sync(ALL_LANES, weight, (i + j) % WARP);
+                    if (i + j >= here) continue;
+                    o[0] += w * v[j].x, o[1] += w * v[j].y, o[2] += w * v[j].z, o[3] += w * v[j].w;
+                }
+            }
+        }
+        const float norm = finish_row(c, row, qo_head, max, sum, first == 0 && lane == 0);
+        for (int i = 0; i < 4; i++) o[i] *= norm;
+        if (d < p->head_dim_vo) store_outputs(c, row, qo_head, d, o);
+    }
+}
+
+/* Counts a finished piece of a tile, whose partial rows this block's threads wrote before a barrier; returns
+ * how many pieces were done before. By one thread. */
+QI_INLINE int draw_ticket(const attention_params *p, int merge)
+{
+    __threadfence();
+    return atomicAdd(&p->plan.ticket[merge], 1);
+}
+
+/* Merges a tile of which all pieces are done, in key order, and leaves its ticket as it was found. By all
+ * threads of a block. */
+QI_INLINE void merge_tile(const attention_cuda_params *c, int merge)
+{
+    const attention_params *p = &c->at;
+    const qi_merge m = p->plan.merge[merge];
+    __threadfence();
+    const int group = p->num_qo_heads / p->num_kv_heads, heads = m.num_kv_heads * group;
+    for (int i = (int)threadIdx.x / WARP; i < m.num_rows * heads; i += THREADS / WARP) {
+        const int row = m.row_begin + i / heads, head = m.kv_head * group + i % heads;
+        const pieces of = pieces_of(p, &m, row, head);
+        merge_row(c, &of, 1, row_at(p, row), head);
+    }
+    if (threadIdx.x == 0) p->plan.ticket[merge] = 0;
+}
+
+/* The block that finishes a tile's last piece merges it. By all threads; is_last: shared. */
+QI_INLINE void finish_piece(const attention_cuda_params *c, const qi_work *w, int *is_last)
+{
+    __syncthreads();
+    if (threadIdx.x == 0)
+        *is_last = draw_ticket(&c->at, w->merge) == c->at.plan.merge[w->merge].num_pieces - 1;
+    __syncthreads();
+    if (*is_last) merge_tile(c, w->merge);
+    __syncthreads();
+}
+
+/* Several levels: all rows that have partial ones, a warp a (row, query head). By the whole grid. */
+QI_INLINE void merge_levels(const attention_cuda_params *c)
+{
+    const attention_params *p = &c->at;
+    enum { WARPS_OF_BLOCK = THREADS / WARP };
+    __shared__ pieces lists[WARPS_OF_BLOCK][MAX_LEVELS];
+    const int levels = p->plan.header->num_levels, group = p->num_qo_heads / p->num_kv_heads;
+    const int lane = threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
+    if (levels == 1) return;
+    const i64 count = (i64)p->plan.header->num_tokens * p->num_qo_heads;
+    for (i64 i = (i64)blockIdx.x * WARPS_OF_BLOCK + warp; i < count;
+         i += gridDim.x * WARPS_OF_BLOCK) {
+        const int row = (int)(i / p->num_qo_heads), head = (int)(i % p->num_qo_heads);
+        pieces of = {};
+        if (lane < levels) {
+            const i64 at = (lane * p->plan.max_tokens + row) * p->num_kv_heads + head / group;
+            const int merge = p->plan.row_merge[at];
+            if (merge >= 0) of = pieces_of(p, &p->plan.merge[merge], row, head);
+        }
+        __syncwarp(); /* the row before has been merged */
+        if (lane < levels) lists[warp][lane] = of;
+        const int any = __any_sync(ALL_LANES, of.count > 0);
+        __syncwarp();
+        if (any) merge_row(c, lists[warp], levels, row_at(p, row), head);
+    }
+}
+
+#endif
