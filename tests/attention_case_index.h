@@ -304,6 +304,30 @@ static inline void case_complete_limits(attn_case *a)
         l->max_row_blocks = a->num_row_blocks ? (int32_t)a->num_row_blocks : 1;
 }
 
+/* Index arrays alone, of a case that is planned and not run. */
+static inline void case_build_index(attn_case *a, const case_config *config)
+{
+    memset(a, 0, sizeof *a);
+    a->config = *config;
+    if (config->spec.features & QKV_FEATURE_ROPE) a->config.spec.rope = &a->config.rope;
+    for (int32_t r = 0; r < config->num_requests; r++) a->tokens += config->qo_len[r];
+    case_deal_pages(a);
+    case_build_batch(a);
+    case_complete_limits(a);
+}
+
+/* Says where the index arrays are. */
+static inline void case_arrays_on(attn_case *a, DLDevice device)
+{
+    a->qo_pos.x.t.device = a->mask_bits.x.t.device = a->mask_indptr.x.t.device = device;
+    for (int32_t level = 0; level <= a->config.num_shared_levels; level++) {
+        case_level *l = case_level_at(a, level);
+        case_view *arrays[] = {&l->qo_indptr,        &l->kv_indptr,   &l->kv_indices,
+                               &l->kv_last_page_len, &l->block_table, &l->kv_lens};
+        for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) arrays[i]->x.t.device = device;
+    }
+}
+
 static inline void case_free_index(attn_case *a)
 {
     case_view *views[] = {&a->qo_pos,     &a->mask_bits,   &a->mask_indptr,

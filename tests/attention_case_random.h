@@ -300,7 +300,7 @@ static qkv_context *contexts[MAX_ISA_LEVELS][NUM_THREAD_COUNTS];
 static int num_isa_levels;
 static qkv_log_fn contexts_log; /* of all of them, if a test sets it before */
 
-static int open_contexts(void **state)
+static inline int open_contexts(void **state)
 {
     (void)state;
     const int32_t num_threads[NUM_THREAD_COUNTS] = {1, 2, 5};
@@ -321,7 +321,7 @@ static int open_contexts(void **state)
     return num_isa_levels > 0 ? 0 : -1;
 }
 
-static int close_contexts(void **state)
+static inline int close_contexts(void **state)
 {
     (void)state;
     for (int i = 0; i < num_isa_levels; i++)

@@ -44,6 +44,13 @@ static inline void *test_driver(const char *symbol)
     exit(1);
 }
 
+/* Whether the GPU is tests/emulator's, which is slow. */
+static inline bool test_is_emulated(void)
+{
+    void *driver = test_on_cuda() ? dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL) : NULL;
+    return driver && dlsym(driver, "emulator_is_here");
+}
+
 /* Makes memory of this process the GPU's too, at the same address. */
 static inline void test_share(const char *what, const void *begin, const void *end)
 {

@@ -16,7 +16,7 @@ static void abi_sizes_are_pinned(void **state)
         {"qkv_context_options", sizeof(qkv_context_options), 128},
         {"qkv_kernel_info", sizeof(qkv_kernel_info), 24},
         {"qkv_attention_spec", sizeof(qkv_attention_spec), 88},
-        {"qkv_attention_limits", sizeof(qkv_attention_limits), 64},
+        {"qkv_attention_limits", sizeof(qkv_attention_limits), 72},
         {"qkv_workspace_size", sizeof(qkv_workspace_size), 24},
         {"qkv_workspace", sizeof(qkv_workspace), 56},
         {"qkv_kv_index", sizeof(qkv_kv_index), 88},
@@ -36,8 +36,7 @@ static void abi_sizes_are_pinned(void **state)
                      cases[i].size);
     assert_int_equal(offsetof(qkv_context_options, log_user), sizeof(qkv_context_options) - 8);
     assert_int_equal(offsetof(qkv_attention_spec, variant), sizeof(qkv_attention_spec) - 8);
-    assert_int_equal(offsetof(qkv_attention_limits, max_row_blocks),
-                     sizeof(qkv_attention_limits) - 4);
+    assert_int_equal(offsetof(qkv_attention_limits, reserved), sizeof(qkv_attention_limits) - 4);
     assert_int_equal(offsetof(qkv_attention_io, args), sizeof(qkv_attention_io) - 8);
     assert_int_equal(offsetof(qkv_sampling_params, offset), sizeof(qkv_sampling_params) - 8);
 }

@@ -31,10 +31,14 @@ static const struct {
     {"merge.cuda", {BF16, BF16, 8, 16, 128}},
     {"merge.cuda", {F32, F16, 1, 32, 128}},
     {"attention.cuda", {128}},
+    {"attention.plan", {512}},
     {"attention.mma",
      {128, 128, 4, 16, BF16, BF16, BF16, 1, 0, 0, 0, 0, 0, 0, 8, 3, 0, 2, 128}}, /* decode */
     {"attention.mma", {128, 128, 4, 1, BF16, E4M3, BF16, 1, 0, 0, 0, 0, 0, 0, 8, 3, 0, 2, 128}},
     {"attention.mma", {64, 64, 1, 0, F16, F16, F16, 1, 1, 1, 1, 1, 1, 1, 16, 5, 0, 2, 128}},
+    {"attention.mma",
+     {128, 128, 4, 16, BF16, BF16, BF16, 1, 0, 0, 0, 0, 0, 0, 16, 3, 1, 2, 128}}, /* prefill */
+    {"attention.mma", {64, 64, 4, 0, BF16, BF16, BF16, 0, 0, 0, 0, 0, 0, 0, 16, 5, 1, 2, 128}},
     {"gemm.thin", {BF16, BF16, BF16, 8, 8, 4, 256}},
     {"gemm.thin", {BF16, BF16, BF16, 8, 1, 1, 256}},
     {"gemm.thin", {F32, F32, F16, 1, 4, 8, 256}},

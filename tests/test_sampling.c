@@ -286,15 +286,16 @@ static void sample_equals_a_sort_at_every_level(void **state)
 
 /* ---- sampling: the distribution --------------------------------------------------------------- */
 
-#define DRAWS 20000
+enum { MAX_DRAWS = 20000, FEW_DRAWS = 2000 };
 #define KINDS 12
 
 static void sample_draws_the_distribution(void **state)
 {
     (void)state;
-    static int32_t tokens[DRAWS];
-    static uint64_t seed[DRAWS], offset[DRAWS];
-    static float logits[DRAWS][KINDS];
+    static int32_t tokens[MAX_DRAWS];
+    static uint64_t seed[MAX_DRAWS], offset[MAX_DRAWS];
+    static float logits[MAX_DRAWS][KINDS];
+    const int draws = test_is_emulated() ? FEW_DRAWS : MAX_DRAWS;
     double p[KINDS], total = 0;
     float row[KINDS];
     for (int i = 0; i < KINDS; i++) {
@@ -303,7 +304,7 @@ static void sample_draws_the_distribution(void **state)
         total += p[i];
     }
     const uint64_t one_seed = test_u64();
-    for (int d = 0; d < DRAWS; d++) {
+    for (int d = 0; d < draws; d++) {
         memcpy(logits[d], row, sizeof row);
         seed[d] = one_seed;
         offset[d] = (uint64_t)d;
@@ -311,15 +312,15 @@ static void sample_draws_the_distribution(void **state)
     qkv_context *ctx;
     EXPECT_OK(test_context_create(&ctx));
     const qkv_sampling_params params = {QKV_SAMPLING_PARAMS_INIT,
-                                        .seed = TENSOR(seed, QKV_U64, DRAWS),
-                                        .offset = TENSOR(offset, QKV_U64, DRAWS)};
-    EXPECT_OK(qkv_sample(ctx, TENSOR(tokens, QKV_I32, DRAWS), TENSOR(logits, QKV_F32, DRAWS, KINDS),
+                                        .seed = TENSOR(seed, QKV_U64, draws),
+                                        .offset = TENSOR(offset, QKV_U64, draws)};
+    EXPECT_OK(qkv_sample(ctx, TENSOR(tokens, QKV_I32, draws), TENSOR(logits, QKV_F32, draws, KINDS),
                          &params, NULL));
     qkv_context_destroy(ctx);
     double seen[KINDS] = {0}, chi_square = 0;
-    for (int d = 0; d < DRAWS; d++) seen[tokens[d]]++;
+    for (int d = 0; d < draws; d++) seen[tokens[d]]++;
     for (int i = 0; i < KINDS; i++) {
-        const double expected = DRAWS * p[i] / total;
+        const double expected = draws * p[i] / total;
         chi_square += (seen[i] - expected) * (seen[i] - expected) / expected;
     }
     /* 11 degrees of freedom: above 45 once in 2e5 runs */

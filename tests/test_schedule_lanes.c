@@ -1,14 +1,11 @@
-/* test_schedule_lanes.c - many lanes, here threads between barriers, write the bytes that one writes.
- *
- * The scheduler's text is compiled once more with a scan of this file's own, as a device will do.
+/* test_schedule_lanes.c - many lanes write the bytes that one writes: the scheduler alone under all limits, and
+ * all of the planner that a GPU runs against the plan that the host made of the same batch.
  * SPDX-License-Identifier: Apache-2.0 */
-#include <pthread.h>
-
-#include "ops/attention/schedule.h"
-#include "support.h"
+#include "attention_case_random.h"
+#include "lanes.h"
+#include "plan_bytes.h"
 
 enum {
-    MAX_LANES = 5,
     MAX_REQUESTS = 40,
     MAX_WORK = 4000,
     MAX_WORKERS = 16,
@@ -16,48 +13,13 @@ enum {
     MAX_HEADS = 3
 };
 
-static pthread_barrier_t barrier;
-static i64 values[MAX_LANES];
-
-static i64 scan_add(qi_lanes lanes, i64 value, i64 *total)
-{
-    values[lanes.id] = value;
-    pthread_barrier_wait(&barrier);
-    i64 below = 0;
-    *total = 0;
-    for (i32 i = 0; i < lanes.count; i++) {
-        if (i < lanes.id) below += values[i];
-        *total += values[i];
-    }
-    pthread_barrier_wait(&barrier);
-    return below;
-}
-
-static i64 max_all(qi_lanes lanes, i64 value)
-{
-    i64 largest = value;
-    values[lanes.id] = value;
-    pthread_barrier_wait(&barrier);
-    for (i32 i = 0; i < lanes.count; i++)
-        if (values[i] > largest) largest = values[i];
-    pthread_barrier_wait(&barrier);
-    return largest;
-}
-
-#define QI_SCHEDULE_LANES
-#define qi_schedule             schedule_in_lanes
-#define qi_schedule_max_work    max_work_in_lanes
-#define qi_schedule_split_rows  split_rows_in_lanes
-#define qi_schedule_rows_needed rows_needed_in_lanes
-#include "ops/attention/schedule.c"
-#undef qi_schedule
-#undef qi_schedule_max_work
-#undef qi_schedule_split_rows
-#undef qi_schedule_rows_needed
+/* The library's own, which has one lane. */
 void qi_schedule(qi_lanes lanes, const qi_lengths *in, const qi_limits *limits, const qi_plan *out);
-i64 qi_schedule_max_work(const qi_limits *limits, i64 max_tokens, i64 max_requests, i64 max_qo_len);
-i64 qi_schedule_split_rows(const qi_limits *limits, i64 max_qo_len);
-i64 qi_schedule_rows_needed(const qi_lengths *in, const qi_limits *limits);
+
+static void one_schedule(const qi_lengths *in, const qi_limits *limits, const qi_plan *out)
+{
+    qi_schedule((qi_lanes){0, 1}, in, limits, out);
+}
 
 /* What a schedule writes; all of it compared. */
 typedef struct output {
@@ -80,31 +42,16 @@ static qi_plan plan_of(output *o)
                      .max_tokens = MAX_TOKENS};
 }
 
-typedef struct lane {
-    qi_lanes lanes;
+typedef struct call {
     const qi_lengths *in;
     const qi_limits *limits;
     const qi_plan *out;
-} lane;
+} call;
 
-static void *run_lane(void *arg)
+static void schedule(qi_lanes lanes, void *user)
 {
-    const lane *l = arg;
-    schedule_in_lanes(l->lanes, l->in, l->limits, l->out);
-    return NULL;
-}
-
-static void run_lanes(i32 count, const qi_lengths *in, const qi_limits *limits, const qi_plan *out)
-{
-    pthread_t threads[MAX_LANES];
-    lane lanes[MAX_LANES];
-    assert_int_equal(pthread_barrier_init(&barrier, NULL, (unsigned)count), 0);
-    for (i32 i = 0; i < count; i++) {
-        lanes[i] = (lane){{i, count}, in, limits, out};
-        assert_int_equal(pthread_create(&threads[i], NULL, run_lane, &lanes[i]), 0);
-    }
-    for (i32 i = 0; i < count; i++) pthread_join(threads[i], NULL);
-    pthread_barrier_destroy(&barrier);
+    const call *c = user;
+    schedule_in_lanes(lanes, c->in, c->limits, c->out);
 }
 
 static void schedule_in_many_lanes_gives_the_bytes_of_one(void **state)
@@ -133,6 +80,7 @@ static void schedule_in_many_lanes_gives_the_bytes_of_one(void **state)
         };
         if (limits.fixed_cuts) limits.cut_align = 512;
         i32 tokens = 0;
+        i32 first_tile[MAX_REQUESTS + 1];
         qi_group groups[MAX_REQUESTS];
         const i32 levels = 1 + (i32)test_below(2);
         const i32 requests = (i32)test_below(MAX_REQUESTS);
@@ -154,19 +102,141 @@ static void schedule_in_many_lanes_gives_the_bytes_of_one(void **state)
                                .num_groups = requests,
                                .num_requests = requests,
                                .num_tokens = tokens,
-                               .num_levels = levels};
-        if (qi_schedule_max_work(&limits, tokens, requests, 60) + requests * 40 > MAX_WORK)
+                               .num_levels = levels,
+                               .first_tile = first_tile};
+        if (schedule_max_work_in_lanes(&limits, tokens, requests, 60) + requests * 40 > MAX_WORK)
             continue;
-        const i64 needed = qi_schedule_rows_needed(&in, &limits);
+        const i64 needed = schedule_rows_needed_in_lanes(&in, &limits);
         if (needed > limits.max_split_rows || needed > MAX_WORK) continue;
         qi_plan out = plan_of(&one);
-        qi_schedule((qi_lanes){0, 1}, &in, &limits, &out);
+        one_schedule(&in, &limits, &out);
         out = plan_of(&many);
-        run_lanes(2 + (i32)test_below(MAX_LANES - 1), &in, &limits, &out);
+        run_lanes(2 + (i32)test_below(MAX_LANES - 1), schedule, &(call){&in, &limits, &out});
         assert_memory_equal(&one, &many, sizeof one);
         merges += one.header.num_merges > 1;
     }
     assert_true(merges > 10); /* enough of the batches exercise more than the plain walk */
+}
+
+/* ---- all of it ---------------------------------------------------------------------------- */
+
+/* A plan in one block, from the sizes that an operator's has. */
+typedef struct block {
+    qi_plan plan;
+    i64 *mask_indptr;
+    i32 *first_tile;
+    char *memory;
+} block;
+
+static void *take(block *b, size_t *used, i64 count, size_t bytes)
+{
+    void *at = b->memory + *used;
+    *used += ((size_t)count * bytes + 63) / 64 * 64;
+    return at;
+}
+
+static block block_new(const qkv_attention *a, i64 max_work)
+{
+    enum { BYTES = 8 << 20 };
+    const qkv_attention_limits *l = &a->limits;
+    const i64 tokens = l->max_tokens, requests = l->max_requests, levels = l->max_levels;
+    block b = {.memory = aligned_alloc(64, BYTES)};
+    assert_non_null(b.memory);
+    memset(b.memory, 0x5a, BYTES);
+    size_t used = 0;
+    b.plan = a->plan; /* scratch and the sizes */
+    b.plan.header = take(&b, &used, 1, sizeof(qi_plan_header));
+    b.plan.work_indptr = take(&b, &used, l->max_workers + 1, sizeof(i32));
+    b.plan.work = take(&b, &used, max_work, sizeof(qi_work));
+    b.plan.merge = take(&b, &used, max_work, sizeof(qi_merge));
+    b.plan.ticket = take(&b, &used, max_work, sizeof(i32));
+    b.plan.groups = take(&b, &used, requests * levels, sizeof(qi_group));
+    b.plan.rows = take(&b, &used, tokens, sizeof(i32));
+    b.plan.row_merge = take(&b, &used, levels * tokens * a->spec.num_kv_heads, sizeof(i32));
+    b.plan.token_request = take(&b, &used, tokens, sizeof(i32));
+    b.plan.qo_indptr = take(&b, &used, requests + 1, sizeof(i32));
+    b.plan.kv_len = take(&b, &used, requests, sizeof(i32));
+    b.plan.qo_pos = take(&b, &used, requests, sizeof(i32));
+    b.plan.mask_first = take(&b, &used, requests, sizeof(i32));
+    b.plan.pages = take(&b, &used, 0, sizeof(i32));
+    b.mask_indptr = take(&b, &used, requests, sizeof(i64));
+    b.first_tile = take(&b, &used, requests * levels + 1, sizeof(i32));
+    assert_true(used < BYTES);
+    return b;
+}
+
+static const i32 *ints_of(const DLTensor *t)
+{
+    return t ? (const i32 *)qi_data(t) : NULL;
+}
+
+/* A batch as the device's planner gets it. */
+static plan_params params_of(const qkv_attention *a, const qkv_attention_batch *b, const block *out)
+{
+    plan_params p = {.limits = a->schedule,
+                     .plan = out->plan,
+                     .mask_indptr = out->mask_indptr,
+                     .first_tile = out->first_tile,
+                     .max_tokens = a->limits.max_tokens,
+                     .max_qo_len = a->limits.max_qo_len,
+                     .max_kv_len = a->limits.max_kv_len,
+                     .max_pages = a->limits.max_pages};
+    batch_view *view = &p.batch;
+    view->num_levels = b->num_levels;
+    view->in_place = 1;
+    view->pages_at = (i64)out->plan.pages;
+    for (i32 l = 0; l < b->num_levels; l++) {
+        const qkv_kv_index *in = &b->levels[l];
+        qi_kv_view *v = &view->level[l];
+        v->num_requests = in->qo_indptr->shape[0] - 1;
+        v->page_size = a->spec.page_size;
+        v->qo_indptr = ints_of(in->qo_indptr);
+        v->kv_indptr = ints_of(in->kv_indptr);
+        v->kv_indices = ints_of(in->kv_indices);
+        v->kv_last_page_len = ints_of(in->kv_last_page_len);
+        v->block_table = ints_of(in->block_table);
+        v->kv_lens = ints_of(in->kv_lens);
+        if (in->block_table) v->block_table_stride = qi_stride(in->block_table, 0);
+        v->num_entries = in->block_table  ? in->block_table->shape[1]
+                         : in->kv_indices ? in->kv_indices->shape[0]
+                                          : 0;
+    }
+    view->qo_pos = ints_of(b->qo_pos);
+    if (b->mask_bits) {
+        view->mask_bits = qi_data(b->mask_bits);
+        view->mask_indptr = qi_data(b->mask_indptr);
+        view->num_mask_bytes = b->mask_bits->shape[0];
+    }
+    return p;
+}
+
+static void plan_in_lanes(qi_lanes lanes, void *user)
+{
+    device_plan(lanes, user);
+}
+
+static void lanes_plan_a_batch_as_the_host_does(void **state)
+{
+    (void)state;
+    const any_features features = {.custom_mask = 4, .invariant = 4, .levels = 2};
+    qkv_context *ctx;
+    EXPECT_OK(qkv_context_create(&(qkv_context_options){QKV_CONTEXT_OPTIONS_INIT}, &ctx));
+    for (int64_t i = 0; i < case_count(2000); i++) {
+        const case_config config = any_config(any_spec(&features), &features);
+        attn_case c;
+        case_build_index(&c, &config);
+        qkv_attention *a;
+        EXPECT_OK(qkv_attention_create(ctx, &c.config.spec, &c.limits, NULL, &a));
+        EXPECT_OK(qkv_attention_plan(a, &c.batch, NULL));
+        const block out = block_new(a, a->plan.header->num_work + 1);
+        plan_params p = params_of(a, &c.batch, &out);
+        run_lanes(2 + (i32)test_below(MAX_LANES - 1), plan_in_lanes, &p);
+        expect_same_plan(a, &a->plan, &out.plan, num_groups_of(&c.batch), i);
+        free(out.memory);
+        qkv_attention_destroy(a);
+        case_free_index(&c);
+    }
+    qkv_context_destroy(ctx);
 }
 
 int main(void)
@@ -174,6 +244,7 @@ int main(void)
     test_seed();
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(schedule_in_many_lanes_gives_the_bytes_of_one),
+        cmocka_unit_test(lanes_plan_a_batch_as_the_host_does),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -93,6 +93,10 @@ typedef struct qkv_attention_limits {
     int64_t pool_pages;     /* pages in the pool: plan checks page numbers; 0 = only run does */
     int32_t max_levels;     /* 0 = 1. Also how deep detect_shared_prefix looks */
     int32_t max_row_blocks; /* BSR: row blocks (times KV heads, if each has its own); 0 = no BSR */
+    int32_t plans_in_flight; /* GPU: plans of host arrays that may wait for the stream before plan
+                                waits for the first of them, up to 16; 0 = 2. Each takes its part of
+                                pinned_bytes */
+    int32_t reserved;
 } qkv_attention_limits;
 #define QKV_ATTENTION_LIMITS_INIT .struct_size = sizeof(qkv_attention_limits)
 
@@ -139,6 +143,9 @@ typedef struct qkv_kv_index {
 
 /* One step.
  *
+ * Index arrays are all on the host, or, for a context on a GPU, all on it (device type kDLCUDA; some may
+ * then be pinned or managed memory). See qkv_attention_plan.
+ *
  * Several levels: the keys of a request are those of its group in level 0, then of its group in
  * level 1, ..., last its own, and they are read once for all the group's rows. Groups nest: each
  * level's qo_indptr cuts the rows into runs of whole groups of the next level; the last level's
@@ -157,7 +164,9 @@ typedef struct qkv_attention_batch {
     int32_t detect_shared_prefix; /* 1: requests whose page lists begin with the same pages become
                                    levels, as deep as that pays; paged, one level, no BSR, not with
                                    BATCH_INVARIANT; the same result within rounding */
-    int32_t reserved;
+    int32_t max_tokens; /* arrays on the device, which plan cannot look into: qo_indptr[last] is at
+                           most that, and q, o and lse of run have at least so many rows; 0 =
+                           limits.max_tokens */
 } qkv_attention_batch;
 #define QKV_ATTENTION_BATCH_INIT .struct_size = sizeof(qkv_attention_batch)
 
@@ -237,12 +246,28 @@ QKV_API void qkv_attention_destroy(qkv_attention *attention);
  *
  * Checks every index (monotone, in range, within limits and pool) and copies what run needs, so the
  * arrays are free afterwards (but mask_bits, bsr_indices and bsr_mask). No allocation. Deterministic: the same batch gives the same plan.
- * A failed plan leaves the former one in force.
+ * A failed plan leaves the former one in force. On a GPU it waits only if plans_in_flight plans
+ * before it have not been copied yet, and is refused while the stream is being captured.
  *
- * Errors: INVALID, naming the array, the request and the entry.
+ * Of arrays on the device it enqueues one launch, which reads them when its turn comes: no wait, no
+ * copy to the host, so that it can be captured into a graph with the runs, and replayed after
+ * lengths and tables have changed in place. What a graph fixes are addresses and shapes; requests
+ * that come and go are slots of the batch with no rows (qo_indptr repeats) or no keys. The arrays
+ * must stay as they are until the runs of the plan have executed; kernels read page tables in place.
+ * The launch checks all but the page numbers against the limits. Outside of them the plan is empty:
+ * runs write nothing, and qkv_attention_status says why. No BSR, no detect_shared_prefix.
+ *
+ * Errors: INVALID, naming the array, the request and the entry; UNSUPPORTED (BSR on the device).
  */
 QKV_API qkv_status qkv_attention_plan(qkv_attention *attention, const qkv_attention_batch *batch,
                                       void *stream);
+
+/*
+ * qkv_attention_status - whether the last plan of arrays on the device was within the limits. Waits for
+ * the stream. OK too after a plan of host arrays, which says so itself. Errors: INVALID, naming the
+ * array or limit and the request; DEVICE (a kernel failed).
+ */
+QKV_API qkv_status qkv_attention_status(qkv_attention *attention, void *stream);
 
 /*
  * qkv_attention_run - compute one layer under the current plan.

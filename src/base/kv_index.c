@@ -33,8 +33,9 @@ static qkv_status read_csr(const qkv_kv_index *index, qi_kv_view *v)
     QI_TRY(read_array(index->kv_indices, "kv_indices", QI_ANY, &v->kv_indices));
     QI_TRY(read_array(index->kv_last_page_len, "kv_last_page_len", v->num_requests,
                       &v->kv_last_page_len));
+    v->num_entries = index->kv_indices->shape[0];
     if (!qi_host_reads()) return QKV_OK;
-    const i64 listed = index->kv_indices->shape[0], end = v->kv_indptr[v->num_requests];
+    const i64 listed = v->num_entries, end = v->kv_indptr[v->num_requests];
     QI_REQUIRE(end <= listed,
                "kv_indices: expected at least %lld entries, as kv_indptr says, got %lld",
                (long long)end, (long long)listed);
@@ -59,6 +60,7 @@ static qkv_status read_block_table(const qkv_kv_index *index, qi_kv_view *v)
     static const i32 none; /* a table without columns may have no data, but marks the form */
     v->block_table = qi_data(table) ? qi_data(table) : &none;
     v->block_table_stride = qi_stride(table, 0);
+    v->num_entries = table->shape[1];
     if (!qi_host_reads()) return QKV_OK;
     for (i64 r = 0; r < v->num_requests; r++) {
         QI_REQUIRE(v->kv_lens[r] >= 0, "kv_lens: expected >= 0, got %d (request %lld)",

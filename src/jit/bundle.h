@@ -56,6 +56,14 @@
     X(decode_mma, "ops/attention/decode_mma.cuh")                                                  \
     X(attention_mma, "ops/attention/attention_mma.cu")                                             \
     X(cuda_attention, "ops/attention/attention.cu")                                                \
+    X(lanes, "ops/attention/lanes.h")                                                              \
+    X(schedule_h, "ops/attention/schedule.h")                                                      \
+    X(schedule_c, "ops/attention/schedule.c")                                                      \
+    X(groups_h, "ops/attention/groups.h")                                                          \
+    X(groups_c, "ops/attention/groups.c")                                                          \
+    X(plan_params, "ops/attention/plan_params.h")                                                  \
+    X(planner, "ops/attention/planner.h")                                                          \
+    X(cuda_plan, "ops/attention/plan.cu")                                                          \
     X(prefill_loads, "ops/attention/prefill_loads.cuh")                                            \
     X(prefill_mma, "ops/attention/prefill_mma.cuh")                                                \
     X(gemm_params, "ops/gemm/gemm_params.h")                                                       \

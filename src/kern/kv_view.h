@@ -13,6 +13,7 @@ typedef struct qi_kv_view {
     const i32 *kv_indptr, *kv_indices, *kv_last_page_len; /* CSR; ragged: kv_indptr alone */
     const i32 *block_table, *kv_lens;                     /* dense */
     i64 block_table_stride;
+    i64 num_entries;                                /* of kv_indices; columns of block_table */
     i64 page_size;                                  /* 0 = ragged */
     i64 num_pages_listed;                           /* entries in use, all requests together */
     i64 max_page, max_page_request, max_page_entry; /* the largest page number in use; -1: none */

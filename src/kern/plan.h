@@ -6,8 +6,30 @@
 
 #include "kern/abi.h"
 
+/* Why a planner on the device gave no work: what of the batch is not within the limits. In the order in
+ * which one of several is named. */
+enum {
+    QI_PLAN_OK = 0,
+    QI_PLAN_QO_INDPTR = 1, /* begins with another number than 0, or falls */
+    QI_PLAN_MAX_TOKENS,
+    QI_PLAN_MAX_QO_LEN,
+    QI_PLAN_KV_INDPTR,  /* negative, or falls */
+    QI_PLAN_KV_INDICES, /* fewer than kv_indptr says */
+    QI_PLAN_LAST_PAGE_LEN,
+    QI_PLAN_KV_LENS, /* negative */
+    QI_PLAN_COLUMNS, /* of block_table, fewer than kv_lens says */
+    QI_PLAN_MAX_KV_LEN,
+    QI_PLAN_MAX_PAGES,
+    QI_PLAN_MASK_INDPTR,
+    QI_PLAN_MASK_BITS, /* fewer than mask_indptr says */
+    QI_PLAN_NESTING,
+    QI_PLAN_ALL_LEVELS, /* max_kv_len, over all of them */
+    QI_PLAN_SPLIT_ROWS,
+};
+
 typedef struct qi_plan_header {
-    i32 status, status_request; /* device planner: 0, or what exceeded the limits, and where */
+    i32 status;         /* QI_PLAN_... * 256 + level */
+    i32 status_request; /* the one at fault, of the level; -1: none in particular */
     i32 num_tokens, num_requests, num_work, num_merges;
     i32 num_strips; /* workers that have work */
     i32 num_levels; /* 1: split tiles are merged by their last piece; more: by a launch of its own */
@@ -25,13 +47,15 @@ enum {
 /* Rows that share one list of keys: a request, what several requests share, or a row block. */
 typedef struct qi_group {
     i32 row_begin, num_rows; /* in the plan's order of rows */
-    i32 kv_begin;            /* paged: offset into pages; ragged: token. Sparse: of the request */
-    i32 kv_len;              /* keys of the list */
-    i32 kv_offset;           /* position of key 0 (sparse: of key 0 of block 0) */
-    i32 block_begin;         /* sparse: of its column blocks in bsr_indices */
-    i16 kv_head;             /* the only one, or -1: all */
+    i64 kv_begin;    /* paged: offset from qi_plan.pages, of a device plan to the caller's table;
+                                ragged: token. Sparse: of the request */
+    i32 kv_len;      /* keys of the list */
+    i32 kv_offset;   /* position of key 0 (sparse: of key 0 of block 0) */
+    i32 block_begin; /* sparse: of its column blocks in bsr_indices */
+    i16 kv_head;     /* the only one, or -1: all */
     u8 level, flags;
-    i32 request;             /* of its first row */
+    i32 request; /* of its first row */
+    i32 reserved;
     i64 pos_first, pos_last; /* smallest and largest position of its rows */
 } qi_group;
 

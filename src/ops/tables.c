@@ -6,6 +6,7 @@
 /* op, its table */
 #define TABLES(X)                                                                                  \
     X(attention)                                                                                   \
+    X(attention_plan)                                                                              \
     X(merge)                                                                                       \
     X(gemm)                                                                                        \
     X(gemm_quantized) X(rmsnorm) X(rope) X(gated) X(append) X(copy_pages) X(argmax) X(sample)

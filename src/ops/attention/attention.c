@@ -219,6 +219,11 @@ static qkv_status read_limits(const qkv_attention_spec *spec, const qkv_attentio
                (int)l->max_levels);
     QI_REQUIRE(l->max_row_blocks >= 0, "max_row_blocks: expected >= 0, got %d",
                (int)l->max_row_blocks);
+    QI_REQUIRE(l->plans_in_flight >= 0 && l->plans_in_flight <= MAX_IN_FLIGHT,
+               "plans_in_flight: expected 0 to %d, got %d", (int)MAX_IN_FLIGHT,
+               (int)l->plans_in_flight);
+    if (l->plans_in_flight == 0) l->plans_in_flight = 2;
+    QI_REQUIRE(l->reserved == 0, "limits.reserved: expected 0, got %d", (int)l->reserved);
     return QKV_OK;
 }
 
@@ -366,12 +371,15 @@ static void bind_workspace(qkv_attention *a, qi_arena *plan, qi_arena *scratch)
     };
     a->spare_groups = qi_arena_take(plan, groups, sizeof(qi_group));
     a->spare_rows = qi_arena_take(plan, levels ? tokens : 0, sizeof(i32));
-    a->leaf = qi_arena_take(plan, requests, sizeof(qi_group *));
     a->order = qi_arena_take(plan, levels ? requests : 0, sizeof(i32));
     a->mask_indptr = qi_arena_take(plan, s->mask == QKV_MASK_CUSTOM ? requests : 0, sizeof(i64));
     a->rope_turns = qi_arena_take(plan, (uint64_t)a->rope.num_pairs, sizeof(double));
     a->head_scales = qi_arena_take(plan, 3 * (uint64_t)s->num_qo_heads, sizeof(float));
-    if (a->ctx->device.device_type == kDLCUDA) return; /* blocks have shared memory */
+    if (a->ctx->device.device_type == kDLCUDA) { /* blocks have shared memory */
+        a->first_tile = qi_arena_take(plan, groups + 1, sizeof(i32));
+        a->found = qi_arena_take(plan, 1, sizeof *a->found);
+        return;
+    }
     const i32 group = a->schedule.group_size;
     i64 floats = decode_scratch_floats(group, s->num_kv_heads, s->head_dim_qk, s->head_dim_vo,
                                        widens_rows(a));
@@ -381,6 +389,11 @@ static void bind_workspace(qkv_attention *a, qi_arena *plan, qi_arena *scratch)
     }
     a->scratch_stride = round_up(floats * (i64)sizeof(float), QI_ARENA_ALIGN);
     a->scratch = qi_arena_take(scratch, (uint64_t)num_tasks(a), (uint64_t)a->scratch_stride);
+}
+
+void qi_attention_bind(qkv_attention *a, char *plan, char *scratch)
+{
+    bind_workspace(a, &(qi_arena){.base = plan}, &(qi_arena){.base = scratch});
 }
 
 /* As many as can work at a time. */
@@ -415,7 +428,9 @@ static qkv_status prepare(qkv_context *ctx, const qkv_attention_spec *spec,
     *size = (qkv_workspace_size){
         .plan_bytes = plan.used,
         .scratch_bytes = scratch.used,
-        .pinned_bytes = ctx->device.device_type == kDLCUDA ? plan.used : 0,
+        .pinned_bytes = ctx->device.device_type == kDLCUDA
+                            ? plan.used * (uint64_t)a->limits.plans_in_flight
+                            : 0,
     };
     return QKV_OK;
 }
@@ -542,8 +557,7 @@ qkv_status qkv_attention_create(qkv_context *ctx, const qkv_attention_spec *spec
                     (unsigned long long)size.plan_bytes, (unsigned long long)size.scratch_bytes);
         }
     }
-    bind_workspace(a, &(qi_arena){.base = cuda ? w.pinned : w.plan},
-                   &(qi_arena){.base = w.scratch});
+    qi_attention_bind(a, cuda ? w.pinned : w.plan, w.scratch);
     memset(a->plan.header, 0, sizeof *a->plan.header);
     if (a->rope.num_pairs > 0) qi_rope_turns(&a->rope, a->rope_turns);
     if (cuda) QI_TRY_OR(qi_attention_cuda_bind(a, &w), fail);

@@ -10,6 +10,8 @@
 #include "ops/attention/variant.h"
 #include "qkv/attention.h"
 
+enum { MAX_IN_FLIGHT = 16 };
+
 /* On a GPU: how the kernels are compiled and launched, and the plan block there, a copy of the host's. */
 typedef struct attention_cuda {
     i32 decode_rows, decode_stages; /* 0: no tile has few rows */
@@ -17,10 +19,14 @@ typedef struct attention_cuda {
     i32 blocks_per_sm;
     u32 shared_bytes;         /* of a block; more than there is: the kernel declines */
     char *block;              /* [workspace size's plan_bytes] */
-    const char *host;         /* the block that it is a copy of */
+    char *stages;             /* pinned blocks like it, one after another, to make plans in */
+    const char *host;         /* the one that a->plan points into */
     qi_plan plan;             /* addresses in block; fixed, since captured launches keep them */
     cu_function functions[2]; /* attention, attention_levels */
-    cu_event uploaded;        /* the host's block may be written again */
+    cu_function planner, uploader;    /* of plan.cu */
+    cu_event uploaded[MAX_IN_FLIGHT]; /* the stage may be written again */
+    u64 stage_bytes;
+    i32 stage, next; /* of the last plan; of the one being made */
 } attention_cuda;
 
 struct qkv_attention {
@@ -41,10 +47,13 @@ struct qkv_attention {
     i64 scratch_stride;
     qkv_workspace owned; /* plan and scratch that destroy must free; NULL where borrowed */
     /* room to make groups in, beside those of the current plan */
-    qi_group *spare_groups, **leaf;
+    qi_group *spare_groups;
     i32 *spare_rows, *order;
+    i32 *first_tile;       /* room of the planner on the device */
+    qi_plan_header *found; /* where qkv_attention_status has its result copied to */
     /* what run checks against the current plan, or borrows from its batch */
     int planned;
+    int on_device; /* by the device's planner: what a->plan points to is of an earlier plan */
     i64 num_tokens;
     i64 num_listed;                                 /* page numbers of all requests */
     i64 max_page, max_page_request, max_page_entry; /* -1: no page */
@@ -54,6 +63,13 @@ struct qkv_attention {
     i64 *mask_indptr; /* [max_requests] */
 };
 
+/* batch.c: reads and checks all of a batch. */
+qkv_status qi_attention_read_batch(const qkv_attention *a, const qkv_attention_batch *in,
+                                   batch_view *out);
+
+/* attention.c: lays the workspace out over blocks for the plan and for scratch. */
+void qi_attention_bind(qkv_attention *a, char *plan, char *scratch);
+
 /* cuda.c: what create, plan, run and destroy do beside on a GPU. */
 void qi_attention_cuda_configure(qkv_attention *a);
 qkv_status qi_attention_cuda_compile(qkv_attention *a);
@@ -61,9 +77,14 @@ qkv_status qi_attention_cuda_alloc(qkv_attention *a, const qkv_workspace_size *s
                                    qkv_workspace *out);
 void qi_attention_cuda_free(qkv_attention *a);
 qkv_status qi_attention_cuda_bind(qkv_attention *a, const qkv_workspace *w);
+void *qi_attention_on_device(const qkv_attention *a, const void *host);
 qkv_status qi_attention_cuda_begin_plan(qkv_attention *a, void *stream);
+void qi_attention_cuda_cancel_plan(qkv_attention *a);
 qkv_status qi_attention_cuda_upload(qkv_attention *a, const qi_lengths *lengths, void *stream);
 qkv_status qi_attention_cuda_run(qkv_attention *a, const attention_params *p,
                                  const qi_scale scales[4], float sm_scale, void *stream);
+
+/* device_plan.c */
+qkv_status qi_attention_cuda_plan(qkv_attention *a, const batch_view *batch, void *stream);
 
 #endif

@@ -67,17 +67,18 @@ QI_INLINE void load_angles(const attention_params *p, i64 position, float *angle
 /* Offsets, in elements, of keys [begin, begin + n) of a page list that starts at entry `list` (or
  * token, when ragged): token_offsets in k and in v, head 0. Walks the list run by run, so any page
  * size costs one division a run. */
-QI_INLINE void locate_run(const attention_params *p, i32 list, i32 begin, i32 n, i64 *k_offset,
+QI_INLINE void locate_run(const attention_params *p, i64 list, i32 begin, i32 n, i64 *k_offset,
                           i64 *v_offset)
 {
     if (p->page_size == 0) {
         for (i32 j = 0; j < n; j++) {
-            k_offset[j] = ((i64)list + begin + j) * p->k_stride[1];
-            v_offset[j] = ((i64)list + begin + j) * p->v_stride[1];
+            k_offset[j] = (list + begin + j) * p->k_stride[1];
+            v_offset[j] = (list + begin + j) * p->v_stride[1];
         }
         return;
     }
-    i32 entry = list + begin / p->page_size, slot = begin % p->page_size;
+    i64 entry = list + begin / p->page_size;
+    i32 slot = begin % p->page_size;
     for (i32 j = 0; j < n; entry++, slot = 0) {
         const i64 page = p->plan.pages[entry];
         const i64 k_page = page * p->k_stride[0], v_page = page * p->v_stride[0];

@@ -1,9 +1,11 @@
-/* cuda.c - attention on a GPU: the plan is made in pinned host memory and copied to a block on the device,
- * at addresses that stay, so that launches in a captured graph serve every later plan.
+/* cuda.c - attention on a GPU: the plan is made in pinned host memory, from where a kernel pulls it to a
+ * block on the device, at addresses that stay, so that launches in a captured graph serve every later plan.
  * SPDX-License-Identifier: Apache-2.0 */
 #include <string.h>
 
+#include "base/arena.h"
 #include "ops/attention/attention.h"
+#include "ops/attention/plan_params.h"
 
 enum { THREADS = 128, WARPS = THREADS / 32, NUM_CONSTANTS = 19 };
 
@@ -33,7 +35,7 @@ void qi_attention_cuda_configure(qkv_attention *a)
     c->decode_rows = few == 0 ? 0 : (most < few ? (i32)most : few) * group <= 8 ? 8 : 16;
     c->prefill = most > few;
     const i32 slots = WARPS * DECODE_SLOT_BYTES(qk, vo, bytes, c->decode_rows);
-    const i32 shared = DECODE_SHARED_ROOM(qk, c->decode_rows);
+    const i32 shared = DECODE_SHARED_ROOM(qk, c->decode_rows) + DECODE_PAST_RINGS;
     const i32 prefill = c->prefill ? PREFILL_SHARED_ROOM + PREFILL_SHARED_BYTES(qk, vo, bytes) : 0;
     const i32 needed = max32(c->decode_rows ? shared + 2 * slots : 0, prefill);
     c->blocks_per_sm = needed <= half ? 2 : 1;
@@ -77,8 +79,31 @@ static int is_reference(const qkv_attention *a)
     return strcmp(a->row->name, "attention.cuda") == 0;
 }
 
+/* The planner, and beside it in its file the copy of a host plan. */
+const qi_kernel qi_attention_plan_kernels[] = {
+    QI_CUDA_ROW("attention.plan", NULL, "ops/attention/plan.cu", "attention_plan", "THREADS"),
+    {0},
+};
+
+static qkv_status compile_planner(qkv_attention *a)
+{
+    const i32 constants[] = {PLAN_THREADS};
+    static const char *const names[] = {"attention_plan", "attention_upload"};
+    const qi_kernel *row = &qi_attention_plan_kernels[0];
+    char defines[64];
+    qi_write_defines(&row->cuda, constants, defines, sizeof defines);
+    const qi_source source = {
+        .what = row->name, .main = row->cuda.file, .defines = defines, .header = ""};
+    cu_function functions[2];
+    QI_TRY(qi_compile_cuda(a->ctx, &source, names, 2, functions));
+    a->cuda.planner = functions[0];
+    a->cuda.uploader = functions[1];
+    return QKV_OK;
+}
+
 qkv_status qi_attention_cuda_compile(qkv_attention *a)
 {
+    QI_TRY(compile_planner(a));
     i32 constants[NUM_CONSTANTS] = {THREADS};
     const char *const names[] = {a->row->cuda.entry, a->levels_row->cuda.entry};
     char defines[1024];
@@ -109,103 +134,127 @@ void qi_attention_cuda_free(qkv_attention *a)
 {
     const qi_cuda_device *device = &a->ctx->cuda;
     if (qi_check_context(a->ctx) != QKV_OK) return; /* the parent's */
-    qi_cuda_event_destroy(device, a->cuda.uploaded);
+    for (i32 i = 0; i < MAX_IN_FLIGHT; i++) qi_cuda_event_destroy(device, a->cuda.uploaded[i]);
     qi_cuda_free(device, a->owned.plan);
     qi_cuda_free(device, a->owned.scratch);
     qi_cuda_free_pinned(device, a->owned.pinned);
 }
 
 /* The device's address of what is at this one of the host's block. */
-static void *on_device(const qkv_attention *a, const void *host)
+void *qi_attention_on_device(const qkv_attention *a, const void *host)
 {
     return host ? a->cuda.block + ((const char *)host - a->cuda.host) : NULL;
-}
-
-/* Copies the first bytes of an array of the block. */
-static qkv_status upload(const qkv_attention *a, void *to, const void *from, u64 bytes,
-                         void *stream)
-{
-    return bytes ? qi_cuda_copy(&a->ctx->cuda, to, from, bytes, stream) : QKV_OK;
 }
 
 qkv_status qi_attention_cuda_bind(qkv_attention *a, const qkv_workspace *w)
 {
     const qi_plan *host = &a->plan;
     a->cuda.block = w->plan;
+    a->cuda.stages = w->pinned;
+    a->cuda.stage_bytes =
+        w->pinned_bytes / (u64)a->limits.plans_in_flight / QI_ARENA_ALIGN * QI_ARENA_ALIGN;
     a->cuda.host = w->pinned;
     a->cuda.plan = (qi_plan){
-        .header = on_device(a, host->header),
-        .work_indptr = on_device(a, host->work_indptr),
-        .work = on_device(a, host->work),
-        .merge = on_device(a, host->merge),
-        .ticket = on_device(a, host->ticket),
-        .groups = on_device(a, host->groups),
-        .rows = on_device(a, host->rows),
-        .row_merge = on_device(a, host->row_merge),
-        .token_request = on_device(a, host->token_request),
-        .qo_indptr = on_device(a, host->qo_indptr),
-        .kv_len = on_device(a, host->kv_len),
-        .qo_pos = on_device(a, host->qo_pos),
-        .mask_first = on_device(a, host->mask_first),
-        .pages = on_device(a, host->pages),
+        .header = qi_attention_on_device(a, host->header),
+        .work_indptr = qi_attention_on_device(a, host->work_indptr),
+        .work = qi_attention_on_device(a, host->work),
+        .merge = qi_attention_on_device(a, host->merge),
+        .ticket = qi_attention_on_device(a, host->ticket),
+        .groups = qi_attention_on_device(a, host->groups),
+        .rows = qi_attention_on_device(a, host->rows),
+        .row_merge = qi_attention_on_device(a, host->row_merge),
+        .token_request = qi_attention_on_device(a, host->token_request),
+        .qo_indptr = qi_attention_on_device(a, host->qo_indptr),
+        .kv_len = qi_attention_on_device(a, host->kv_len),
+        .qo_pos = qi_attention_on_device(a, host->qo_pos),
+        .mask_first = qi_attention_on_device(a, host->mask_first),
+        .pages = qi_attention_on_device(a, host->pages),
         .o_partial = host->o_partial,
         .lse_partial = host->lse_partial,
         .max_tokens = host->max_tokens,
     };
     const qi_cuda_device *device = &a->ctx->cuda;
-    QI_TRY(qi_cuda_event_create(device, &a->cuda.uploaded));
+    for (i32 i = 0; i < a->limits.plans_in_flight; i++)
+        QI_TRY(qi_cuda_event_create(device, &a->cuda.uploaded[i]));
     /* Tickets are 0 between runs; the kernels leave them so. */
     QI_TRY(qi_cuda_zero(device, a->cuda.plan.ticket,
                         (u64)((char *)a->plan.groups - (char *)a->plan.ticket), NULL));
-    QI_TRY(upload(a, on_device(a, a->rope_turns), a->rope_turns,
-                  (u64)a->rope.num_pairs * sizeof(double), NULL));
+    if (a->rope.num_pairs > 0)
+        QI_TRY(qi_cuda_copy(device, qi_attention_on_device(a, a->rope_turns), a->rope_turns,
+                            (u64)a->rope.num_pairs * sizeof(double), NULL));
     return qi_cuda_wait(device, NULL);
 }
 
 /* ---- plan --------------------------------------------------------------------------------- */
 
-/* Waits until the block may be written: where plans follow each other faster than they are copied. */
+/* Points a->plan into a stage. */
+static void use_stage(qkv_attention *a, i32 stage)
+{
+    const u64 bytes = a->cuda.stage_bytes;
+    char *host = a->cuda.stages + (u64)stage * bytes;
+    qi_attention_bind(a, host, (char *)a->cuda.plan.o_partial);
+    a->cuda.host = host;
+}
+
+/* Takes the next stage, as soon as what it held is copied: where plans follow each other faster than that. */
 qkv_status qi_attention_cuda_begin_plan(qkv_attention *a, void *stream)
 {
     int capturing;
     QI_TRY(qi_cuda_capturing(&a->ctx->cuda, stream, &capturing));
     QI_REQUIRE(!capturing,
                "stream: expected one that is not being captured, since a plan of host arrays would "
-               "become part of the graph as it is now; plan before each replay instead");
-    return qi_cuda_event_wait(&a->ctx->cuda, a->cuda.uploaded);
+               "become part of the graph as it is now; plan before each replay instead, or of "
+               "arrays on the device");
+    a->cuda.next = (a->cuda.stage + 1) % a->limits.plans_in_flight;
+    QI_TRY(qi_cuda_event_wait(&a->ctx->cuda, a->cuda.uploaded[a->cuda.next]));
+    use_stage(a, a->cuda.next);
+    return QKV_OK;
 }
 
+void qi_attention_cuda_cancel_plan(qkv_attention *a)
+{
+    use_stage(a, a->cuda.stage);
+}
+
+static void add_part(upload_params *p, void *to, const void *from, i64 count, size_t bytes)
+{
+    if (count == 0) return;
+    p->part[p->num_parts].to = to;
+    p->part[p->num_parts].from = from;
+    p->part[p->num_parts].bytes = count * (i64)bytes;
+    p->num_parts++;
+}
+
+/* One launch, which pulls what is in use of each array. */
 qkv_status qi_attention_cuda_upload(qkv_attention *a, const qi_lengths *lengths, void *stream)
 {
     const qi_plan *from = &a->plan, *to = &a->cuda.plan;
     const qi_plan_header *h = from->header;
-    const u64 tokens = (u64)h->num_tokens, requests = (u64)h->num_requests, word = sizeof(i32);
-    const struct {
-        void *to;
-        const void *from;
-        u64 bytes;
-    } parts[] = {
-        {to->header, from->header, sizeof *h},
-        {to->work_indptr, from->work_indptr, ((u64)a->limits.max_workers + 1) * word},
-        {to->work, from->work, (u64)h->num_work * sizeof(qi_work)},
-        {to->merge, from->merge, (u64)h->num_merges * sizeof(qi_merge)},
-        {to->groups, from->groups, (u64)lengths->num_groups * sizeof(qi_group)},
-        {to->rows, from->rows, h->num_levels > 1 ? tokens * word : 0},
-        {to->token_request, from->token_request, tokens * word},
-        {to->qo_indptr, from->qo_indptr, (requests + 1) * word},
-        {to->kv_len, from->kv_len, requests * word},
-        {to->qo_pos, from->qo_pos, requests * word},
-        {to->mask_first, from->mask_first, requests * word},
-        {to->pages, from->pages, (u64)a->num_listed * word},
-        {on_device(a, a->mask_indptr), a->mask_indptr, a->mask_bits ? requests * sizeof(i64) : 0},
-    };
-    for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++)
-        QI_TRY(upload(a, parts[i].to, parts[i].from, parts[i].bytes, stream));
-    const i64 pitch = from->max_tokens * a->spec.num_kv_heads;
-    for (i32 l = 0; h->num_levels > 1 && l < h->num_levels; l++)
-        QI_TRY(upload(a, to->row_merge + l * pitch, from->row_merge + l * pitch,
-                      tokens * (u64)a->spec.num_kv_heads * word, stream));
-    return qi_cuda_event_record(&a->ctx->cuda, a->cuda.uploaded, stream);
+    const i64 tokens = h->num_tokens, requests = h->num_requests, heads = a->spec.num_kv_heads;
+    const int levels = h->num_levels > 1;
+    upload_params p = {.num_parts = 0};
+    add_part(&p, to->header, from->header, 1, sizeof *h);
+    add_part(&p, to->work_indptr, from->work_indptr, a->limits.max_workers + 1, sizeof(i32));
+    add_part(&p, to->work, from->work, h->num_work, sizeof(qi_work));
+    add_part(&p, to->merge, from->merge, h->num_merges, sizeof(qi_merge));
+    add_part(&p, to->groups, from->groups, lengths->num_groups, sizeof(qi_group));
+    add_part(&p, to->rows, from->rows, levels ? tokens : 0, sizeof(i32));
+    add_part(&p, to->token_request, from->token_request, tokens, sizeof(i32));
+    add_part(&p, to->qo_indptr, from->qo_indptr, requests + 1, sizeof(i32));
+    add_part(&p, to->kv_len, from->kv_len, requests, sizeof(i32));
+    add_part(&p, to->qo_pos, from->qo_pos, requests, sizeof(i32));
+    add_part(&p, to->mask_first, from->mask_first, requests, sizeof(i32));
+    add_part(&p, to->pages, from->pages, a->num_listed, sizeof(i32));
+    add_part(&p, qi_attention_on_device(a, a->mask_indptr), a->mask_indptr,
+             a->mask_bits ? requests : 0, sizeof(i64));
+    for (i64 l = 0; levels && l < h->num_levels; l++)
+        add_part(&p, to->row_merge + l * to->max_tokens * heads,
+                 from->row_merge + l * to->max_tokens * heads, tokens * heads, sizeof(i32));
+    const qi_cuda_device *device = &a->ctx->cuda;
+    const qi_grid grid = {.x = UPLOAD_BLOCKS, .threads = UPLOAD_THREADS};
+    QI_TRY(qi_cuda_launch(device, a->cuda.uploader, &grid, &p, stream));
+    a->cuda.stage = a->cuda.next;
+    return qi_cuda_event_record(device, a->cuda.uploaded[a->cuda.stage], stream);
 }
 
 /* ---- run ---------------------------------------------------------------------------------- */
@@ -222,8 +271,8 @@ qkv_status qi_attention_cuda_run(qkv_attention *a, const attention_params *p,
         .sm_scale = sm_scale,
     };
     c.at.plan = a->cuda.plan;
-    c.at.rope_turns = on_device(a, a->rope_turns);
-    c.at.mask_indptr = p->mask_bits ? on_device(a, a->mask_indptr) : NULL;
+    c.at.rope_turns = qi_attention_on_device(a, a->rope_turns);
+    c.at.mask_indptr = p->mask_bits ? qi_attention_on_device(a, a->mask_indptr) : NULL;
     c.at.variant = NULL;
     memcpy(c.args, &a->args, a->variant.num_params > 0 ? a->variant.bytes : 0);
     const i32 qk = a->spec.head_dim_qk, vo = a->spec.head_dim_vo;

@@ -49,10 +49,11 @@ enum {
 /* A work item and what its group says. A prefill tile has no keys here. */
 typedef struct decode_item {
     int kv_begin, kv_end;                      /* keys of the group's list */
-    int list, block, kv_offset, kv_head;       /* of the list */
+    int block, kv_offset, kv_head;             /* of the list */
     int row_begin, count;                      /* rows of q: tokens times heads of the group */
     int request, position;                     /* of its first row; MIXED groups: of none */
     int slot, merge, pieces, is_decode, flags; /* pieces: of its tile, where it is cut */
+    i64 list;                                  /* where it begins, of plan.pages or of tokens */
     const qi_group *group;
 } decode_item;
 
@@ -223,7 +224,7 @@ QI_INLINE void decode_load(const attention_params *p, const decode_item *items, 
         const decode_item *now = &items[s->item];
         const i64 page = s->page;
         const i64 in_page =
-            PAGE_SIZE > 0 ? s->in_list % (PAGE_SIZE | !PAGE_SIZE) : (i64)now->list + s->in_list;
+            PAGE_SIZE > 0 ? s->in_list % (PAGE_SIZE | !PAGE_SIZE) : now->list + s->in_list;
         const int valid = now->kv_end - s->at;
         const char *k = (const char *)p->k, *v = (const char *)p->v;
         if ((int)threadIdx.x % TILE < valid) {

@@ -3,8 +3,7 @@
 #ifndef QI_ATTENTION_GROUPS_H
 #define QI_ATTENTION_GROUPS_H
 
-#include "base/kv_index.h"
-#include "base/status.h"
+#include "kern/kv_view.h"
 #include "ops/attention/attention_params.h"
 #include "ops/attention/schedule.h"
 
@@ -28,20 +27,24 @@ typedef struct batch_view {
     const i32 *qo_pos; /* NULL: at the end of the keys */
     const u8 *mask_bits;
     const i64 *mask_indptr;
+    i64 num_mask_bytes;
+    i64 max_tokens; /* rows at most, of arrays on the device */
     i32 detect_shared_prefix;
+    i32 in_place; /* arrays are on the device, where kernels read page tables: no copy is made of them */
+    i64 pages_at; /* then the address that groups count from */
 } batch_view;
 
 /* Groups of the batch, level by level, and the order of rows that makes each group's adjoin. */
 typedef struct group_list {
     qi_group *groups; /* [num_groups] */
     i32 *rows;        /* [num_tokens] token of each row; written where num_levels > 1 */
-    qi_group **leaf;  /* [num_requests] of each request; not of a sparse batch */
     i32 num_groups, num_levels;
 } group_list;
 
 /* The three ways to make them. All lengths are checked before. kv_begin of paged groups counts from
- * the first page list of the first level on, one list after another. */
-void qi_groups_by_level(const batch_view *batch, group_list *out);
+ * the first page list of the first level on, one list after another, if not in place. The first is
+ * collective, of several lanes in place only; a request's group is the last level's of its number. */
+void qi_groups_by_level(qi_lanes lanes, const batch_view *batch, group_list *out);
 void qi_groups_by_block(const batch_view *batch, const qi_limits *limits, group_list *out);
 
 /*
@@ -52,6 +55,11 @@ void qi_groups_by_block(const batch_view *batch, const qi_limits *limits, group_
  */
 void qi_groups_by_prefix(const batch_view *batch, const qi_limits *limits, i32 max_levels,
                          i32 *order, group_list *out);
+
+/* What kernels know of requests: qo_indptr, kv_len, qo_pos, mask_first and token_request of the plan, and
+ * with a mask mask_indptr, [requests]. Collective. */
+void qi_copy_requests(qi_lanes lanes, const batch_view *batch, const qi_plan *out,
+                      i64 *mask_indptr);
 
 /* Position of a request's row 0. */
 static inline i64 qi_first_position(const batch_view *batch, i64 request, i64 kv_len, i64 qo_len)

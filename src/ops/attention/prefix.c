@@ -96,9 +96,9 @@ static int pays(const finder *f, i32 begin, i32 end, i64 pages)
 /* Takes the first `taken` pages of a request's list away from its own group. */
 static void trim_leaf(const finder *f, i32 request, i64 taken)
 {
-    qi_group *leaf = f->out->leaf[request];
+    qi_group *leaf = &f->out->groups[request];
     const i32 keys = (i32)(taken * f->view->page_size);
-    leaf->kv_begin += (i32)taken;
+    leaf->kv_begin += taken;
     leaf->kv_offset = keys;
     leaf->kv_len -= keys;
     if (taken > 0) leaf->flags = 0; /* not alone */
@@ -126,7 +126,7 @@ static void split(finder *f, i32 begin, i32 end, i64 depth, i64 taken, i32 level
         f->out->groups[f->out->num_groups++] =
             (qi_group){.row_begin = i,
                        .num_rows = next - i,
-                       .kv_begin = (i32)taken,
+                       .kv_begin = taken,
                        .kv_len = (i32)((common - taken) * f->view->page_size),
                        .kv_offset = (i32)(taken * f->view->page_size),
                        .kv_head = -1,
@@ -144,7 +144,7 @@ static void place_rows(const finder *f, i32 num_leaves)
     group_list *out = f->out;
     i32 placed = 0;
     for (i64 i = 0; i < view->num_requests; i++) {
-        qi_group *leaf = out->leaf[f->order[i]];
+        qi_group *leaf = &out->groups[f->order[i]];
         leaf->row_begin = placed;
         leaf->level = (u8)(out->num_levels - 1);
         for (i32 t = 0; t < leaf->num_rows; t++)
@@ -152,7 +152,7 @@ static void place_rows(const finder *f, i32 num_leaves)
     }
     for (qi_group *g = out->groups + num_leaves; g < out->groups + out->num_groups; g++) {
         const i32 begin = g->row_begin, end = begin + g->num_rows;
-        const qi_group *first = out->leaf[f->order[begin]];
+        const qi_group *first = &out->groups[f->order[begin]];
         g->row_begin = first->row_begin;
         g->request = first->request;
         g->kv_begin += first->kv_begin - first->kv_offset / (i32)view->page_size;
@@ -160,7 +160,7 @@ static void place_rows(const finder *f, i32 num_leaves)
         g->pos_first = first->pos_first;
         g->pos_last = first->pos_last;
         for (i32 i = begin; i < end; i++) {
-            const qi_group *leaf = out->leaf[f->order[i]];
+            const qi_group *leaf = &out->groups[f->order[i]];
             g->num_rows += leaf->num_rows;
             if (leaf->pos_first < g->pos_first) g->pos_first = leaf->pos_first;
             if (leaf->pos_last > g->pos_last) g->pos_last = leaf->pos_last;
@@ -175,7 +175,7 @@ void qi_groups_by_prefix(const batch_view *batch, const qi_limits *limits, i32 m
     const i32 requests = (i32)view->num_requests;
     finder f = {
         .view = view, .limits = limits, .max_shared = max_levels - 1, .order = order, .out = out};
-    qi_groups_by_level(batch, out); /* each request's own, to begin with */
+    qi_groups_by_level((qi_lanes){0, 1}, batch, out); /* each request's own, to begin with */
     for (i32 r = 0; r < requests; r++) order[r] = r;
     split(&f, 0, requests, 0, 0, 0, 0);
     if (out->num_levels > 1) place_rows(&f, requests);

@@ -64,7 +64,7 @@ QI_INLINE key_place key_at(const attention_params *p, const qi_group *g, int ind
     if (g->flags & QI_GROUP_SPARSE)
         at.position = in_list = p->bsr_indices[g->block_begin + index / p->bsr_cols] * p->bsr_cols +
                                 index % p->bsr_cols;
-    i64 page = 0, slot = (i64)g->kv_begin + in_list;
+    i64 page = 0, slot = g->kv_begin + in_list;
     if (p->page_size > 0) {
         page = p->plan.pages[g->kv_begin + in_list / p->page_size];
         slot = in_list % p->page_size;

@@ -230,6 +230,7 @@ static void log_run(const qkv_attention *a, const attention_params *p, i64 ns)
 {
     const qkv_attention_spec *s = &a->spec;
     i64 requests = 0, prefills = 0, new_rows = 0, keys = 0;
+    if (a->on_device) return; /* its lengths are not known here */
     for (i32 r = 0; r < a->plan.header->num_requests; r++) {
         const i64 qo_len = (i64)a->plan.qo_indptr[r + 1] - a->plan.qo_indptr[r];
         if (qo_len == 0) continue;

@@ -5,17 +5,13 @@
 #define QI_ATTENTION_SCHEDULE_H
 
 #include "kern/plan.h"
-
-/* Who runs the schedule: the host as {0, 1}; a device block as {thread, threads} (its scan and
- * barrier come with the device planner). */
-typedef struct qi_lanes {
-    i32 id, count;
-} qi_lanes;
+#include "ops/attention/lanes.h"
 
 typedef struct qi_lengths {
     const qi_group *groups; /* [num_groups] level by level */
     i32 num_groups, num_requests, num_tokens;
-    i32 num_levels; /* more than 1: every tile of a group that is not ALONE gets partial rows */
+    i32 num_levels;  /* more than 1: every tile of a group that is not ALONE gets partial rows */
+    i32 *first_tile; /* [num_groups + 1] room for lanes to find theirs; one lane: unused */
 } qi_lengths;
 
 /* What the operator's spec and limits fix. */
@@ -59,11 +55,15 @@ i64 qi_schedule_max_work(const qi_limits *limits, i64 max_tokens, i64 max_groups
 i64 qi_schedule_split_rows(const qi_limits *limits, i64 max_rows);
 
 /* Partial rows that a batch cannot do without: those of groups that are not ALONE, and of fixed
- * cuts. qi_schedule needs max_split_rows to be at least that. */
+ * cuts. */
 i64 qi_schedule_rows_needed(const qi_lengths *in, const qi_limits *limits);
 
+/* A plan of no work, whose header says why. Collective. */
+void qi_schedule_nothing(qi_lanes lanes, const qi_limits *limits, i32 status, i32 request,
+                         const qi_plan *out);
+
 /*
- * qi_schedule - fill header, work_indptr, work, merge, row_merge and clear the tickets of *out.
+ * qi_schedule - fill header, work_indptr, work, merge, row_merge and clear the tickets of *out. Collective.
  *
  * A group of n rows is one decode tile over its KV heads if n <= decode_rows (with split_heads one for
  * each head), else for each head ceil(n / tile_rows) prefill tiles, head by head. The tiles, in that order, form a line of integer
@@ -76,7 +76,9 @@ i64 qi_schedule_rows_needed(const qi_lengths *in, const qi_limits *limits);
  * the tile's pieces are merged later; it ends at the nearer end of the tile instead if a piece
  * would be shorter than cut_align keys, if the partial rows do not suffice, or if no prefill tile
  * exceeds 1/8 of a strip (then cutting one gains less than its merge costs). At most num_workers -
- * 1 extra pieces and merges arise; no search, no heap, O(tiles).
+ * 1 extra pieces and merges arise; no heap, O(tiles / lanes + log groups).
+ *
+ * A batch that needs more than max_split_rows partial rows gets no work, and header.status says so.
  *
  * With S = ceil(total / n), u the cost of the largest tile that is left whole and a that of 3 *
  * cut_align keys of the largest cut tile: no strip costs more than S + max(u, a) + cost_visit.

@@ -1,0 +1,73 @@
+/* lanes.h - the few things that lanes do together: planners are written over {id, count}, so that the host
+ * runs them as one lane and a block of a GPU as its threads, with the same bytes in the end. Text of the
+ * subset that C11 and NVRTC share, as all that includes it.
+ *
+ * Who runs more than one lane defines QI_LANES and brings these functions itself (plan.cu, the tests).
+ * All but the last three are collective: each lane calls them in the same order, and sees what every lane
+ * wrote before.
+ * SPDX-License-Identifier: Apache-2.0 */
+#ifndef QI_ATTENTION_LANES_H
+#define QI_ATTENTION_LANES_H
+
+#include "kern/abi.h"
+
+/* Before a loop of the planner's text: on a GPU it runs once, from cold instruction caches, where short code
+ * is fast code. */
+#ifdef __CUDACC_RTC__
+#define QI_ROLLED _Pragma("unroll 1")
+#else
+#define QI_ROLLED
+#endif
+
+typedef struct qi_lanes {
+    i32 id, count;
+} qi_lanes;
+
+#ifndef QI_LANES
+/* values[i] becomes the sum over lower lanes, totals[i] that over all; n is at most 4. */
+static inline void lanes_add(qi_lanes lanes, i64 *values, i64 *totals, int n)
+{
+    (void)lanes;
+    for (int i = 0; i < n; i++) {
+        totals[i] = values[i];
+        values[i] = 0;
+    }
+}
+
+/* Is it so in any lane? */
+static inline int lanes_any(qi_lanes lanes, int value)
+{
+    (void)lanes;
+    return value;
+}
+
+/* The smallest. */
+static inline i64 lanes_min(qi_lanes lanes, i64 value)
+{
+    (void)lanes;
+    return value;
+}
+
+static inline void lanes_sync(qi_lanes lanes)
+{
+    (void)lanes;
+}
+
+/* Lower or raise a number that other lanes lower or raise too. */
+static inline void lanes_lower32(i32 *at, i32 value)
+{
+    if (value < *at) *at = value;
+}
+
+static inline void lanes_lower(i64 *at, i64 value)
+{
+    if (value < *at) *at = value;
+}
+
+static inline void lanes_raise(i64 *at, i64 value)
+{
+    if (value > *at) *at = value;
+}
+#endif
+
+#endif
