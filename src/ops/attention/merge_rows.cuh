@@ -125,31 +125,30 @@ QI_INLINE void finish_piece(const attention_cuda_params *c, const qi_work *w, in
     __syncthreads();
 }
 
-/* Several levels: all rows that have partial ones, a warp a (row, query head). By the whole grid. */
+/* Several levels: all rows that have partial ones, a block a row, a warp a query head. By the whole grid. */
 QI_INLINE void merge_levels(const attention_cuda_params *c)
 {
     const attention_params *p = &c->at;
     enum { WARPS_OF_BLOCK = THREADS / WARP };
     __shared__ pieces lists[WARPS_OF_BLOCK][MAX_LEVELS];
-    const int levels = p->plan.header->num_levels, group = p->num_qo_heads / p->num_kv_heads;
+    const int levels = p->plan.header->num_levels, tokens = p->plan.header->num_tokens;
     const int lane = threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
+    const int group = p->num_qo_heads / p->num_kv_heads;
     if (levels == 1) return;
-    const i64 count = (i64)p->plan.header->num_tokens * p->num_qo_heads;
-    for (i64 i = (i64)blockIdx.x * WARPS_OF_BLOCK + warp; i < count;
-         i += gridDim.x * WARPS_OF_BLOCK) {
-        const int row = (int)(i / p->num_qo_heads), head = (int)(i % p->num_qo_heads);
-        pieces of = {};
-        if (lane < levels) {
-            const i64 at = (lane * p->plan.max_tokens + row) * p->num_kv_heads + head / group;
-            const int merge = p->plan.row_merge[at];
-            if (merge >= 0) of = pieces_of(p, &p->plan.merge[merge], row, head);
+    for (int row = (int)blockIdx.x; row < tokens; row += (int)gridDim.x)
+        for (int head = warp; head < p->num_qo_heads; head += WARPS_OF_BLOCK) {
+            pieces of = {};
+            if (lane < levels) {
+                const i64 at = (lane * p->plan.max_tokens + row) * p->num_kv_heads + head / group;
+                const int merge = p->plan.row_merge[at];
+                if (merge >= 0) of = pieces_of(p, &p->plan.merge[merge], row, head);
+            }
+            __syncwarp(); /* the row before has been merged */
+            if (lane < levels) lists[warp][lane] = of;
+            const int any = __any_sync(ALL_LANES, of.count > 0);
+            __syncwarp();
+            if (any) merge_row(c, lists[warp], levels, row_at(p, row), head);
         }
-        __syncwarp(); /* the row before has been merged */
-        if (lane < levels) lists[warp][lane] = of;
-        const int any = __any_sync(ALL_LANES, of.count > 0);
-        __syncwarp();
-        if (any) merge_row(c, lists[warp], levels, row_at(p, row), head);
-    }
 }
 
 #endif
