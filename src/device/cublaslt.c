@@ -46,6 +46,19 @@ void qi_cublaslt_free(qi_cublaslt *lt, const qi_cuda_device *device)
     pthread_mutex_destroy(&lt->lock);
 }
 
+/* What may load code or allocate would end a capture that is under way, but of a thread in this mode: none of
+ * it touches a stream. Returns the mode before, -1 if that did not change. */
+static int relax(void)
+{
+    int mode = CU_CAPTURE_RELAXED;
+    return qi_cuda.capture_mode(&mode) == CU_SUCCESS ? mode : -1;
+}
+
+static void restore(int mode)
+{
+    if (mode >= 0) qi_cuda.capture_mode(&mode);
+}
+
 /* ---- opening ------------------------------------------------------------------------------ */
 
 static int make_objects(qi_cublaslt *lt)
@@ -118,18 +131,16 @@ static int set_preference(const qi_cublaslt *lt, const qi_matmul *p)
     return good;
 }
 
-/* cuBLASLt may load code and allocate while it answers, which a stream under capture allows a thread in this
- * mode alone; it does not touch the stream. */
 static void choose(const qi_cublaslt *lt, qi_cublaslt_entry *entry)
 {
     lt_choice choice = {.state = LT_SUCCESS};
-    int count = 0, mode = CU_CAPTURE_RELAXED;
-    qi_cuda.capture_mode(&mode);
+    int count = 0;
+    const int mode = relax();
     entry->offered = set_layouts(lt, &entry->problem) && set_preference(lt, &entry->problem) &&
                      lt->api->choose(lt->handle, lt->operation, lt->w, lt->x, lt->out, lt->out,
                                      lt->preference, 1, &choice, &count) == LT_SUCCESS &&
                      count == 1 && choice.state == LT_SUCCESS;
-    qi_cuda.capture_mode(&mode);
+    restore(mode);
     entry->algorithm = choice.algorithm;
     entry->workspace_bytes = choice.workspace_bytes;
 }
@@ -157,10 +168,9 @@ static qi_cublaslt_entry *find(qi_cublaslt *lt, const qi_matmul *problem, u32 wo
 static const char *declines(qi_cublaslt *lt, const qi_cuda_device *device, const qi_matmul *problem)
 {
     if (!lt->entries) {
-        int mode = CU_CAPTURE_RELAXED;
-        qi_cuda.capture_mode(&mode);
+        const int mode = relax();
         const char *why = open_library(lt, device);
-        qi_cuda.capture_mode(&mode);
+        restore(mode);
         if (why) return why;
     }
     return find(lt, problem, 1)->offered ? NULL : "cuBLASLt has no algorithm for it";
@@ -187,10 +197,9 @@ static void *workspace_of(qi_cublaslt *lt, const qi_cuda_device *device, void *s
         if (lt->workspaces[i].stream == stream) return lt->workspaces[i].memory;
     if (lt->num_workspaces == STREAMS || stream == STREAM_OF_EACH_THREAD) return NULL;
     void *memory;
-    int mode = CU_CAPTURE_RELAXED; /* else allocating would end a capture that is under way */
-    qi_cuda.capture_mode(&mode);
+    const int mode = relax();
     const qkv_status status = qi_cuda_alloc(device, WORKSPACE_BYTES, &memory);
-    qi_cuda.capture_mode(&mode);
+    restore(mode);
     if (status != QKV_OK) return NULL;
     lt->workspaces[lt->num_workspaces].stream = stream;
     lt->workspaces[lt->num_workspaces++].memory = memory;
@@ -206,13 +215,11 @@ static int multiply(qi_cublaslt *lt, const qi_cuda_device *device, const qi_matm
     if (entry->workspace_bytes > 0 && !(workspace = workspace_of(lt, device, stream)))
         entry = find(lt, problem, 0);
     if (!entry->offered || !set_layouts(lt, problem)) return LT_ALLOC_FAILED;
-    int mode = CU_CAPTURE_RELAXED; /* the first run loads the kernel */
-    const int first = !entry->ran;
-    if (first) qi_cuda.capture_mode(&mode);
+    const int mode = entry->ran ? -1 : relax(); /* the first run loads the kernel */
     const int result = lt->api->multiply(lt->handle, lt->operation, &one, w, lt->w, x, lt->x, &zero,
                                          out, lt->out, out, lt->out, &entry->algorithm, workspace,
                                          workspace ? WORKSPACE_BYTES : 0, stream);
-    if (first) qi_cuda.capture_mode(&mode);
+    restore(mode);
     entry->ran = 1;
     return result;
 }

@@ -65,6 +65,7 @@
     X(planner, "ops/attention/planner.h")                                                          \
     X(cuda_plan, "ops/attention/plan.cu")                                                          \
     X(prefill_loads, "ops/attention/prefill_loads.cuh")                                            \
+    X(prefill_store, "ops/attention/prefill_store.cuh")                                            \
     X(prefill_mma, "ops/attention/prefill_mma.cuh")                                                \
     X(gemm_params, "ops/gemm/gemm_params.h")                                                       \
     X(gemm_thin, "ops/gemm/gemm_thin.cu")                                                          \

@@ -58,6 +58,8 @@ static const char *reject_mma(const void *desc)
     if (qi_dtype_bytes(q) == 2 && qi_dtype_bytes(kv) == 2 && q != kv)
         return "q and k are of different 16-bit types";
     if (s->head_dim_qk > 256 || s->head_dim_vo > 256) return "a head dim is more than 256";
+    if (s->num_qo_heads / s->num_kv_heads > PREFILL_TILE_M(s->head_dim_vo))
+        return "a token's query heads of a KV head are more than a tile's rows";
     if (s->features & QKV_FEATURE_ROPE) return "keys are rotated in the kernel";
     if (a->variant.changes_keys) return "the variant changes keys";
     if (a->cuda.shared_bytes > (u32)a->ctx->cuda.shared_bytes)

@@ -28,6 +28,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     attention(const __grid_constant__ attention_cuda_params p)
 {
     extern __shared__ __align__(16) char shared[];
+#if DECODE_ROWS
+    touch_parameters(&p, (decode_shared *)shared);
+#endif
     griddepcontrol_wait();
     griddepcontrol_launch_dependents();
     const attention_params *a = &p.at;
@@ -43,15 +46,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     int *is_last = (int *)shared;
     if (DECODE_ROWS && !any_item(a, begin, end, QI_TILE_PREFILL)) return;
     for (int i = begin; i < end; i++) {
-        const qi_work w = a->plan.work[i];
-        if (w.flags != QI_TILE_PREFILL) continue;
-        prefill_item(&p, &w, shared + PREFILL_SHARED_ROOM);
-        if (w.slot >= 0 && one_level) finish_piece(&p, &w, is_last);
+        const qi_work *w = &a->plan.work[i];
+        if (w->flags != QI_TILE_PREFILL) continue;
+        prefill_item(&p, w, shared + PREFILL_SHARED_ROOM);
+        if (w->slot >= 0 && one_level) finish_piece(&p, w, is_last);
     }
 #endif
 }
 
-QI_KERNEL(attention_levels, attention_cuda_params)
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+    attention_levels(const __grid_constant__ attention_cuda_params p)
 {
     griddepcontrol_wait();
     merge_levels(&p);

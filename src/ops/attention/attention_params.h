@@ -86,7 +86,7 @@ enum {
          ? DECODE_TILE_BYTES(qk, vo, kv_bytes)                                                     \
          : DECODE_SUM_BYTES(vo, rows))
 #define DECODE_Q_PITCH(dim)           (((dim) + 15) / 16 * 32 + 16)
-#define DECODE_SHARED_ROOM(dim, rows) (2816 + (rows)*DECODE_Q_PITCH(dim)) /* beside the rings */
+#define DECODE_SHARED_ROOM(dim, rows) (3072 + (rows)*DECODE_Q_PITCH(dim)) /* beside the rings */
 #define DECODE_PAST_RINGS             16 /* read, not used, with an odd number of steps */
 
 /* The reference kernel of GPUs: query rows and keys that a block has in shared memory at a time. */

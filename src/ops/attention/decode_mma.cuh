@@ -48,12 +48,13 @@ enum {
 
 /* A work item and what its group says. A prefill tile has no keys here. */
 typedef struct decode_item {
-    int kv_begin, kv_end;                      /* keys of the group's list */
-    int block, kv_offset, kv_head;             /* of the list */
-    int row_begin, count;                      /* rows of q: tokens times heads of the group */
-    int request, position;                     /* of its first row; MIXED groups: of none */
-    int slot, merge, pieces, is_decode, flags; /* pieces: of its tile, where it is cut */
-    i64 list;                                  /* where it begins, of plan.pages or of tokens */
+    int kv_begin, kv_end;          /* keys of the group's list */
+    int block, kv_offset, kv_head; /* of the list */
+    int row_begin, count;          /* rows of q: tokens times heads of the group */
+    int request, position;         /* of its first row; MIXED groups: of none */
+    int slot, merge, is_decode, flags;
+    qi_merge cut; /* its tile, where that is cut */
+    i64 list;     /* where it begins, of plan.pages or of tokens */
     const qi_group *group;
 } decode_item;
 
@@ -70,6 +71,16 @@ typedef struct decode_shared {
 } decode_shared;
 _Static_assert(sizeof(decode_shared) <= DECODE_SHARED_ROOM(HEAD_DIM_QK, DECODE_ROWS),
                "as launched");
+
+/* A block meets its parameters a line at a time, each after a wait of its own: they are asked for at once,
+ * while the launch before may still run. What comes is put where q will be, so that it is not left out. */
+QI_INLINE void touch_parameters(const attention_cuda_params *c, decode_shared *t)
+{
+    enum { WORDS_OF_LINE = 16 };
+    const int at = (int)threadIdx.x * WORDS_OF_LINE;
+    if (at < (int)(sizeof *c / sizeof(int)))
+        ((volatile int *)t->q)[threadIdx.x] = ((const int *)c)[at];
+}
 
 /* Work items [begin, begin + count) to shared memory, a thread each. */
 QI_INLINE void decode_read_items(const attention_params *p, int begin, int count, decode_shared *t)
@@ -91,9 +102,8 @@ QI_INLINE void decode_read_items(const attention_params *p, int begin, int count
         i.position = (int)g->pos_first + (w.row_begin - g->row_begin);
         i.slot = w.slot;
         i.merge = w.merge;
-        i.pieces = 0;
         if (w.merge >= 0) {
-            i.pieces = p->plan.merge[w.merge].num_pieces;
+            i.cut = p->plan.merge[w.merge];
             prefetch_l2(&p->plan.ticket[w.merge]);
         }
         i.flags = g->flags;
@@ -122,7 +132,9 @@ typedef struct decode_stream {
     int item, end; /* of the items in shared memory */
     int first;     /* which warp takes the item's first tile: turns, so that short items use all */
     int at;        /* the first key of this warp's next tile */
-    int page, in_list; /* of this lane's key of that tile */
+    int tile;      /* its number among this warp's tiles of the item */
+    int page;    /* of this lane's key of that tile; where tiles lie in pages, of tile 32n + lane */
+    int in_list; /* where this lane's key is, if tiles do not lie in pages */
 } decode_stream;
 
 QI_INLINE int decode_tiles(const decode_item *i)
@@ -136,23 +148,38 @@ QI_INLINE int decode_place(int first)
     return ((int)threadIdx.x / WARP + DECODE_WARPS - first) % DECODE_WARPS;
 }
 
-/* To the first tile at or after `at` that there is, in this item or a later one; then looks up the page of this
- * lane's key, one tile before it is loaded. */
-QI_INLINE void decode_settle(const attention_params *p, const decode_item *items, decode_stream *s)
+/* Does each tile of the item lie in one page? (Ragged keys are one page.) */
+QI_INLINE int decode_in_pages(const decode_item *i)
 {
-    while (s->item < s->end && s->at >= items[s->item].kv_end) {
-        s->first = (s->first + decode_tiles(&items[s->item])) % DECODE_WARPS;
-        if (++s->item < s->end) s->at = items[s->item].kv_begin + TILE * decode_place(s->first);
-    }
-    const decode_item *now = &items[s->item];
-    const int index = s->at + (int)threadIdx.x % TILE;
+    if (SPARSE && (i->flags & QI_GROUP_SPARSE)) return 0;
+    return PAGE_SIZE == 0 || (PAGE_SIZE % TILE == 0 && i->kv_begin % TILE == 0);
+}
+
+/* Looks up pages before they are needed: of 32 tiles at a time, or of the next tile's keys. */
+QI_INLINE void decode_find_pages(const attention_params *p, const decode_item *now,
+                                 decode_stream *s)
+{
+    const int lane = threadIdx.x % WARP, in_pages = decode_in_pages(now);
+    const int index = in_pages ? s->at + lane * DECODE_WARPS * TILE : s->at + lane % TILE;
+    if (in_pages && s->tile % WARP != 0) return;
     s->page = 0;
     s->in_list = index;
-    if (s->item >= s->end || index >= now->kv_end) return;
+    if (index >= now->kv_end) return;
     if (SPARSE && (now->flags & QI_GROUP_SPARSE))
         s->in_list =
             p->bsr_indices[now->block + index / p->bsr_cols] * p->bsr_cols + index % p->bsr_cols;
     if (PAGE_SIZE > 0) s->page = p->plan.pages[now->list + s->in_list / (PAGE_SIZE | !PAGE_SIZE)];
+}
+
+/* To the first tile at or after `at` that there is, in this item or a later one. */
+QI_INLINE void decode_settle(const attention_params *p, const decode_item *items, decode_stream *s)
+{
+    while (s->item < s->end && s->at >= items[s->item].kv_end) {
+        s->first = (s->first + decode_tiles(&items[s->item])) % DECODE_WARPS;
+        s->tile = 0;
+        if (++s->item < s->end) s->at = items[s->item].kv_begin + TILE * decode_place(s->first);
+    }
+    if (s->item < s->end) decode_find_pages(p, &items[s->item], s);
 }
 
 QI_INLINE void decode_open(const attention_params *p, const decode_item *items, int end,
@@ -161,6 +188,7 @@ QI_INLINE void decode_open(const attention_params *p, const decode_item *items, 
     s->item = 0;
     s->end = end;
     s->first = 0;
+    s->tile = 0;
     s->at = items[0].kv_begin + TILE * decode_place(0);
     decode_settle(p, items, s);
 }
@@ -222,35 +250,36 @@ QI_INLINE void decode_load(const attention_params *p, const decode_item *items, 
 {
     if (s->item < s->end) {
         const decode_item *now = &items[s->item];
-        const i64 page = s->page;
+        const int in_pages = decode_in_pages(now), r = (int)threadIdx.x % TILE;
+        const int valid = now->kv_end - s->at, in_list = in_pages ? s->at : s->in_list;
+        const i64 page = in_pages ? __shfl_sync(ALL_LANES, s->page, s->tile % WARP) : s->page;
         const i64 in_page =
-            PAGE_SIZE > 0 ? s->in_list % (PAGE_SIZE | !PAGE_SIZE) : now->list + s->in_list;
-        const int valid = now->kv_end - s->at;
-        const char *k = (const char *)p->k, *v = (const char *)p->v;
-        if ((int)threadIdx.x % TILE < valid) {
-            k +=
-                (page * p->k_stride[0] + in_page * p->k_stride[1] + now->kv_head * p->k_stride[2]) *
-                KV_BYTES;
-            v +=
-                (page * p->v_stride[0] + in_page * p->v_stride[1] + now->kv_head * p->v_stride[2]) *
-                KV_BYTES;
-        }
+            PAGE_SIZE > 0 ? in_list % (PAGE_SIZE | !PAGE_SIZE) : now->list + in_list;
+        const i64 k_step = p->k_stride[1] * KV_BYTES, v_step = p->v_stride[1] * KV_BYTES;
+        /* of this lane's row; where a tile lies in a page, of its first one */
+        const char *k = (const char *)p->k +
+                        (page * p->k_stride[0] + now->kv_head * p->k_stride[2]) * KV_BYTES +
+                        in_page * k_step;
+        const char *v = (const char *)p->v +
+                        (page * p->v_stride[0] + now->kv_head * p->v_stride[2]) * KV_BYTES +
+                        in_page * v_step;
         char *values = slot + TILE * K_PITCH;
-        const int in_run = PAGE_SIZE == 0 || (PAGE_SIZE % TILE == 0 && s->at % TILE == 0);
-        const int sparse = SPARSE && (now->flags & QI_GROUP_SPARSE);
-        if (aligned && in_run && !sparse && valid >= TILE) { /* in one page */
-            const int r = (int)threadIdx.x % TILE;
-            const i64 k_step = p->k_stride[1] * KV_BYTES, v_step = p->v_stride[1] * KV_BYTES;
-            decode_load_run(slot, K_PITCH, k - r * k_step, k_step, HEAD_DIM_QK);
-            decode_load_run(values, V_PITCH, v - r * v_step, v_step, HEAD_DIM_VO);
-        } else if (aligned) {
-            decode_load_rows(slot, K_PITCH, k, HEAD_DIM_QK, valid);
-            decode_load_rows(values, V_PITCH, v, HEAD_DIM_VO, valid);
+        if (aligned && in_pages && valid >= TILE) {
+            decode_load_run(slot, K_PITCH, k, k_step, HEAD_DIM_QK);
+            decode_load_run(values, V_PITCH, v, v_step, HEAD_DIM_VO);
         } else {
-            decode_copy_rows(slot, K_PITCH, k, HEAD_DIM_QK, valid);
-            decode_copy_rows(values, V_PITCH, v, HEAD_DIM_VO, valid);
+            if (in_pages) k += r * k_step, v += r * v_step;
+            if (r >= valid) k = (const char *)p->k, v = (const char *)p->v; /* not read */
+            if (aligned) {
+                decode_load_rows(slot, K_PITCH, k, HEAD_DIM_QK, valid);
+                decode_load_rows(values, V_PITCH, v, HEAD_DIM_VO, valid);
+            } else {
+                decode_copy_rows(slot, K_PITCH, k, HEAD_DIM_QK, valid);
+                decode_copy_rows(values, V_PITCH, v, HEAD_DIM_VO, valid);
+            }
         }
         s->at += DECODE_WARPS * TILE;
+        s->tile++;
         decode_settle(p, items, s);
     }
     cp_async_commit_group();
@@ -617,7 +646,8 @@ QI_INLINE void decode_chunk(const attention_cuda_params *c, int count, int one_l
         if (n < count && of->is_decode)
             decode_finish(c, of, t->row[warp], min(tiles, DECODE_WARPS), t);
         if (n + 1 < count) decode_put_query(q, t);
-        if (drawn && t->ticket == before->pieces - 1) merge_tile(c, before->merge);
+        if (drawn && t->ticket == before->cut.num_pieces - 1)
+            merge_tile(c, &before->cut, before->merge);
         __syncthreads();
         drawn = n < count && of->is_decode && of->slot >= 0 && one_level;
         if (drawn && threadIdx.x == 0) ticket = draw_ticket(p, of->merge);

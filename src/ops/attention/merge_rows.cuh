@@ -33,44 +33,49 @@ QI_INLINE i64 piece_slot(const pieces *lists, int i)
     return lists->slot + (i64)i * lists->step;
 }
 
-/* The weight of piece i relative to 2^max; 0 past the last. */
-QI_INLINE float piece_weight(const attention_params *p, i64 slot, int there, float max)
+/* Four dims of pieces i to i + MERGE_LOADS of the 32 whose slots the lanes have, side by side. */
+QI_INLINE void load_pieces(const attention_params *p, i64 slot, int i, int here, int d,
+                           float4 v[MERGE_LOADS])
 {
-    if (!there || !SOFTMAX) return there ? 1.f : 0.f;
-    const float lse = __ldcg(p->plan.lse_partial + slot);
-    return lse == -QI_INFINITY ? 0.f : ex2(lse - max);
+    const float *column = p->plan.o_partial + (d < p->head_dim_vo ? d : 0);
+#pragma unroll
+    for (int j = 0; j < MERGE_LOADS; j++) {
+        const i64 at = __shfl_sync(ALL_LANES, slot, i + j < here ? i + j : i);
+        v[j] = __ldcg((const float4 *)(column + at * p->head_dim_vo));
+    }
 }
 
-/* By one warp. */
+/* By one warp. The first pieces' sums are asked for together with the lse of all. */
 QI_INLINE void merge_row(const attention_cuda_params *c, const pieces *lists, int num_lists,
                          tile_row row, int qo_head)
 {
     const attention_params *p = &c->at;
     const int lane = threadIdx.x % WARP;
+    const float none = SOFTMAX ? -QI_INFINITY : 0.f;
     int total = 0;
     for (int l = 0; l < num_lists; l++) total += lists[l].count;
-    float max = -QI_INFINITY, sum = 0.f;
-    for (int i = lane; SOFTMAX && i < total; i += WARP)
-        max = fmaxf(max, __ldcg(p->plan.lse_partial + piece_slot(lists, i)));
-    if (SOFTMAX) max = warp_max(max);
     for (int first = 0; first < p->head_dim_vo; first += 4 * WARP) {
         const int d = first + 4 * lane;
-        const float *column = p->plan.o_partial + (d < p->head_dim_vo ? d : 0);
-        float o[4] = {};
+        float max = none, sum = 0.f, o[4] = {};
+#pragma unroll 1
         for (int from = 0; from < total; from += WARP) { /* pieces, a lane each */
             const int here = total - from < WARP ? total - from : WARP;
             const i64 slot = lane < here ? piece_slot(lists, from + lane) : 0;
-            const float weight = piece_weight(p, slot, lane < here, max);
-            if (first == 0) sum += warp_sum(weight);
+            float weight = lane < here ? 1.f : 0.f, shrink = 1.f;
+            float4 v[MERGE_LOADS];
+            const float lse = SOFTMAX && lane < here ? __ldcg(p->plan.lse_partial + slot) : none;
+            load_pieces(p, slot, 0, here, d, v);
+            if (SOFTMAX) {
+                const float before = max;
+                max = fmaxf(max, warp_max(lse));
+                shrink = before == -QI_INFINITY ? 0.f : ex2(before - max);
+                weight = lse == -QI_INFINITY ? 0.f : ex2(lse - max);
+            }
+            sum = sum * shrink + warp_sum(weight);
+            for (int i = 0; i < 4; i++) o[i] *= shrink;
 #pragma unroll 1
-            for (int i = 0; i < here; i += MERGE_LOADS) { /* loads side by side */
-                float4 v[MERGE_LOADS];
-#pragma unroll
-                for (int j = 0; j < MERGE_LOADS; j++) {
-                    const int piece = i + j < here ? i + j : i;
-                    const i64 at = __shfl_sync(ALL_LANES, slot, piece) * p->head_dim_vo;
-                    v[j] = __ldcg((const float4 *)(column + at));
-                }
+            for (int i = 0; i < here; i += MERGE_LOADS) {
+                if (i > 0) load_pieces(p, slot, i, here, d, v);
 #pragma unroll
                 for (int j = 0; j < MERGE_LOADS; j++) {
                     const float w = __shfl_sync(ALL_LANES, weight, (i + j) % WARP);
@@ -95,10 +100,10 @@ QI_INLINE int draw_ticket(const attention_params *p, int merge)
 
 /* Merges a tile of which all pieces are done, in key order, and leaves its ticket as it was found. By all
  * threads of a block. */
-QI_INLINE void merge_tile(const attention_cuda_params *c, int merge)
+QI_INLINE void merge_tile(const attention_cuda_params *c, const qi_merge *tile, int merge)
 {
     const attention_params *p = &c->at;
-    const qi_merge m = p->plan.merge[merge];
+    const qi_merge m = *tile;
     __threadfence();
     const int group = p->num_qo_heads / p->num_kv_heads, heads = m.num_kv_heads * group;
     for (int i = (int)threadIdx.x / WARP; i < m.num_rows * heads; i += THREADS / WARP) {
@@ -112,39 +117,38 @@ QI_INLINE void merge_tile(const attention_cuda_params *c, int merge)
 /* The block that finishes a tile's last piece merges it. By all threads; is_last: shared. */
 QI_INLINE void finish_piece(const attention_cuda_params *c, const qi_work *w, int *is_last)
 {
+    const qi_merge *tile = &c->at.plan.merge[w->merge];
     __syncthreads();
-    if (threadIdx.x == 0)
-        *is_last = draw_ticket(&c->at, w->merge) == c->at.plan.merge[w->merge].num_pieces - 1;
+    if (threadIdx.x == 0) *is_last = draw_ticket(&c->at, w->merge) == tile->num_pieces - 1;
     __syncthreads();
-    if (*is_last) merge_tile(c, w->merge);
+    if (*is_last) merge_tile(c, tile, w->merge);
     __syncthreads();
 }
 
-/* Several levels: all rows that have partial ones, a warp a (row, query head). By the whole grid. */
+/* Several levels: all rows that have partial ones, a block a row, a warp a query head. By the whole grid. */
 QI_INLINE void merge_levels(const attention_cuda_params *c)
 {
     const attention_params *p = &c->at;
     enum { WARPS_OF_BLOCK = THREADS / WARP };
     __shared__ pieces lists[WARPS_OF_BLOCK][MAX_LEVELS];
-    const int levels = p->plan.header->num_levels, group = p->num_qo_heads / p->num_kv_heads;
+    const int levels = p->plan.header->num_levels, tokens = p->plan.header->num_tokens;
     const int lane = threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
+    const int group = p->num_qo_heads / p->num_kv_heads;
     if (levels == 1) return;
-    const i64 count = (i64)p->plan.header->num_tokens * p->num_qo_heads;
-    for (i64 i = (i64)blockIdx.x * WARPS_OF_BLOCK + warp; i < count;
-         i += gridDim.x * WARPS_OF_BLOCK) {
-        const int row = (int)(i / p->num_qo_heads), head = (int)(i % p->num_qo_heads);
-        pieces of = {};
-        if (lane < levels) {
-            const i64 at = (lane * p->plan.max_tokens + row) * p->num_kv_heads + head / group;
-            const int merge = p->plan.row_merge[at];
-            if (merge >= 0) of = pieces_of(p, &p->plan.merge[merge], row, head);
+    for (int row = (int)blockIdx.x; row < tokens; row += (int)gridDim.x)
+        for (int head = warp; head < p->num_qo_heads; head += WARPS_OF_BLOCK) {
+            pieces of = {};
+            if (lane < levels) {
+                const i64 at = (lane * p->plan.max_tokens + row) * p->num_kv_heads + head / group;
+                const int merge = p->plan.row_merge[at];
+                if (merge >= 0) of = pieces_of(p, &p->plan.merge[merge], row, head);
+            }
+            __syncwarp(); /* the row before has been merged */
+            if (lane < levels) lists[warp][lane] = of;
+            const int any = __any_sync(ALL_LANES, of.count > 0);
+            __syncwarp();
+            if (any) merge_row(c, lists[warp], levels, row_at(p, row), head);
         }
-        __syncwarp(); /* the row before has been merged */
-        if (lane < levels) lists[warp][lane] = of;
-        const int any = __any_sync(ALL_LANES, of.count > 0);
-        __syncwarp();
-        if (any) merge_row(c, lists[warp], levels, row_at(p, row), head);
-    }
 }
 
 #endif

@@ -4,18 +4,17 @@
 #ifndef QI_ATTENTION_PREFILL_LOADS_CUH
 #define QI_ATTENTION_PREFILL_LOADS_CUH
 
-#include "ops/attention/rows.cuh"
+#include "ops/attention/mma_types.cuh"
 
 enum {
-    PREFILL_KV = qi_size_of(DTYPE_KV),
     PREFILL_ROWS = PREFILL_TILE_M(HEAD_DIM_VO),
-    PREFILL_N = PREFILL_KEYS(HEAD_DIM_QK, HEAD_DIM_VO, PREFILL_KV),
-    PREFILL_BUFFERS = PREFILL_STAGES(HEAD_DIM_QK, HEAD_DIM_VO, PREFILL_KV),
+    PREFILL_N = PREFILL_KEYS(HEAD_DIM_QK, HEAD_DIM_VO, KV_BYTES),
+    PREFILL_BUFFERS = PREFILL_STAGES(HEAD_DIM_QK, HEAD_DIM_VO, KV_BYTES),
     PREFILL_QK = (HEAD_DIM_QK + 15) / 16 * 16,
     PREFILL_VO = (HEAD_DIM_VO + 15) / 16 * 16,
     PREFILL_Q_PITCH = PREFILL_PITCH(HEAD_DIM_QK, 2),
-    PREFILL_K_PITCH = PREFILL_PITCH(HEAD_DIM_QK, PREFILL_KV),
-    PREFILL_V_PITCH = PREFILL_PITCH(HEAD_DIM_VO, PREFILL_KV),
+    PREFILL_K_PITCH = PREFILL_PITCH(HEAD_DIM_QK, KV_BYTES),
+    PREFILL_V_PITCH = PREFILL_PITCH(HEAD_DIM_VO, KV_BYTES),
     PREFILL_KEYS_MOST = 64,
     /* where things are in shared memory */
     PREFILL_ROWS_AT = PREFILL_ITEM_BYTES,
@@ -26,7 +25,7 @@ enum {
     PREFILL_V_AT = PREFILL_K_AT + PREFILL_BUFFERS * PREFILL_N * PREFILL_K_PITCH,
 };
 _Static_assert(THREADS == 128, "4 warps, and two threads a key");
-_Static_assert(PREFILL_KV == 2 || PREFILL_N % 32 == 0, "8-bit keys are read 32 at a time");
+_Static_assert(KV_BYTES == 2 || PREFILL_N % 32 == 0, "8-bit keys are read 32 at a time");
 
 /* ---- the item ----------------------------------------------------------------------------- */
 
@@ -44,15 +43,6 @@ _Static_assert(sizeof(prefill_item_notes) <= PREFILL_ITEM_BYTES, "as launched");
 QI_INLINE const prefill_item_notes *prefill_noted(const char *shared)
 {
     return (const prefill_item_notes *)shared;
-}
-
-QI_INLINE int prefill_is_aligned(const attention_params *p)
-{
-    i64 all = (i64)p->k | (i64)p->v;
-    if (PAGE_SIZE > 0) all |= (p->k_stride[0] | p->v_stride[0]) * PREFILL_KV;
-    if (PAGE_SIZE != 1) all |= (p->k_stride[1] | p->v_stride[1]) * PREFILL_KV;
-    if (p->num_kv_heads > 1) all |= (p->k_stride[2] | p->v_stride[2]) * PREFILL_KV;
-    return (all & 15) == 0;
 }
 
 /* By one thread. */
@@ -76,7 +66,7 @@ QI_INLINE void note_prefill_item(const attention_params *p, const qi_work *w, ch
     n->group = g;
     n->plain_begin = (int)(begin < w->kv_end ? begin : w->kv_end);
     n->plain_end = (int)(end > w->kv_begin ? end : w->kv_begin);
-    n->aligned = prefill_is_aligned(p);
+    n->aligned = keys_aligned(p);
 }
 
 /* ---- rows --------------------------------------------------------------------------------- */
@@ -106,24 +96,18 @@ QI_INLINE void note_prefill_rows(const attention_cuda_params *c, const qi_work *
     const int m = tid < all ? tid : all - 1, head = prefill_head(w, m);
     prefill_row r;
     r.row = row_at(&c->at, w->row_begin + m / GROUP_SIZE);
-    r.scale = c->sm_scale * qi_scale_at(&c->q_scale, head) * qi_scale_at(&c->k_scale, w->kv_head);
+    r.scale = query_scale(c, head);
     if (r.scale == 0.f) r.scale = 1e-30f;
     ((prefill_row *)(shared + PREFILL_ROWS_AT))[tid] = r;
 }
 
 /* ---- queries ------------------------------------------------------------------------------ */
 
-/* The tensor cores' type is that of keys, f16 if they have 8 bits. */
-QI_INLINE u32 prefill_pack(float x, float y)
-{
-    return DTYPE_KV == QI_BF16 ? f32_to_bf16x2(x, y) : f32_to_f16x2(x, y);
-}
-
 /* Where dim d of a row of q goes. 8-bit keys come four dims at a time, 4c and the next three, where 16-bit
  * ones would be 2c, 2c + 1, 2c + 8, 2c + 9: q is put in the same order. */
 QI_INLINE int prefill_q_place(int d)
 {
-    if (PREFILL_KV == 2) return d;
+    if (KV_BYTES == 2) return d;
     return d / 16 * 16 + d % 16 / 4 * 2 + d % 2 + d / 2 % 2 * 8;
 }
 
@@ -138,7 +122,7 @@ QI_INLINE void convert_query(const char *from, int aligned, float sign, char *to
         for (int i = 0; i < 8; i++) x[i] = qi_load1(qi_at(from, DTYPE_Q, i), DTYPE_Q);
 #pragma unroll
     for (int i = 0; i < 8; i += 2)
-        *(u32 *)(to + 2 * prefill_q_place(d + i)) = prefill_pack(sign * x[i], sign * x[i + 1]);
+        *(u32 *)(to + 2 * prefill_q_place(d + i)) = pack_pair(sign * x[i], sign * x[i + 1]);
 }
 
 #ifdef VARIANT_QUERY
@@ -162,7 +146,7 @@ QI_INLINE void load_prefill_queries(const attention_cuda_params *c, const qi_wor
             if (r->scale < 0.f) x.x = -x.x, x.y = -x.y;
         }
         u16 *to = (u16 *)(shared + PREFILL_Q_AT + m * PREFILL_Q_PITCH);
-        const u32 both = prefill_pack(x.x, x.y);
+        const u32 both = pack_pair(x.x, x.y);
         to[prefill_q_place(a)] = (u16)both;
         to[prefill_q_place(b)] = (u16)(both >> 16);
     }
@@ -176,7 +160,7 @@ QI_INLINE void load_prefill_queries(const attention_cuda_params *c, const qi_wor
     const int size = qi_size_of(DTYPE_Q), unit = size == 2 ? 16 : 8;
     const int aligned =
         (((i64)p->q | p->q_stride[0] * size | p->q_stride[1] * size) & (unit - 1)) == 0;
-    const int same = DTYPE_Q == DTYPE_KV && PREFILL_KV == 2;
+    const int same = DTYPE_Q == DTYPE_KV && KV_BYTES == 2;
 #pragma unroll 4
     for (int i = tid_x(); i < PREFILL_ROWS * pieces; i += THREADS) {
         const int m = i / pieces, d = i % pieces * 8, there = m < all && d < HEAD_DIM_QK;
@@ -252,22 +236,11 @@ QI_INLINE void note_prefill_key(const attention_params *p, const qi_group *g, in
             g->flags & QI_GROUP_SPARSE ? in_list : g->kv_offset + index;
 }
 
-/* The first `bytes` of 16, element by element, then zeros. */
-QI_INLINE void copy_prefill_elements(char *to, const char *from, int bytes)
-{
-#pragma unroll 1
-    for (int i = 0; i < 16; i += PREFILL_KV)
-        if (PREFILL_KV == 2)
-            *(u16 *)(to + i) = i < bytes ? *(const u16 *)(from + i) : (u16)0;
-        else
-            *(u8 *)(to + i) = i < bytes ? *(const u8 *)(from + i) : (u8)0;
-}
-
 /* Bytes of 16 that a row of dims has at `chunk`: rows are padded to 16 dims with zeros, since 0 times what
  * lay there may be NaN. */
 QI_INLINE int prefill_chunk_bytes(int chunk, const int dim)
 {
-    const int left = dim * PREFILL_KV - chunk * 16;
+    const int left = dim * KV_BYTES - chunk * 16;
     return dim % 16 == 0 ? 16 : left < 0 ? 0 : left < 16 ? left : 16;
 }
 
@@ -279,7 +252,7 @@ QI_INLINE void copy_prefill_keys(char *to, char *shared, int slot, const int is_
     enum { BATCH = PREFILL_BUFFERS == 2 ? 8 : 4 }; /* addresses first: waiting for each is slow */
     const int dim = is_v ? HEAD_DIM_VO : HEAD_DIM_QK;
     const int pitch = is_v ? PREFILL_V_PITCH : PREFILL_K_PITCH;
-    const int chunks = (dim + 15) / 16 * PREFILL_KV, count = PREFILL_N * chunks;
+    const int chunks = (dim + 15) / 16 * KV_BYTES, count = PREFILL_N * chunks;
     const int even =
         THREADS % chunks == 0; /* a thread copies the same chunk of every so many keys */
     const int tid = tid_x(), key = even ? tid / chunks : 0, chunk = even ? tid % chunks : 0;
@@ -313,7 +286,7 @@ QI_INLINE void load_prefill_keys(char *to, char *shared, int slot, const int is_
     const int end = prefill_noted(shared)->work.kv_end, aligned = prefill_noted(shared)->aligned;
     const int dim = is_v ? HEAD_DIM_VO : HEAD_DIM_QK;
     const int pitch = is_v ? PREFILL_V_PITCH : PREFILL_K_PITCH;
-    const int chunks = (dim + 15) / 16 * PREFILL_KV;
+    const int chunks = (dim + 15) / 16 * KV_BYTES;
     if (aligned && first + PREFILL_N <= end) {
         copy_prefill_keys(to, shared, slot, is_v, first, end, 1);
     } else if (aligned) {
@@ -322,9 +295,9 @@ QI_INLINE void load_prefill_keys(char *to, char *shared, int slot, const int is_
 #pragma unroll 1
         for (int at = tid_x(); at < PREFILL_N * chunks; at += THREADS) {
             const int key = at / chunks, chunk = at % chunks;
-            copy_prefill_elements(to + key * pitch + chunk * 16,
-                                  prefill_addresses(shared, slot, is_v)[key] + chunk * 16,
-                                  first + key < end ? prefill_chunk_bytes(chunk, dim) : 0);
+            copy_elements(to + key * pitch + chunk * 16,
+                          prefill_addresses(shared, slot, is_v)[key] + chunk * 16,
+                          first + key < end ? prefill_chunk_bytes(chunk, dim) : 0);
         }
     }
 }

@@ -13,48 +13,7 @@
 #ifndef QI_ATTENTION_PREFILL_MMA_CUH
 #define QI_ATTENTION_PREFILL_MMA_CUH
 
-#include "ops/attention/prefill_loads.cuh"
-
-#if ALIBI || CUSTOM_MASK || SPARSE || defined(VARIANT_LOGIT) || defined(VARIANT_MASK) ||           \
-    defined(VARIANT_NO_SOFTMAX)
-enum { PREFILL_GENERAL = 1 }; /* each score by score() */
-#else
-enum { PREFILL_GENERAL = 0 };
-#endif
-
-enum {
-    PREFILL_WARP_TILES = PREFILL_ROWS / 64, /* of 16 rows */
-    PREFILL_S = PREFILL_N / 8,              /* columns of 8 that scores and o have */
-    PREFILL_O = PREFILL_VO / 8,
-    PREFILL_STAGE_PITCH = PREFILL_STAGED_PITCH(HEAD_DIM_VO),
-};
-
-typedef float prefill_scores[PREFILL_WARP_TILES][PREFILL_S][4];
-typedef float prefill_sums[PREFILL_WARP_TILES][PREFILL_O][4];
-typedef float prefill_of_rows[PREFILL_WARP_TILES][2]; /* of rows g and g + 8 */
-
-/* Of a warp's 16 rows number t, the one that is this lane's h-th. */
-QI_INLINE int prefill_row_index(int t, int h)
-{
-    const int tid = tid_x();
-    return t * 64 + tid / WARP * 16 + h * 8 + tid % WARP / 4;
-}
-
-QI_INLINE void prefill_mma(float d[4], const u32 a[4], u32 b0, u32 b1)
-{
-    if (DTYPE_KV == QI_BF16)
-        mma_m16n8k16_bf16(d, a, b0, b1);
-    else
-        mma_m16n8k16_f16(d, a, b0, b1);
-}
-
-/* Two 8-bit elements, in the lower half of `bits`, as the tensor cores take them. */
-QI_INLINE u32 prefill_widen(u32 bits)
-{
-    return DTYPE_KV == QI_E4M3   ? e4m3x2_to_f16x2(bits)
-           : DTYPE_KV == QI_E5M2 ? e5m2x2_to_f16x2(bits)
-                                 : i8x2_to_f16x2(bits);
-}
+#include "ops/attention/prefill_store.cuh"
 
 /* ---- scores ------------------------------------------------------------------------------- */
 
@@ -63,8 +22,8 @@ QI_INLINE void multiply_keys(const char *q, const char *k, prefill_scores s, con
 {
     const int lane = tid_x() % WARP;
     q += lane % 16 * PREFILL_Q_PITCH + lane / 16 * 16;
-    k += PREFILL_KV == 2 ? (lane / 16 * 8 + lane % 8) * PREFILL_K_PITCH + lane / 8 % 2 * 16
-                         : lane * PREFILL_K_PITCH;
+    k += KV_BYTES == 2 ? (lane / 16 * 8 + lane % 8) * PREFILL_K_PITCH + lane / 8 % 2 * 16
+                       : lane * PREFILL_K_PITCH;
 #pragma unroll
     for (int t = 0; t < tiles; t++)
 #pragma unroll
@@ -75,14 +34,14 @@ QI_INLINE void multiply_keys(const char *q, const char *k, prefill_scores s, con
 #pragma unroll
         for (int t = 0; t < tiles; t++) ldmatrix_x4(a[t], q + t * 64 * PREFILL_Q_PITCH + d * 2);
 #pragma unroll
-        for (int n = 0; n < PREFILL_S; n += 4 / PREFILL_KV) {
-            ldmatrix_x4(b, k + n * 8 * PREFILL_K_PITCH + d * PREFILL_KV);
+        for (int n = 0; n < PREFILL_S; n += 4 / KV_BYTES) {
+            ldmatrix_x4(b, k + n * 8 * PREFILL_K_PITCH + d * KV_BYTES);
 #pragma unroll
-            for (int i = 0; i < 4 / PREFILL_KV; i++) {
-                const u32 b0 = PREFILL_KV == 2 ? b[2 * i] : prefill_widen(b[i]);
-                const u32 b1 = PREFILL_KV == 2 ? b[2 * i + 1] : prefill_widen(b[i] >> 16);
+            for (int i = 0; i < 4 / KV_BYTES; i++) {
+                const u32 b0 = KV_BYTES == 2 ? b[2 * i] : widen(b[i]);
+                const u32 b1 = KV_BYTES == 2 ? b[2 * i + 1] : widen(b[i] >> 16);
 #pragma unroll
-                for (int t = 0; t < tiles; t++) prefill_mma(s[t][n + i], a[t], b0, b1);
+                for (int t = 0; t < tiles; t++) mma(s[t][n + i], a[t], b0, b1);
             }
         }
     }
@@ -220,9 +179,7 @@ QI_INLINE void weigh_scores(const prefill_of_rows scale, const prefill_of_rows m
 #pragma unroll
         for (int i = 0; i < 4 * tiles; i++) {
             const int t = i / 4, h = i / 2 % 2;
-            /* nothing seen so far: all scores are -infinity */
-            const float base = max[t][h] == -QI_INFINITY ? 0.f : max[t][h];
-            const float x = ex2(fmaf(s[t][n][i % 4], scale[t][h], -base));
+            const float x = ex2(fmaf(s[t][n][i % 4], scale[t][h], -max[t][h]));
             s[t][n][i % 4] = x;
             sum[t][h] += x;
         }
@@ -243,124 +200,23 @@ QI_INLINE void multiply_values(const char *v, const prefill_scores s, prefill_su
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const float *x = &s[t][k / 8 + i / 2][i % 2 * 2];
-                a[t][i] = prefill_pack(x[0], x[1]);
+                a[t][i] = pack_pair(x[0], x[1]);
             }
 #pragma unroll
-        for (int n = 0; n < PREFILL_O; n += 4 / PREFILL_KV) {
-            ldmatrix_x4_trans(b, v + k * PREFILL_V_PITCH + n * 8 * PREFILL_KV);
-            if (PREFILL_KV == 1)
+        for (int n = 0; n < PREFILL_O; n += 4 / KV_BYTES) {
+            ldmatrix_x4_trans(b, v + k * PREFILL_V_PITCH + n * 8 * KV_BYTES);
+            if (KV_BYTES == 1)
 #pragma unroll
                 for (int i = 0; i < 4; i++) b[i] = __byte_perm(b[i], 0, 0x3120);
 #pragma unroll
-            for (int i = 0; i < 4 / PREFILL_KV && n + i < PREFILL_O; i++) {
-                const u32 *pair = PREFILL_KV == 2 ? b + 2 * i : b + i / 2 * 2;
-                const u32 b0 = PREFILL_KV == 2 ? pair[0] : prefill_widen(pair[0] >> i % 2 * 16);
-                const u32 b1 = PREFILL_KV == 2 ? pair[1] : prefill_widen(pair[1] >> i % 2 * 16);
+            for (int i = 0; i < 4 / KV_BYTES && n + i < PREFILL_O; i++) {
+                const u32 *pair = KV_BYTES == 2 ? b + 2 * i : b + i / 2 * 2;
+                const u32 b0 = KV_BYTES == 2 ? pair[0] : widen(pair[0] >> i % 2 * 16);
+                const u32 b1 = KV_BYTES == 2 ? pair[1] : widen(pair[1] >> i % 2 * 16);
 #pragma unroll
-                for (int t = 0; t < tiles; t++) prefill_mma(o[t][n + i], a[t], b0, b1);
+                for (int t = 0; t < tiles; t++) mma(o[t][n + i], a[t], b0, b1);
             }
         }
-    }
-}
-
-/* ---- results ------------------------------------------------------------------------------ */
-
-/* The lane's part of 16 rows of o, multiplied, as rows of f32 in shared memory. */
-QI_INLINE void stage_output(const float o[PREFILL_O][4], const float norm[2], char *stage)
-{
-    const int lane = tid_x() % WARP;
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        char *row = stage + (lane / 4 + 8 * h) * PREFILL_STAGE_PITCH;
-#pragma unroll
-        for (int n = 0; n < PREFILL_O; n += 2) {
-            const float *even = &o[n][2 * h], *odd = &o[n + 1][2 * h];
-            if (PREFILL_KV == 1) {
-                *(float4 *)(row + (n * 8 + lane % 4 * 4) * 4) = make_float4(
-                    even[0] * norm[h], odd[0] * norm[h], even[1] * norm[h], odd[1] * norm[h]);
-            } else {
-                float2 *to = (float2 *)(row + (n * 8 + lane % 4 * 2) * 4);
-                to[0] = make_float2(even[0] * norm[h], even[1] * norm[h]);
-                to[4] = make_float2(odd[0] * norm[h], odd[1] * norm[h]);
-            }
-        }
-    }
-}
-
-/* Dims d to d + 7 of row m of o. */
-QI_INLINE void store_piece(const attention_cuda_params *c, const prefill_row *r, int head, int d,
-                           float x[8], int aligned)
-{
-    const attention_params *p = &c->at;
-#ifdef VARIANT_OUTPUT
-    aligned = 0;
-#endif
-    if (!aligned) {
-        store_outputs(c, r->row, head, d, x);
-        store_outputs(c, r->row, head, d + 4, x + 4);
-        return;
-    }
-    const float scale = qi_scale_at(&c->o_scale, head);
-    for (int i = 0; i < 8; i++) x[i] *= scale == 1.f ? 1.f : 1.f / scale;
-    const i64 at = r->row.token * p->o_stride[0] + head * p->o_stride[1] + d;
-    qi_store(qi_to(p->o, DTYPE_O, at), x, DTYPE_O, 8);
-}
-
-/* The staged 16 rows of the warp's tile t: to o, or to partial rows. */
-QI_INLINE void store_staged(const attention_cuda_params *c, const char *shared, const char *stage,
-                            int t)
-{
-    const qi_work *w = &prefill_noted(shared)->work;
-    const attention_params *p = &c->at;
-    const int all = w->num_rows * GROUP_SIZE, pieces = HEAD_DIM_VO / 8;
-    const int size = qi_size_of(DTYPE_O), unit = size == 1 ? 8 : 16;
-    const int aligned =
-        (((i64)p->o | p->o_stride[0] * size | p->o_stride[1] * size) & (unit - 1)) == 0;
-    const int tid = tid_x();
-    for (int i = tid % WARP; i < 16 * pieces; i += WARP) {
-        const int row = i / pieces, d = i % pieces * 8;
-        const int m = t * 64 + tid / WARP * 16 + row;
-        if (m >= all) break;
-        float x[8];
-        qi_load(x, stage + row * PREFILL_STAGE_PITCH + d * 4, QI_F32, 8);
-        if (w->slot < 0)
-            store_piece(c, prefill_rows_of(shared) + m, prefill_head(w, m), d, x, aligned);
-        else
-            qi_store(p->plan.o_partial + ((i64)w->slot + m) * HEAD_DIM_VO + d, x, QI_F32, 8);
-    }
-}
-
-/* Completes the warp's rows. */
-QI_INLINE void store_prefill_rows(const attention_cuda_params *c, prefill_sums o,
-                                  const prefill_of_rows max, prefill_of_rows sum, char *shared,
-                                  const int tiles)
-{
-    const attention_params *p = &c->at;
-    const qi_work *w = &prefill_noted(shared)->work;
-    const int tid = tid_x(), all = w->num_rows * GROUP_SIZE, first = tid % 4 == 0;
-    char *stage = shared + PREFILL_Q_AT + tid / WARP * 16 * PREFILL_STAGE_PITCH;
-#pragma unroll
-    for (int t = 0; t < tiles; t++) {
-        float norm[2];
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            float total = sum[t][h];
-            total += __shfl_xor_sync(ALL_LANES, total, 1);
-            total += __shfl_xor_sync(ALL_LANES, total, 2);
-            const int m = prefill_row_index(t, h), seen = total > 0.f || total != total;
-            norm[h] = !SOFTMAX ? 1.f : seen ? 1.f / total : 0.f;
-            if (m >= all) continue;
-            if (w->slot < 0)
-                norm[h] = finish_row(c, prefill_rows_of(shared)[m].row, prefill_head(w, m),
-                                     max[t][h], total, first);
-            else if (first)
-                p->plan.lse_partial[(i64)w->slot + m] =
-                    seen ? max[t][h] + log2f(total) : -QI_INFINITY;
-        }
-        stage_output(o[t], norm, stage);
-        __syncwarp();
-        store_staged(c, shared, stage, t);
-        __syncwarp();
     }
 }
 
@@ -373,7 +229,7 @@ QI_INLINE void add_tile(const attention_cuda_params *c, int first, const char *s
 {
     const prefill_item_notes *n = prefill_noted(shared);
     const prefill_row *rows = prefill_rows_of(shared);
-    if (PREFILL_GENERAL) {
+    if (GENERAL_SCORES) {
         general_prefill_scores(c, first, shared, slot, s, tiles);
     } else {
         if (SOFT_CAP) cap_scores(c->at.logits_soft_cap, rows, s, tiles);
@@ -385,7 +241,7 @@ QI_INLINE void add_tile(const attention_cuda_params *c, int first, const char *s
 #pragma unroll
         for (int i = 0; i < 2 * tiles; i++)
             scale[i / 2][i % 2] =
-                PREFILL_GENERAL || SOFT_CAP
+                GENERAL_SCORES || SOFT_CAP
                     ? 1.f
                     : fabsf(rows[prefill_row_index(i / 2, i % 2)].scale) * QI_LOG2E;
         follow_maxima(s, scale, max, sum, o, tiles);
@@ -404,10 +260,10 @@ QI_INLINE void walk_keys(const attention_cuda_params *c, char *shared, const int
     prefill_scores s;
     prefill_sums o = {};
     prefill_of_rows max, sum = {};
-    for (int i = 0; i < 2 * PREFILL_WARP_TILES; i++) max[i / 2][i % 2] = -QI_INFINITY;
-    for (int first = n->work.kv_begin, slot = 0; first < n->work.kv_end;
-         first += PREFILL_N, slot ^= 1) {
+    for (int i = 0; i < 2 * PREFILL_WARP_TILES; i++) max[i / 2][i % 2] = PREFILL_LOWEST;
+    for (int first = n->work.kv_begin; first < n->work.kv_end; first += PREFILL_N) {
         const int next = first + PREFILL_N, after = next + PREFILL_N;
+        const int slot = (first - n->work.kv_begin) / PREFILL_N % 2;
         const int here = PREFILL_BUFFERS == 2 ? slot : 0;
         char *k = shared + PREFILL_K_AT + here * PREFILL_N * PREFILL_K_PITCH;
         char *v = shared + PREFILL_V_AT + here * PREFILL_N * PREFILL_V_PITCH;
@@ -430,8 +286,9 @@ QI_INLINE void walk_keys(const attention_cuda_params *c, char *shared, const int
         if (SPARSE) __syncthreads(); /* nobody looks at this tile's positions */
         note_prefill_key(p, &n->group, n->work.kv_head, after, n->work.kv_end, page, slot, shared);
     }
+    cp_async_wait_group(0); /* where there is no key: queries */
     __syncthreads();
-    store_prefill_rows(c, o, max, sum, shared, tiles);
+    if (tiles > 0) store_prefill_rows(c, o, max, sum, shared, tiles);
 }
 
 /* One work item of one KV head, by all threads. What is handed over, PREFILL_SHARED_BYTES, is free
@@ -460,7 +317,6 @@ QI_INLINE void prefill_item(const attention_cuda_params *c, const qi_work *w, ch
         walk_keys(c, shared, 1);
     else
         walk_keys(c, shared, 0);
-    cp_async_wait_group(0); /* an item without keys */
     __syncthreads();
 }
 
