@@ -565,7 +565,8 @@ qkv_status qkv_attention_create(qkv_context *ctx, const qkv_attention_spec *spec
         }
     }
     qi_attention_bind(a, cuda ? w.pinned : w.plan, w.scratch);
-    memset(a->plan.header, 0, sizeof *a->plan.header);
+    qi_plan_header *header = a->plan.header; /* NULL only where nothing is bound */
+    if (header) *header = (qi_plan_header){.status = 0};
     if (a->rope.num_pairs > 0) qi_rope_turns(&a->rope, a->rope_turns);
     if (cuda) QI_TRY_OR(qi_attention_cuda_bind(a, &w), fail);
     *out = a;

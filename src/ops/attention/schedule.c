@@ -358,9 +358,11 @@ static void emit_merge(const qi_lengths *in, const qi_limits *limits, const tile
     i32 *row_merge = out->row_merge +
                      ((i64)t->of->level * out->max_tokens + t->row_begin) * limits->num_kv_heads;
     QI_ROLLED
-    for (i32 r = 0; r < t->num_rows; r++) QI_ROLLED
-    for (i32 h = 0; h < t->num_kv_heads; h++)
-        row_merge[(i64)r * limits->num_kv_heads + t->kv_head + h] = merge;
+    for (i32 r = 0; r < t->num_rows; r++) {
+        QI_ROLLED
+        for (i32 h = 0; h < t->num_kv_heads; h++)
+            row_merge[(i64)r * limits->num_kv_heads + t->kv_head + h] = merge;
+    }
 }
 
 /* n tiles alike that are a piece each, and final. */
@@ -566,8 +568,10 @@ void qi_schedule(qi_lanes lanes, const qi_lengths *in, const qi_limits *limits, 
         }
         QI_ROLLED
         for (int i = 0; i < NUM_COUNTS && what != EMIT; i++) counts[i] = 0;
-        if (lanes.count == 1) QI_ROLLED
-        for (int i = 0; i < NUM_COUNTS; i++) counts[i] = 0;
+        if (lanes.count == 1) {
+            QI_ROLLED
+            for (int i = 0; i < NUM_COUNTS; i++) counts[i] = 0;
+        }
         counts[ASKED] = asked;
     }
     finish(lanes, &s, in, limits, lanes.count == 1 ? counts : totals, out);
