@@ -182,11 +182,12 @@ static void set_batch(slots *s, int form, int which)
         own.kv_lens = ARRAY(at.kv_lens, SLOTS);
     }
     s->levels[which][form == LEVELS] = own;
-    if (form == LEVELS)
-        s->levels[which][0] =
-            (qkv_kv_index){QKV_KV_INDEX_INIT, .qo_indptr = ARRAY(at.shared_indptr, GROUPS + 1),
-                           .block_table = ARRAY(at.shared_table, GROUPS, COLUMNS),
-                           .kv_lens = ARRAY(at.shared_lens, GROUPS)};
+    if (form == LEVELS) {
+        qkv_kv_index shared = {QKV_KV_INDEX_INIT, .qo_indptr = ARRAY(at.shared_indptr, GROUPS + 1)};
+        shared.block_table = ARRAY(at.shared_table, GROUPS, COLUMNS);
+        shared.kv_lens = ARRAY(at.shared_lens, GROUPS);
+        s->levels[which][0] = shared;
+    }
 #undef ARRAY
     s->batch[which] = (qkv_attention_batch){
         QKV_ATTENTION_BATCH_INIT, .num_levels = 1 + (form == LEVELS), .levels = s->levels[which]};

@@ -284,7 +284,7 @@ static void free_plan(qi_plan *p)
 }
 
 /* Schedules twice into different memory, and checks. split_rows < 0: as many as there can be. */
-static void trial_end(trial *t, i64 split_rows)
+static void trial_plan(trial *t, i64 split_rows)
 {
     const i64 max_qo_len = t->max_qo_len > 0 ? t->max_qo_len : 1;
     const i64 most = qi_schedule_split_rows(&t->limits, max_qo_len);
@@ -294,6 +294,12 @@ static void trial_end(trial *t, i64 split_rows)
                                        t->in.num_requests, max_qo_len);
     t->out = new_plan(t);
     schedule(t);
+}
+
+/* Plans twice, and checks the plan. */
+static void trial_end(trial *t, i64 split_rows)
+{
+    trial_plan(t, split_rows);
     check_plan(t);
     qi_plan first = t->out;
     t->out = new_plan(t);
@@ -491,6 +497,52 @@ static void schedule_cuts_where_it_may(void **state)
     }
 }
 
+/* Strips of whole tiles where equal ones would gain less than cutting costs. */
+static void schedule_cuts_only_where_it_pays(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *why;
+        i32 requests, kv_len, cost_cut;
+        bool cut;
+    } rows[] = {
+        {"128 tiles for 132 units, a cut is dear", 16, 1024, 40000, false},
+        {"128 tiles for 132 units, a cut is cheap", 16, 1024, 1, true},
+        {"512 tiles for 264 workers: 2 each", 64, 1024, 40000, false},
+        {"long tiles are worth it", 64, 4096, 40000, true},
+        {"a few tiles leave units idle", 2, 8192, 40000, true},
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        trial t;
+        trial_begin(&t, rows[i].why, rows[i].requests);
+        t.limits = (qi_limits){.num_workers = 264,
+                               .num_units = 132,
+                               .num_kv_heads = 8,
+                               .group_size = 4,
+                               .decode_rows = 4,
+                               .split_heads = 1,
+                               .tile_rows = 32,
+                               .causal = 1,
+                               .window_left = -1,
+                               .window_right = -1,
+                               .cut_align = 64,
+                               .cost_visit = 5000,
+                               .cost_key = 300,
+                               .cost_pair = 1,
+                               .cost_cut = rows[i].cost_cut};
+        for (i32 r = 0; r < rows[i].requests; r++) trial_add(&t, 1, rows[i].kv_len);
+        trial_plan(&t, -1);
+        const qi_plan_header *h = t.out.header;
+        CHECK(&t, (h->num_merges > 0) == rows[i].cut, "%d merges", (int)h->num_merges);
+        for (i32 w = 0; w < t.limits.num_workers && !rows[i].cut; w++)
+            CHECK(&t,
+                  t.out.work_indptr[w + 1] - t.out.work_indptr[w] <= (rows[i].requests + 31) / 32,
+                  "worker %d has %d tiles", (int)w,
+                  (int)(t.out.work_indptr[w + 1] - t.out.work_indptr[w]));
+        trial_free(&t);
+    }
+}
+
 int main(void)
 {
     test_seed();
@@ -499,6 +551,7 @@ int main(void)
         cmocka_unit_test(schedule_keeps_its_bounds_on_random_batches),
         cmocka_unit_test(schedule_takes_adversarial_batches),
         cmocka_unit_test(schedule_cuts_where_it_may),
+        cmocka_unit_test(schedule_cuts_only_where_it_pays),
     };
     return cmocka_run_group_tests_name("schedule", tests, NULL, NULL);
 }

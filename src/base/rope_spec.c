@@ -28,14 +28,15 @@ qkv_status qi_rope_read(const qkv_rope_spec *spec, const char *name, int64_t hea
         QI_REQUIRE(s.old_context > 0.f && isfinite(s.old_context),
                    "old_context: expected > 0 with low_freq, got %g", (double)s.old_context);
     }
-    *out = (qi_rope){.num_pairs = (i32)(rotary / 2),
+    const i32 pairs = (i32)(rotary / 2);
+    *out = (qi_rope){.num_pairs = pairs,
                      .interleaved = s.interleaved,
                      .theta = (double)s.theta,
                      .scale = (double)s.scale,
                      .low_freq = (double)s.low_freq,
                      .high_freq = (double)s.high_freq,
                      .old_context = (double)s.old_context,
-                     .octaves = log2((double)s.theta) / (double)(rotary / 2),
+                     .octaves = log2((double)s.theta) / pairs,
                      .inverse_scale = 1 / (double)s.scale,
                      .inverse_range =
                          s.low_freq == 0.f ? 0 : 1 / ((double)s.high_freq - (double)s.low_freq)};

@@ -53,6 +53,7 @@
     X(cuda_rows, "ops/attention/rows.cuh")                                                         \
     X(cuda_merge_rows, "ops/attention/merge_rows.cuh")                                             \
     X(mma_types, "ops/attention/mma_types.cuh")                                                    \
+    X(decode_stream, "ops/attention/decode_stream.cuh")                                            \
     X(decode_mma, "ops/attention/decode_mma.cuh")                                                  \
     X(attention_mma, "ops/attention/attention_mma.cu")                                             \
     X(cuda_attention, "ops/attention/attention.cu")                                                \

@@ -290,11 +290,12 @@ enum { FIXED_CUT = 2048 };
 /* What the scheduler needs, from a spec and limits with their defaults filled in. Costs are in
  * units of one multiply-add over a whole head: reading a key costs about 3 of them a byte of its
  * elements on the CPUs measured (docs/performance.md), starting a tile about 200; on GPUs, whose
- * tensor cores are that much faster than their memory, 150 and 5000. */
-static qi_limits schedule_limits(const qkv_context *ctx, const qkv_attention_spec *spec,
-                                 qkv_attention_limits *limits)
+ * tensor cores are that much faster than their memory, 150, and 5000 or, with prefill tiles, 40000, where a
+ * unit is some 0.1 ns of half an SM. A cut there costs some 4 us. */
+static qi_limits schedule_limits(const qkv_attention *a, qkv_attention_limits *limits)
 {
-    const int cuda = ctx->device.device_type == kDLCUDA;
+    const qkv_attention_spec *spec = &a->spec;
+    const int cuda = a->ctx->device.device_type == kDLCUDA;
     const int32_t group = spec->num_qo_heads / spec->num_kv_heads;
     const int fixed = (spec->flags & QKV_ATTENTION_BATCH_INVARIANT) != 0;
     qi_limits s = {
@@ -311,11 +312,15 @@ static qi_limits schedule_limits(const qkv_context *ctx, const qkv_attention_spe
                      : !cuda && spec->page_size > 64 ? spec->page_size
                                                      : 64,
         .fixed_cuts = fixed,
-        .cost_visit = cuda ? 5000 : 200,
+        .cost_visit = !cuda             ? 200
+                      : a->cuda.prefill ? 40000
+                                        : 5000,
         .cost_key =
             (cuda ? 150 : 3) * (int32_t)qi_dtype_bytes((qi_dtype)qi_dtype_of(spec->dtype_kv)),
         .cost_pair = 1,
         .cost_strip = cuda ? 0 : 4000, /* some 5 us: what waking a thread costs */
+        .cost_cut = cuda ? 39000 : 0,
+        .num_units = cuda ? a->ctx->cuda.num_sms : 0,
     };
     const int64_t enough = enough_split_rows(&s, spec, limits);
     if (limits->max_split_rows == 0 || limits->max_split_rows > enough)
@@ -419,7 +424,7 @@ static qkv_status prepare(qkv_context *ctx, const qkv_attention_spec *spec,
     QI_TRY(qi_select(ctx, qi_attention_kernels, a, &a->row));
     QI_TRY(qi_select(ctx, qi_attention_levels_kernels, a, &a->levels_row));
     if (a->limits.max_workers == 0) a->limits.max_workers = num_workers(a);
-    a->schedule = schedule_limits(ctx, &a->spec, &a->limits);
+    a->schedule = schedule_limits(a, &a->limits);
     QI_REQUIRE(!(a->variant.no_softmax && a->spec.flags & QKV_ATTENTION_HAS_SINK),
                "flags: expected no QKV_ATTENTION_HAS_SINK, since the variant has no softmax");
     const i64 work = max_work(&a->schedule, &a->spec, &a->limits);
@@ -560,7 +565,8 @@ qkv_status qkv_attention_create(qkv_context *ctx, const qkv_attention_spec *spec
         }
     }
     qi_attention_bind(a, cuda ? w.pinned : w.plan, w.scratch);
-    memset(a->plan.header, 0, sizeof *a->plan.header);
+    qi_plan_header *header = a->plan.header; /* NULL only where nothing is bound */
+    if (header) *header = (qi_plan_header){.status = 0};
     if (a->rope.num_pairs > 0) qi_rope_turns(&a->rope, a->rope_turns);
     if (cuda) QI_TRY_OR(qi_attention_cuda_bind(a, &w), fail);
     *out = a;

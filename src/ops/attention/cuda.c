@@ -39,7 +39,8 @@ void qi_attention_cuda_configure(qkv_attention *a)
     const i32 prefill = c->prefill ? PREFILL_SHARED_ROOM + PREFILL_SHARED_BYTES(qk, vo, bytes) : 0;
     const i32 needed = max32(c->decode_rows ? shared + 2 * slots : 0, prefill);
     c->blocks_per_sm = needed <= half ? 2 : 1;
-    const i32 fit = ((c->blocks_per_sm == 2 ? half : room) - shared) / slots;
+    const i32 left = (c->blocks_per_sm == 2 ? half : room) - shared;
+    const i32 fit = slots > 0 ? left / slots : 0;
     c->decode_stages = c->decode_rows ? min32(max32(fit, 2), MAX_STAGES) : 0;
     c->shared_bytes = (u32)max32(c->decode_rows ? shared + c->decode_stages * slots : 0, prefill);
 }

@@ -130,9 +130,10 @@ static void copy_tokens(qi_lanes lanes, const qi_kv_view *view, i32 *token_reque
     const i32 tokens = view->qo_indptr[view->num_requests];
     if (lanes.count == 1) {
         QI_ROLLED
-        for (i32 r = 0; r < view->num_requests; r++)
+        for (i32 r = 0; r < view->num_requests; r++) {
             QI_ROLLED
             for (i32 t = view->qo_indptr[r]; t < view->qo_indptr[r + 1]; t++) token_request[t] = r;
+        }
         return;
     }
     QI_ROLLED

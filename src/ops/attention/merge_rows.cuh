@@ -125,7 +125,8 @@ QI_INLINE void finish_piece(const attention_cuda_params *c, const qi_work *w, in
     __syncthreads();
 }
 
-/* Several levels: all rows that have partial ones, a block a row, a warp a query head. By the whole grid. */
+/* Several levels: all rows that have partial ones, a warp a (row, query head). By the whole grid; a block has
+ * as many heads as warps, and rows and heads are counted on without a division of 64 bits. */
 QI_INLINE void merge_levels(const attention_cuda_params *c)
 {
     const attention_params *p = &c->at;
@@ -134,21 +135,26 @@ QI_INLINE void merge_levels(const attention_cuda_params *c)
     const int levels = p->plan.header->num_levels, tokens = p->plan.header->num_tokens;
     const int lane = threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
     const int group = p->num_qo_heads / p->num_kv_heads;
+    const int parts = (p->num_qo_heads + WARPS_OF_BLOCK - 1) / WARPS_OF_BLOCK; /* of a row */
     if (levels == 1) return;
-    for (int row = (int)blockIdx.x; row < tokens; row += (int)gridDim.x)
-        for (int head = warp; head < p->num_qo_heads; head += WARPS_OF_BLOCK) {
-            pieces of = {};
-            if (lane < levels) {
-                const i64 at = (lane * p->plan.max_tokens + row) * p->num_kv_heads + head / group;
-                const int merge = p->plan.row_merge[at];
-                if (merge >= 0) of = pieces_of(p, &p->plan.merge[merge], row, head);
-            }
-            __syncwarp(); /* the row before has been merged */
-            if (lane < levels) lists[warp][lane] = of;
-            const int any = __any_sync(ALL_LANES, of.count > 0);
-            __syncwarp();
-            if (any) merge_row(c, lists[warp], levels, row_at(p, row), head);
+    int row = (int)blockIdx.x / parts, part = (int)blockIdx.x % parts;
+    while (row < tokens) {
+        const int head = part * WARPS_OF_BLOCK + warp;
+        pieces of = {};
+        if (lane < levels && head < p->num_qo_heads) {
+            const i64 at = (lane * p->plan.max_tokens + row) * p->num_kv_heads + head / group;
+            const int merge = p->plan.row_merge[at];
+            if (merge >= 0) of = pieces_of(p, &p->plan.merge[merge], row, head);
         }
+        __syncwarp(); /* the row before has been merged */
+        if (lane < levels) lists[warp][lane] = of;
+        const int any = __any_sync(ALL_LANES, of.count > 0);
+        __syncwarp();
+        if (any) merge_row(c, lists[warp], levels, row_at(p, row), head);
+        part += (int)gridDim.x % parts;
+        row += (int)gridDim.x / parts + (part >= parts);
+        if (part >= parts) part -= parts;
+    }
 }
 
 #endif

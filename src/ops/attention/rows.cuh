@@ -22,17 +22,6 @@ QI_INLINE tile_row row_at(const attention_params *p, int row)
     return r;
 }
 
-/* The same of a row of this group, of which most say where it stands themselves. */
-QI_INLINE tile_row row_of_group(const attention_params *p, const qi_group *g, int row)
-{
-    if (g->flags & QI_GROUP_MIXED) return row_at(p, row);
-    tile_row r;
-    r.token = p->plan.rows && p->plan.header->num_levels > 1 ? p->plan.rows[row] : row;
-    r.request = g->request;
-    r.position = (int)g->pos_first + (row - g->row_begin);
-    return r;
-}
-
 /* A row as hooks see it; kv_pos is theirs to set. */
 QI_INLINE qi_pos hook_pos(const attention_params *p, tile_row row, int qo_head)
 {

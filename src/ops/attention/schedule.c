@@ -71,8 +71,8 @@ static void make_tile(const qi_lengths *in, const qi_limits *limits, i32 group, 
 /* ---- strips ------------------------------------------------------------------------------- */
 
 typedef struct strips {
-    i64 total, size, longer; /* the first `longer` strips cost size + 1, the others size */
-    i32 count, cut_prefill;
+    i64 total, size, longer;       /* the first `longer` strips cost size + 1, the others size */
+    i32 count, cut_prefill, whole; /* whole: no tile is cut */
 } strips;
 
 /* Where a strip begins in the line; NOWHERE: past the last strip. */
@@ -205,6 +205,7 @@ static walk walk_share(qi_lanes lanes, const qi_lengths *in, const qi_limits *li
 
 static int may_cut(const strips *s, const qi_limits *limits, const tile *t)
 {
+    if (s->whole) return 0;
     return t->flags == QI_TILE_DECODE || (s->cut_prefill && !limits->fixed_cuts);
 }
 
@@ -260,7 +261,7 @@ static i32 count_pieces(const strips *s, const qi_limits *limits, const walk *w)
 /* What stands before a tile in the plan: partial rows that cuts asked for beyond what is needed, items,
  * tiles with partial rows, and partial rows. */
 enum { ASKED, WORK, MERGES, SLOTS, NUM_COUNTS };
-enum { COST, NEEDED, LARGEST }; /* the same room, before */
+enum { COST, NEEDED, LARGEST, LARGEST_DECODE }; /* the same room, before */
 
 /* How many tiles from this one on, alike, are a piece each since no strip begins in them. */
 static i32 num_whole(const qi_limits *limits, const walk *w)
@@ -357,9 +358,11 @@ static void emit_merge(const qi_lengths *in, const qi_limits *limits, const tile
     i32 *row_merge = out->row_merge +
                      ((i64)t->of->level * out->max_tokens + t->row_begin) * limits->num_kv_heads;
     QI_ROLLED
-    for (i32 r = 0; r < t->num_rows; r++) QI_ROLLED
-    for (i32 h = 0; h < t->num_kv_heads; h++)
-        row_merge[(i64)r * limits->num_kv_heads + t->kv_head + h] = merge;
+    for (i32 r = 0; r < t->num_rows; r++) {
+        QI_ROLLED
+        for (i32 h = 0; h < t->num_kv_heads; h++)
+            row_merge[(i64)r * limits->num_kv_heads + t->kv_head + h] = merge;
+    }
 }
 
 /* n tiles alike that are a piece each, and final. */
@@ -417,8 +420,8 @@ static void pass(i32 what, const strips *s, const qi_lengths *in, const qi_limit
             n = num_alike(&w);
             counts[COST] += n * w.at.cost;
             counts[NEEDED] += n * rows_needed(limits, &w.at);
-            if (w.at.flags == QI_TILE_PREFILL && w.at.cost > counts[LARGEST])
-                counts[LARGEST] = w.at.cost;
+            const int of = w.at.flags == QI_TILE_PREFILL ? LARGEST : LARGEST_DECODE;
+            if (w.at.cost > counts[of]) counts[of] = w.at.cost;
         } else {
             n = take_tiles(what, s, in, limits, &w, spare, counts, out);
         }
@@ -487,14 +490,27 @@ void qi_schedule_nothing(qi_lanes lanes, const qi_limits *limits, i32 status, i3
 }
 
 /* Strips of equal size, from the line's total cost. */
-static strips make_strips(const qi_limits *limits, i64 total)
+static strips make_strips(const qi_limits *limits, i64 total, i64 count)
 {
-    strips s = {.total = total, .count = limits->num_workers};
+    strips s = {.total = total, .count = (i32)count};
     if (limits->cost_strip > 0 && total / limits->cost_strip < s.count)
         s.count = (i32)(total / limits->cost_strip > 1 ? total / limits->cost_strip : 1);
     s.size = total / s.count;
     s.longer = total % s.count;
     return s;
+}
+
+/* How many strips of whole decode tiles, the largest of this cost, are little longer than equal ones; 0: they
+ * are not. Tiles are about as large as the largest, or it is 0. Of no more of them than units each has a
+ * unit to itself. */
+static i64 whole_strips(const strips *s, const qi_limits *limits, i64 largest)
+{
+    const i64 tiles = largest > 0 ? (s->total + largest - 1) / largest : 0;
+    const i64 longest = s->size + limits->cost_cut, workers = limits->num_workers;
+    if (tiles == 0 || (tiles * largest - s->total) * 8 > s->total) return 0;
+    if (tiles <= limits->num_units)
+        return largest * limits->num_units <= longest * workers ? tiles : 0;
+    return largest * ((tiles + workers - 1) / workers) <= longest ? workers : 0;
 }
 
 static void finish(qi_lanes lanes, const strips *s, const qi_lengths *in, const qi_limits *limits,
@@ -527,7 +543,7 @@ void qi_schedule(qi_lanes lanes, const qi_lengths *in, const qi_limits *limits, 
     for (i32 what = SUM_COSTS;;) {
         pass(what, &s, in, limits, first, what == COUNT ? NOWHERE : spare, counts, out);
         if (what == EMIT) break;
-        const i64 largest = counts[LARGEST];
+        const i64 largest = counts[LARGEST], largest_decode = counts[LARGEST_DECODE];
         lanes_add(lanes, counts, totals, NUM_COUNTS);
         if (what == SUM_COSTS) {
             spare = limits->max_split_rows - totals[NEEDED];
@@ -535,7 +551,12 @@ void qi_schedule(qi_lanes lanes, const qi_lengths *in, const qi_limits *limits, 
                 qi_schedule_nothing(lanes, limits, QI_PLAN_SPLIT_ROWS * 256, -1, out);
                 return;
             }
-            s = make_strips(limits, totals[COST]);
+            s = make_strips(limits, totals[COST], limits->num_workers);
+            if (limits->cost_cut > 0 && !limits->fixed_cuts && !lanes_any(lanes, largest > 0)) {
+                const i64 count = whole_strips(&s, limits, -lanes_min(lanes, -largest_decode));
+                if (count > 0) s = make_strips(limits, totals[COST], count);
+                s.whole = count > 0;
+            }
             s.cut_prefill = lanes_any(lanes, largest > s.size / 8);
             first.position = counts[COST];
             first.strip = mark_from(&s, first.position);
@@ -547,8 +568,10 @@ void qi_schedule(qi_lanes lanes, const qi_lengths *in, const qi_limits *limits, 
         }
         QI_ROLLED
         for (int i = 0; i < NUM_COUNTS && what != EMIT; i++) counts[i] = 0;
-        if (lanes.count == 1) QI_ROLLED
-        for (int i = 0; i < NUM_COUNTS; i++) counts[i] = 0;
+        if (lanes.count == 1) {
+            QI_ROLLED
+            for (int i = 0; i < NUM_COUNTS; i++) counts[i] = 0;
+        }
         counts[ASKED] = asked;
     }
     finish(lanes, &s, in, limits, lanes.count == 1 ? counts : totals, out);

@@ -30,6 +30,8 @@ typedef struct qi_limits {
     i32 cost_pair;  /* of one (query row, key) pair of one query head */
     i64 cost_strip; /* a strip costs at least this, or it is not worth a worker; 0 = no minimum */
     i64 max_split_rows; /* capacity of partial rows */
+    i64 cost_cut;       /* what partial rows and their merge cost a strip; 0: as good as nothing */
+    i32 num_units; /* what workers share evenly: a worker alone on a unit is that much faster */
 } qi_limits;
 
 /* The keys [*begin, *end), of kv_len, that rows at positions first to last, relative to key 0, see;
