@@ -108,7 +108,8 @@ QI_INLINE void lanes_raise(i64 *at, i64 value)
 
 #include "ops/attention/planner.h"
 
-QI_KERNEL(attention_plan, plan_params)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    attention_plan(const __grid_constant__ plan_params p)
 {
     const qi_lanes lanes = {.id = (i32)threadIdx.x, .count = THREADS};
     device_plan(lanes, &p);
