@@ -503,19 +503,21 @@ static void schedule_cuts_only_where_it_pays(void **state)
     (void)state;
     static const struct {
         const char *why;
-        i32 requests, kv_len, cost_cut;
+        i32 requests, kv_len, cost_cut, workers;
         bool cut;
     } rows[] = {
-        {"128 tiles for 132 units, a cut is dear", 16, 1024, 40000, false},
-        {"128 tiles for 132 units, a cut is cheap", 16, 1024, 1, true},
-        {"512 tiles for 264 workers: 2 each", 64, 1024, 40000, false},
-        {"long tiles are worth it", 64, 4096, 40000, true},
-        {"a few tiles leave units idle", 2, 8192, 40000, true},
+        {"128 tiles for 132 units, a cut is dear", 16, 1024, 40000, 264, false},
+        {"128 tiles for 132 units, a cut is cheap", 16, 1024, 1, 264, true},
+        {"512 tiles for 264 workers: 2 each", 64, 1024, 40000, 264, false},
+        {"long tiles are worth it", 64, 4096, 40000, 264, true},
+        {"a few tiles leave units idle", 2, 8192, 40000, 264, true},
+        {"more tiles than workers, of which there are fewer than units", 16, 64, 40000, 100, false},
+        {"one worker", 2, 64, 40000, 1, false},
     };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         trial t;
         trial_begin(&t, rows[i].why, rows[i].requests);
-        t.limits = (qi_limits){.num_workers = 264,
+        t.limits = (qi_limits){.num_workers = rows[i].workers,
                                .num_units = 132,
                                .num_kv_heads = 8,
                                .group_size = 4,
@@ -534,11 +536,17 @@ static void schedule_cuts_only_where_it_pays(void **state)
         trial_plan(&t, -1);
         const qi_plan_header *h = t.out.header;
         CHECK(&t, (h->num_merges > 0) == rows[i].cut, "%d merges", (int)h->num_merges);
-        for (i32 w = 0; w < t.limits.num_workers && !rows[i].cut; w++)
-            CHECK(&t,
-                  t.out.work_indptr[w + 1] - t.out.work_indptr[w] <= (rows[i].requests + 31) / 32,
-                  "worker %d has %d tiles", (int)w,
-                  (int)(t.out.work_indptr[w + 1] - t.out.work_indptr[w]));
+        const i32 tiles = 8 * rows[i].requests;
+        for (i32 w = 0; w < rows[i].workers && !rows[i].cut; w++) {
+            const i32 n = t.out.work_indptr[w + 1] - t.out.work_indptr[w];
+            CHECK(&t, n <= (tiles - 1) / rows[i].workers + 1, "worker %d has %d tiles", (int)w,
+                  (int)n);
+        }
+        CHECK(&t,
+              t.out.work_indptr[rows[i].workers] == h->num_work &&
+                  (rows[i].cut || h->num_work == tiles),
+              "%d items, of which workers have %d", (int)h->num_work,
+              (int)t.out.work_indptr[rows[i].workers]);
         trial_free(&t);
     }
 }

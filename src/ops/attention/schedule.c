@@ -507,9 +507,9 @@ static i64 whole_strips(const strips *s, const qi_limits *limits, i64 largest)
 {
     const i64 tiles = largest > 0 ? (s->total + largest - 1) / largest : 0;
     const i64 longest = s->size + limits->cost_cut, workers = limits->num_workers;
+    const i64 units = limits->num_units < workers ? limits->num_units : workers;
     if (tiles == 0 || (tiles * largest - s->total) * 8 > s->total) return 0;
-    if (tiles <= limits->num_units)
-        return largest * limits->num_units <= longest * workers ? tiles : 0;
+    if (tiles <= units) return largest * units <= longest * workers ? tiles : 0;
     return largest * ((tiles + workers - 1) / workers) <= longest ? workers : 0;
 }
 
