@@ -108,7 +108,11 @@ qkv_status qi_attention_cuda_compile(qkv_attention *a)
     i32 constants[NUM_CONSTANTS] = {THREADS};
     const char *const names[] = {a->row->cuda.entry, a->levels_row->cuda.entry};
     char defines[1024];
-    if (!is_reference(a)) write_constants(a, constants);
+    if (is_reference(a))
+        a->cuda.shared_bytes =
+            (u32)ATTENTION_SHARED_BYTES(a->spec.head_dim_qk, a->spec.head_dim_vo);
+    else
+        write_constants(a, constants);
     qi_write_defines(&a->row->cuda, constants, defines, sizeof defines);
     return qi_variant_compile_cuda(a->ctx, &a->spec, &a->variant, a->row, defines, names,
                                    a->cuda.functions);
@@ -276,11 +280,9 @@ qkv_status qi_attention_cuda_run(qkv_attention *a, const attention_params *p,
     c.at.mask_indptr = p->mask_bits ? qi_attention_on_device(a, a->mask_indptr) : NULL;
     c.at.variant = NULL;
     memcpy(c.args, &a->args, a->variant.num_params > 0 ? a->variant.bytes : 0);
-    const i32 qk = a->spec.head_dim_qk, vo = a->spec.head_dim_vo;
     const qi_grid grid = {.x = (u32)a->limits.max_workers,
                           .threads = THREADS,
-                          .shared_bytes = is_reference(a) ? (u32)ATTENTION_SHARED_BYTES(qk, vo)
-                                                          : a->cuda.shared_bytes,
+                          .shared_bytes = a->cuda.shared_bytes,
                           .overlaps_before = 1};
     QI_TRY(qi_cuda_launch(&a->ctx->cuda, a->cuda.functions[0], &grid, &c, stream));
     if (a->limits.max_levels == 1) return QKV_OK;
