@@ -105,14 +105,16 @@ static qkv_status plan_on_host(qkv_attention *a, const batch_view *batch, void *
     group_list list;
     QI_TRY(make_groups(a, batch, &list));
 
-    /* Nothing can fail from here on: the former plan gives way to this one. */
+    /* Only the upload can fail from here on: the former plan gives way to this one. */
+    a->planned = 0;
     swap_spare(a);
     copy_batch(a, batch);
     const qi_lengths lengths = lengths_of(batch, &list);
     qi_schedule(one_lane, &lengths, &a->schedule, &a->plan);
-    a->planned = 1;
     a->on_device = 0;
-    return cuda ? qi_attention_cuda_upload(a, &lengths, stream) : QKV_OK;
+    if (cuda) QI_TRY(qi_attention_cuda_upload(a, &lengths, stream));
+    a->planned = 1;
+    return QKV_OK;
 }
 
 /* What run needs to know of a plan on the device. */
