@@ -183,6 +183,16 @@ QI_INLINE void cp_async_16(void *to, const void *from, u32 bytes)
                  : "memory");
 }
 
+/* The same where `on`, without a branch around it, which other instructions would not be moved across. */
+QI_INLINE void cp_async_16_if(int on, void *to, const void *from, u32 bytes)
+{
+    asm volatile(
+        "{ .reg .pred on; setp.ne.s32 on, %3, 0;"
+        "@on cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2; }" ::"r"(shared_address(to)),
+        "l"(from), "r"(bytes), "r"(on)
+        : "memory");
+}
+
 /* Closes this thread's group of copies. */
 QI_INLINE void cp_async_commit_group()
 {

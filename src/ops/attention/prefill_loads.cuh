@@ -46,16 +46,16 @@ QI_INLINE const prefill_item_notes *prefill_noted(const char *shared)
 }
 
 /* By one thread. */
-QI_INLINE void note_prefill_item(const attention_params *p, const qi_work *w, char *shared)
+QI_INLINE void note_prefill_item(const attention_params *p, const qi_work *w, const qi_group *g,
+                                 int aligned, char *shared)
 {
     prefill_item_notes *n = (prefill_item_notes *)shared;
-    const qi_group g = p->plan.groups[w->group];
-    i64 lowest = g.pos_first, highest = g.pos_last;
-    if (!MIXED || !(g.flags & QI_GROUP_MIXED)) {
-        lowest += w->row_begin - g.row_begin;
+    i64 lowest = g->pos_first, highest = g->pos_last;
+    if (!MIXED || !(g->flags & QI_GROUP_MIXED)) {
+        lowest += w->row_begin - g->row_begin;
         highest = lowest + w->num_rows - 1;
     }
-    lowest -= g.kv_offset, highest -= g.kv_offset;
+    lowest -= g->kv_offset, highest -= g->kv_offset;
     i64 begin = w->kv_begin, end = w->kv_end;
     if (CAUSAL && lowest + 1 < end) end = lowest + 1;
     if (WINDOW && p->window_right >= 0 && lowest + p->window_right + 1 < end)
@@ -63,10 +63,10 @@ QI_INLINE void note_prefill_item(const attention_params *p, const qi_work *w, ch
     if (WINDOW && p->window_left >= 0 && highest - p->window_left > begin)
         begin = highest - p->window_left;
     n->work = *w;
-    n->group = g;
+    n->group = *g;
     n->plain_begin = (int)(begin < w->kv_end ? begin : w->kv_end);
     n->plain_end = (int)(end > w->kv_begin ? end : w->kv_begin);
-    n->aligned = keys_aligned(p);
+    n->aligned = aligned;
 }
 
 /* ---- rows --------------------------------------------------------------------------------- */
@@ -88,14 +88,18 @@ QI_INLINE int prefill_head(const qi_work *w, int m)
     return w->kv_head * GROUP_SIZE + m % GROUP_SIZE;
 }
 
-/* Rows past the last are as it is, for what looks at all of them. */
-QI_INLINE void note_prefill_rows(const attention_cuda_params *c, const qi_work *w, char *shared)
+/* Rows past the last are as it is, for what looks at all of them. Positions follow from the group's where its
+ * rows stand side by side, without a look at their requests. */
+QI_INLINE void note_prefill_rows(const attention_cuda_params *c, const qi_work *w,
+                                 const qi_group *g, char *shared)
 {
     const int all = w->num_rows * GROUP_SIZE, tid = tid_x();
     if (tid >= PREFILL_ROWS) return;
     const int m = tid < all ? tid : all - 1, head = prefill_head(w, m);
     prefill_row r;
     r.row = row_at(&c->at, w->row_begin + m / GROUP_SIZE);
+    if (!MIXED || !(g->flags & QI_GROUP_MIXED))
+        r.row.position = (int)g->pos_first + w->row_begin - g->row_begin + m / GROUP_SIZE;
     r.scale = query_scale(c, head);
     if (r.scale == 0.f) r.scale = 1e-30f;
     ((prefill_row *)(shared + PREFILL_ROWS_AT))[tid] = r;
@@ -152,28 +156,44 @@ QI_INLINE void load_prefill_queries(const attention_cuda_params *c, const qi_wor
     }
 }
 #else
-/* Queries in the tensor cores' type, zeros past the last row and dim. */
+/* Queries in the tensor cores' type, zeros past the last row and dim. Where they lie first, then the copies:
+ * a copy to shared memory is not to be waited for by what looks the next one up there. */
 QI_INLINE void load_prefill_queries(const attention_cuda_params *c, const qi_work *w, char *shared)
 {
+    enum { BATCH = 8, PIECES = PREFILL_QK / 8, COUNT = PREFILL_ROWS * PIECES };
     const attention_params *p = &c->at;
-    const int all = w->num_rows * GROUP_SIZE, pieces = PREFILL_QK / 8;
+    const int all = w->num_rows * GROUP_SIZE, first_head = w->kv_head * GROUP_SIZE;
     const int size = qi_size_of(DTYPE_Q), unit = size == 2 ? 16 : 8;
     const int aligned =
         (((i64)p->q | p->q_stride[0] * size | p->q_stride[1] * size) & (unit - 1)) == 0;
     const int same = DTYPE_Q == DTYPE_KV && KV_BYTES == 2;
-#pragma unroll 4
-    for (int i = tid_x(); i < PREFILL_ROWS * pieces; i += THREADS) {
-        const int m = i / pieces, d = i % pieces * 8, there = m < all && d < HEAD_DIM_QK;
-        const prefill_row *r = prefill_rows_of(shared) + m;
-        const i64 at = r->row.token * p->q_stride[0] + prefill_head(w, m) * p->q_stride[1] + d;
-        const char *from = qi_at(p->q, DTYPE_Q, at);
-        char *to = shared + PREFILL_Q_AT + m * PREFILL_Q_PITCH;
-        if (same && aligned && r->scale > 0.f)
-            cp_async_16(to + 2 * d, from, there ? 16 : 0);
-        else if (there)
-            convert_query(from, aligned, r->scale < 0.f ? -1.f : 1.f, to, d);
-        else
-            for (int e = 0; e < 8; e += 2) *(u32 *)(to + 2 * prefill_q_place(d + e)) = 0;
+#pragma unroll 1
+    for (int begin = tid_x(); begin < COUNT; begin += BATCH * THREADS) {
+        const char *from[BATCH];
+        float scale[BATCH];
+#pragma unroll
+        for (int j = 0; j < BATCH; j++) {
+            const int i = begin + j * THREADS, m = i / PIECES, d = i % PIECES * 8;
+            if (i >= COUNT) break;
+            const prefill_row *r = prefill_rows_of(shared) + m;
+            from[j] = qi_at(p->q, DTYPE_Q,
+                            r->row.token * p->q_stride[0] +
+                                (first_head + m % GROUP_SIZE) * p->q_stride[1] + d);
+            scale[j] = r->scale;
+        }
+#pragma unroll
+        for (int j = 0; j < BATCH; j++) {
+            const int i = begin + j * THREADS, m = i / PIECES, d = i % PIECES * 8;
+            const int there = m < all && d < HEAD_DIM_QK;
+            char *to = shared + PREFILL_Q_AT + m * PREFILL_Q_PITCH;
+            if (i >= COUNT) break;
+            if (same && aligned && scale[j] > 0.f)
+                cp_async_16(to + 2 * d, from[j], there ? 16 : 0);
+            else if (there)
+                convert_query(from[j], aligned, scale[j] < 0.f ? -1.f : 1.f, to, d);
+            else
+                for (int e = 0; e < 8; e += 2) *(u32 *)(to + 2 * prefill_q_place(d + e)) = 0;
+        }
     }
 }
 #endif
@@ -244,73 +264,75 @@ QI_INLINE int prefill_chunk_bytes(int chunk, const int dim)
     return dim % 16 == 0 ? 16 : left < 0 ? 0 : left < 16 ? left : 16;
 }
 
-/* k or v of a slot's keys that stand before `end`, the first of them at `first`; zeros past them. all: there
- * is none past them. */
-QI_INLINE void copy_prefill_keys(char *to, char *shared, int slot, const int is_v, int first,
-                                 int end, const int all)
+/* Where a tile of keys is copied to, from the addresses that a slot has; by thread tid. Keys from `end` on, of
+ * which `first` is the slot's first, become zeros. */
+typedef struct prefill_copies {
+    char *k, *v, *shared;
+    int slot, first, end, tid;
+    int aligned; /* can keys be copied 16 bytes at a time? */
+} prefill_copies;
+
+/* Into the buffers that a slot's tile has. */
+QI_INLINE prefill_copies prefill_copies_to(char *shared, int slot, int first, int end, int aligned)
 {
-    enum { BATCH = PREFILL_BUFFERS == 2 ? 8 : 4 }; /* addresses first: waiting for each is slow */
-    const int dim = is_v ? HEAD_DIM_VO : HEAD_DIM_QK;
-    const int pitch = is_v ? PREFILL_V_PITCH : PREFILL_K_PITCH;
-    const int chunks = (dim + 15) / 16 * KV_BYTES, count = PREFILL_N * chunks;
-    const int even =
-        THREADS % chunks == 0; /* a thread copies the same chunk of every so many keys */
-    const int tid = tid_x(), key = even ? tid / chunks : 0, chunk = even ? tid % chunks : 0;
-    const char *const *address = (const char *const *)prefill_addresses(shared, slot, is_v) + key;
-    char *mine = to + key * pitch + chunk * 16;
-#pragma unroll
-    for (int begin = 0; begin < count; begin += BATCH * THREADS) {
-        const char *from[BATCH];
-#pragma unroll
-        for (int i = 0; i < BATCH; i++) {
-            const int base = begin + i * THREADS, at = base + tid;
-            if (base >= count) break;
-            from[i] = even ? address[base / chunks] + chunk * 16
-                           : address[at / chunks] + at % chunks * 16;
-        }
-#pragma unroll
-        for (int i = 0; i < BATCH; i++) {
-            const int base = begin + i * THREADS, at = base + tid;
-            if (base >= count) break;
-            const int of = even ? base / chunks + key : at / chunks;
-            const int there = prefill_chunk_bytes(even ? chunk : at % chunks, dim);
-            char *place = even ? mine + base / chunks * pitch : to + of * pitch + at % chunks * 16;
-            if (base + THREADS <= count || at < count)
-                cp_async_16(place, from[i], all || first + of < end ? (u32)there : 0);
-        }
-    }
+    const int buffer = PREFILL_BUFFERS == 2 ? slot * PREFILL_N : 0;
+    const prefill_copies c = {shared + PREFILL_K_AT + buffer * PREFILL_K_PITCH,
+                              shared + PREFILL_V_AT + buffer * PREFILL_V_PITCH,
+                              shared,
+                              slot,
+                              first,
+                              end,
+                              tid_x(),
+                              aligned};
+    return c;
 }
 
-QI_INLINE void load_prefill_keys(char *to, char *shared, int slot, const int is_v, int first)
+/* A tile of k or v element by element, if they are not aligned. */
+QI_INLINE void copy_odd_keys(const prefill_copies *c, const int is_v)
 {
-    const int end = prefill_noted(shared)->work.kv_end, aligned = prefill_noted(shared)->aligned;
     const int dim = is_v ? HEAD_DIM_VO : HEAD_DIM_QK;
     const int pitch = is_v ? PREFILL_V_PITCH : PREFILL_K_PITCH;
     const int chunks = (dim + 15) / 16 * KV_BYTES;
-    if (aligned && first + PREFILL_N <= end) {
-        copy_prefill_keys(to, shared, slot, is_v, first, end, 1);
-    } else if (aligned) {
-        copy_prefill_keys(to, shared, slot, is_v, first, end, 0);
-    } else {
+    if (c->aligned) return;
 #pragma unroll 1
-        for (int at = tid_x(); at < PREFILL_N * chunks; at += THREADS) {
-            const int key = at / chunks, chunk = at % chunks;
-            copy_elements(to + key * pitch + chunk * 16,
-                          prefill_addresses(shared, slot, is_v)[key] + chunk * 16,
-                          first + key < end ? prefill_chunk_bytes(chunk, dim) : 0);
-        }
+    for (int at = c->tid; at < PREFILL_N * chunks; at += THREADS) {
+        const int key = at / chunks, chunk = at % chunks;
+        copy_elements((is_v ? c->v : c->k) + key * pitch + chunk * 16,
+                      prefill_addresses(c->shared, c->slot, is_v)[key] + chunk * 16,
+                      key < c->end - c->first ? prefill_chunk_bytes(chunk, dim) : 0);
     }
 }
 
-/* The tile at `first`, the slot's, into the buffer of that slot; where there is one buffer, its keys. */
-QI_INLINE void load_prefill_tile(char *shared, int slot, int first)
+/* The same by asynchronous copies, if they are aligned, without a branch, so that what follows is mixed with
+ * it. Addresses are looked up four copies ahead: a copy to shared memory is not overtaken by a look there. */
+QI_INLINE void copy_keys(const prefill_copies *c, const int is_v)
 {
-    const int buffer = PREFILL_BUFFERS == 2 ? slot : 0;
-    load_prefill_keys(shared + PREFILL_K_AT + buffer * PREFILL_N * PREFILL_K_PITCH, shared, slot, 0,
-                      first);
-    if (PREFILL_BUFFERS == 2)
-        load_prefill_keys(shared + PREFILL_V_AT + buffer * PREFILL_N * PREFILL_V_PITCH, shared,
-                          slot, 1, first);
+    enum { BATCH = 4 };
+    const int dim = is_v ? HEAD_DIM_VO : HEAD_DIM_QK;
+    const int pitch = is_v ? PREFILL_V_PITCH : PREFILL_K_PITCH;
+    const int chunks = (dim + 15) / 16 * KV_BYTES, count = PREFILL_N * chunks;
+    const int even = THREADS % chunks == 0; /* all of a thread's copies are of the same chunk */
+    const int my_key = c->tid / chunks, my_chunk = c->tid % chunks;
+    const char *const *addresses =
+        (const char *const *)prefill_addresses(c->shared, c->slot, is_v) + (even ? my_key : 0);
+    char *const to = (is_v ? c->v : c->k) + (even ? my_key * pitch + my_chunk * 16 : 0);
+    const char *from[2 * BATCH];
+#pragma unroll
+    for (int i = -BATCH; i < (count + THREADS - 1) / THREADS; i++) {
+        const int ahead = (i + BATCH) * THREADS, base = i * THREADS;
+        if (ahead < count) {
+            const int at = ahead + c->tid < count ? ahead + c->tid : 0;
+            from[(i + BATCH) % (2 * BATCH)] = even ? addresses[ahead / chunks] + my_chunk * 16
+                                                   : addresses[at / chunks] + at % chunks * 16;
+        }
+        if (i < 0) continue;
+        const int at = base + c->tid, key = even ? base / chunks + my_key : at / chunks;
+        const int chunk = even ? my_chunk : at % chunks;
+        const int bytes = key < c->end - c->first ? prefill_chunk_bytes(chunk, dim) : 0;
+        cp_async_16_if(c->aligned && (base + THREADS <= count || at < count),
+                       even ? to + base / chunks * pitch : to + key * pitch + chunk * 16,
+                       from[i % (2 * BATCH)], (u32)bytes);
+    }
 }
 
 #endif

@@ -148,13 +148,18 @@ QI_INLINE void follow_maxima(const prefill_scores s, const prefill_of_rows scale
                 x = fmaxf(x, s[t][n][2 * h]);
                 y = fmaxf(y, s[t][n][2 * h + 1]);
             }
-            x = fmaxf(x, y);
-            x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
-            x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2)) * scale[t][h];
-            top[t][h] = x > max[t][h] + 8.f ? x : max[t][h];
-            grew |= top[t][h] != max[t][h];
+            top[t][h] = fmaxf(x, y) * scale[t][h];
+            grew |= top[t][h] > max[t][h] + 8.f;
         }
-    if (!__any_sync(ALL_LANES, grew)) return;
+    if (!__any_sync(ALL_LANES, grew))
+        return; /* of no lane's keys: the row's other lanes need not be asked */
+#pragma unroll
+    for (int i = 0; i < 2 * tiles; i++) {
+        float x = top[i / 2][i % 2];
+        x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
+        x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
+        top[i / 2][i % 2] = x > max[i / 2][i % 2] + 8.f ? x : max[i / 2][i % 2];
+    }
 #pragma unroll
     for (int t = 0; t < tiles; t++)
 #pragma unroll
@@ -222,95 +227,111 @@ QI_INLINE void multiply_values(const char *v, const prefill_scores s, prefill_su
 
 /* ---- the tile ----------------------------------------------------------------------------- */
 
-/* From products of the tile of keys at `first` to its part of o. */
-QI_INLINE void add_tile(const attention_cuda_params *c, int first, const char *shared, int slot,
-                        const char *v, prefill_scores s, prefill_sums o, prefill_of_rows max,
-                        prefill_of_rows sum, const int tiles)
+/* From products of the tile of keys at `first` to scores. */
+QI_INLINE void finish_scores(const attention_cuda_params *c, int first, const char *shared,
+                             int slot, prefill_scores s, const int tiles)
 {
     const prefill_item_notes *n = prefill_noted(shared);
-    const prefill_row *rows = prefill_rows_of(shared);
     if (GENERAL_SCORES) {
         general_prefill_scores(c, first, shared, slot, s, tiles);
-    } else {
-        if (SOFT_CAP) cap_scores(c->at.logits_soft_cap, rows, s, tiles);
-        if (first < n->plain_begin || first + PREFILL_N > n->plain_end)
-            mask_scores(&c->at, first, shared, s, tiles);
+        return;
     }
-    if (SOFTMAX) {
-        prefill_of_rows scale;
+    if (SOFT_CAP) cap_scores(c->at.logits_soft_cap, prefill_rows_of(shared), s, tiles);
+    if (first < n->plain_begin || first + PREFILL_N > n->plain_end)
+        mask_scores(&c->at, first, shared, s, tiles);
+}
+
+/* From scores to weights. */
+QI_INLINE void softmax_scores(const char *shared, prefill_scores s, prefill_sums o,
+                              prefill_of_rows max, prefill_of_rows sum, const int tiles)
+{
+    prefill_of_rows scale;
 #pragma unroll
-        for (int i = 0; i < 2 * tiles; i++)
-            scale[i / 2][i % 2] =
-                GENERAL_SCORES || SOFT_CAP
-                    ? 1.f
-                    : fabsf(rows[prefill_row_index(i / 2, i % 2)].scale) * QI_LOG2E;
-        follow_maxima(s, scale, max, sum, o, tiles);
-        weigh_scores(scale, max, sum, s, tiles);
-    }
-    multiply_values(v, s, o, tiles);
+    for (int i = 0; i < 2 * tiles; i++)
+        scale[i / 2][i % 2] =
+            GENERAL_SCORES || SOFT_CAP
+                ? 1.f
+                : fabsf(prefill_rows_of(shared)[prefill_row_index(i / 2, i % 2)].scale) * QI_LOG2E;
+    follow_maxima(s, scale, max, sum, o, tiles);
+    weigh_scores(scale, max, sum, s, tiles);
 }
 
 /* The item's keys, tile by tile, and then results, by a warp that has rows in `tiles` tiles of 16, or none:
- * then it helps to load. Notes, queries and the first keys are on their way. */
+ * then it helps to load. Notes, queries and the first keys are on their way. The next tile is asked for
+ * beside the softmax, which leaves the load unit alone. */
 QI_INLINE void walk_keys(const attention_cuda_params *c, char *shared, const int tiles)
 {
     const attention_params *p = &c->at;
     const prefill_item_notes *n = prefill_noted(shared);
     const char *q = shared + PREFILL_Q_AT + tid_x() / WARP * 16 * PREFILL_Q_PITCH;
+    const int two = PREFILL_BUFFERS == 2, end = n->work.kv_end;
     prefill_scores s;
     prefill_sums o = {};
     prefill_of_rows max, sum = {};
-    for (int i = 0; i < 2 * PREFILL_WARP_TILES; i++) max[i / 2][i % 2] = PREFILL_LOWEST;
-    for (int first = n->work.kv_begin; first < n->work.kv_end; first += PREFILL_N) {
+#pragma unroll
+    for (int i = 0; i < 2 * tiles; i++) max[i / 2][i % 2] = PREFILL_LOWEST;
+    int slot = 0;
+#pragma unroll 1
+    for (int first = n->work.kv_begin; first < end; first += PREFILL_N, slot ^= 1) {
         const int next = first + PREFILL_N, after = next + PREFILL_N;
-        const int slot = (first - n->work.kv_begin) / PREFILL_N % 2;
-        const int here = PREFILL_BUFFERS == 2 ? slot : 0;
-        char *k = shared + PREFILL_K_AT + here * PREFILL_N * PREFILL_K_PITCH;
-        char *v = shared + PREFILL_V_AT + here * PREFILL_N * PREFILL_V_PITCH;
+        char *k = shared + PREFILL_K_AT + two * slot * PREFILL_N * PREFILL_K_PITCH;
+        char *v = shared + PREFILL_V_AT + two * slot * PREFILL_N * PREFILL_V_PITCH;
         cp_async_wait_group(0);
         __syncthreads(); /* this tile is there, and nobody is at the one before */
-        const int page = find_prefill_page(p, &n->group, after, n->work.kv_end);
-        if (PREFILL_BUFFERS == 1)
-            load_prefill_keys(v, shared, slot, 1, first);
-        else if (next < n->work.kv_end)
-            load_prefill_tile(shared, slot ^ 1, next);
-        cp_async_commit_group();
-        multiply_keys(q, k, s, tiles);
-        if (PREFILL_BUFFERS == 1) {
-            cp_async_wait_group(0);
-            __syncthreads(); /* the values are there, and nobody is at the keys */
-            if (next < n->work.kv_end) load_prefill_keys(k, shared, slot ^ 1, 0, next);
+        const int page = find_prefill_page(p, &n->group, after, end);
+        if (!two) {
+            const prefill_copies values = prefill_copies_to(shared, slot, first, end, n->aligned);
+            copy_odd_keys(&values, 1);
+            copy_keys(&values, 1);
             cp_async_commit_group();
         }
-        if (tiles > 0) add_tile(c, first, shared, slot, v, s, o, max, sum, tiles);
+        multiply_keys(q, k, s, tiles);
+        if (!two) {
+            cp_async_wait_group(0);
+            __syncthreads(); /* the values are there, and nobody is at the keys */
+        }
+        if (tiles > 0) finish_scores(c, first, shared, slot, s, tiles);
+        const prefill_copies copies = prefill_copies_to(shared, slot ^ 1, next, end, n->aligned);
+        copy_odd_keys(&copies, 0);
+        if (two) copy_odd_keys(&copies, 1);
+        copy_keys(&copies, 0);
+        if (two) copy_keys(&copies, 1);
+        cp_async_commit_group();
         if (SPARSE) __syncthreads(); /* nobody looks at this tile's positions */
-        note_prefill_key(p, &n->group, n->work.kv_head, after, n->work.kv_end, page, slot, shared);
+        note_prefill_key(p, &n->group, n->work.kv_head, after, end, page, slot, shared);
+        if (tiles > 0 && SOFTMAX) softmax_scores(shared, s, o, max, sum, tiles);
+        if (tiles > 0) multiply_values(v, s, o, tiles);
     }
-    cp_async_wait_group(0); /* where there is no key: queries */
+    cp_async_wait_group(0); /* what was copied past the last key; where there is none: queries */
     __syncthreads();
     if (tiles > 0) store_prefill_rows(c, o, max, sum, shared, tiles);
 }
 
 /* One work item of one KV head, by all threads. What is handed over, PREFILL_SHARED_BYTES, is free
  * afterwards. */
-QI_INLINE void prefill_item(const attention_cuda_params *c, const qi_work *w, char *shared)
+QI_INLINE void prefill_item(const attention_cuda_params *c, const qi_work *item, char *shared)
 {
     const attention_params *p = &c->at;
-    const qi_group *g = &p->plan.groups[w->group];
-    const int last = THREADS - 1; /* it has no row where a tile has fewer */
-    if (tid_x() == last) note_prefill_item(p, w, shared);
-    note_prefill_rows(c, w, shared);
-    for (int i = 0; i < 2 && w->kv_begin < w->kv_end; i++) {
-        const int first = w->kv_begin + i * PREFILL_N;
-        note_prefill_key(p, g, w->kv_head, first, w->kv_end,
-                         find_prefill_page(p, g, first, w->kv_end), i, shared);
+    const qi_work w = *item;
+    const qi_group g = p->plan.groups[w.group];
+    const int aligned = keys_aligned(p), any = w.kv_begin < w.kv_end;
+    for (int i = 0; i < 2 && any; i++) {
+        const int first = w.kv_begin + i * PREFILL_N;
+        note_prefill_key(p, &g, w.kv_head, first, w.kv_end,
+                         find_prefill_page(p, &g, first, w.kv_end), i, shared);
     }
+    if (tid_x() == THREADS - 1) note_prefill_item(p, &w, &g, aligned, shared);
+    note_prefill_rows(c, &w, &g, shared);
     __syncthreads();
-    if (w->kv_begin < w->kv_end) load_prefill_tile(shared, 0, w->kv_begin);
-    load_prefill_queries(c, w, shared);
+    const prefill_copies copies = prefill_copies_to(shared, 0, w.kv_begin, w.kv_end, aligned);
+    for (int is_v = 0; any && is_v < PREFILL_BUFFERS; is_v++) {
+        copy_odd_keys(&copies, is_v);
+        copy_keys(&copies, is_v);
+    }
+    load_prefill_queries(c, &w, shared);
     cp_async_commit_group();
     /* A copy of the loop for each number of 16 rows that a warp may have; they meet at its barriers. */
-    const int below = w->num_rows * GROUP_SIZE - tid_x() / WARP * 16;
+    const int below = w.num_rows * GROUP_SIZE - tid_x() / WARP * 16;
     if (PREFILL_WARP_TILES == 2 && below > 64)
         walk_keys(c, shared, PREFILL_WARP_TILES);
     else if (below > 0)
