@@ -233,6 +233,11 @@ double bench_host_run(bench_session *s, const problem *p)
     return seconds;
 }
 
+double bench_host_launch(bench_session *s)
+{
+    return s->gpu ? bench_time_launch(s->gpu) : 0;
+}
+
 double bench_host_plan(bench_session *s, const problem *p)
 {
     enum { PLANS = 201 };

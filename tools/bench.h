@@ -73,8 +73,10 @@ const qkv_context *bench_context(const bench_session *s);
 /* Verifies, times, prints one line. */
 void bench_problem(bench_session *s, const problem *p);
 
-/* Seconds of the host for a call on a GPU; and for a plan, on either device. */
+/* Seconds of the host for a call on a GPU; for a launch by the driver alone; and for a plan, on either
+ * device. */
 double bench_host_run(bench_session *s, const problem *p);
+double bench_host_launch(bench_session *s);
 double bench_host_plan(bench_session *s, const problem *p);
 
 /* Seconds of the GPU for a plan of arrays that it has; 0: the library takes none. */

@@ -114,3 +114,23 @@ bench_timing bench_time_gpu(const bench_op *op, bench *b, double seconds)
                           .host = host,
                           .num_runs = n * calls};
 }
+
+double bench_time_launch(cuda *gpu)
+{
+    enum { ROUNDS = 50, LAUNCHES = 200 };
+    static const char ptx[] = ".version 7.0\n.target sm_80\n.address_size 64\n"
+                              ".visible .entry empty(.param .u64 a) { ret; }\n";
+    double took[ROUNDS];
+    void *nothing = NULL, *arguments[] = {&nothing};
+    cuda_kernel *kernel = cuda_load(gpu, ptx, "empty");
+    if (!kernel) return 0;
+    for (int round = 0; round < ROUNDS; round++) {
+        cuda_wait(gpu);
+        const double start = tool_seconds();
+        for (int i = 0; i < LAUNCHES; i++) cuda_launch(gpu, kernel, 1, 32, arguments);
+        took[round] = (tool_seconds() - start) / LAUNCHES;
+    }
+    cuda_wait(gpu);
+    tool_sort(took, ROUNDS);
+    return took[ROUNDS / 2];
+}

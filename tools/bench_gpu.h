@@ -15,4 +15,8 @@ double bench_time_host(const bench_op *op, bench *b);
 /* Seconds on the device for a plan of arrays there, of a replayed graph; 0: there are no such plans. */
 double bench_time_device_plan(const bench_op *op, bench *b);
 
+/* The seconds of the host for a launch of an empty kernel by the driver alone: what a call cannot be faster
+ * than. 0: the driver does not take it. */
+double bench_time_launch(cuda *gpu);
+
 #endif

@@ -20,6 +20,7 @@ typedef enum figure_id {
     COLD_PREFILL,
     CACHED_DECODE,
     CACHED_PREFILL,
+    LAUNCH,
     RUN_DECODE,
     RUN_RMSNORM,
     PLAN,
@@ -39,6 +40,7 @@ static const struct {
                       3000},
     [CACHED_DECODE] = {"cached_decode_ms", "ms", "loading a decode operator's kernels", 1e-3, 5},
     [CACHED_PREFILL] = {"cached_prefill_ms", "ms", "loading a prefill operator's kernels", 1e-3, 5},
+    [LAUNCH] = {"launch_us", "us", "the driver's part of a launch", 1e-6, 0},
     [RUN_DECODE] = {"run_decode_us", "us", "the host's part of an attention run", 1e-6, 3},
     [RUN_RMSNORM] = {"run_rmsnorm_us", "us", "the host's part of an RMSNorm call", 1e-6, 0},
     [PLAN] = {"plan_us", "us", "host plan of 256 requests", 1e-6, 20},
@@ -144,6 +146,7 @@ static void measure_calls(const setting *s, measured *m)
     m->seconds[PLAN] = bench_host_plan(session, &even);
     m->seconds[PLAN_ZIPF] = bench_host_plan(session, &zipf);
     if (s->gpu) {
+        m->seconds[LAUNCH] = bench_host_launch(session);
         m->seconds[RUN_DECODE] = bench_host_run(session, &decode);
         m->seconds[RUN_RMSNORM] = bench_host_run(session, &rmsnorm);
         m->seconds[DEVICE_PLAN] = bench_device_plan(session, &even);
@@ -218,6 +221,7 @@ void bench_host(const bench_options *options, const char *arch)
                  .gpu = options->device.device_type == kDLCUDA};
     snprintf(s.cache_dir, sizeof s.cache_dir, "/tmp/qkv-bench-XXXXXX");
     if (!mkdtemp(s.cache_dir)) tool_die(EXIT_WRONG, "%s: cannot be made", s.cache_dir);
+    unsetenv("QKV_CACHE_DIR"); /* which would stand in the folder's place, and may be full */
     in_child(measure_cold, &s, &m);
     if (s.gpu) in_child(measure_cached, &s, &m);
     in_child(measure_calls, &s, &m);

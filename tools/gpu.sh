@@ -126,12 +126,15 @@ run_sanitizer() {
     return
   fi
   echo "sanitize, $budget s:"
-  for tool in memcheck racecheck; do
-    run "$tool-bench" "$(left "$budget" "$start")" compute-sanitizer --tool $tool --error-exitcode 9 \
-      "$build/qkv" bench --device "$device" --seconds 0 --file "$here/bench/problems/smoke.txt"
-    for test in test_norm test_sampling test_merge test_attention_levels test_attention_properties; do
-      QKV_TEST_DEVICE=cuda QKV_TEST_CASES=10 run "$tool-$test" "$(left "$budget" "$start")" \
-        compute-sanitizer --tool $tool --error-exitcode 9 "$build/$test"
+  # The same cases first without a tool: their kernels are compiled then, which takes longest.
+  export QKV_TEST_DEVICE=cuda QKV_TEST_CASES=${QKV_TEST_CASES-10} QKV_TEST_SEED=${QKV_TEST_SEED-1}
+  for tool in plain memcheck racecheck; do
+    local with=() bench=("$build/qkv" bench --device "$device" \
+      --seconds 0 --file "$here/bench/problems/smoke.txt")
+    [ $tool = plain ] || with=(compute-sanitizer --tool $tool --error-exitcode 9)
+    run "$tool-bench" "$(left "$budget" "$start")" "${with[@]}" "${bench[@]}"
+    for test in ${TESTS:-test_norm test_sampling test_merge test_attention_edge test_attention_levels test_attention_properties}; do
+      run "$tool-$test" "$(left "$budget" "$start")" "${with[@]}" "$build/$test"
     done
   done
 }
