@@ -137,8 +137,11 @@ static void copy_tokens(qi_lanes lanes, const qi_kv_view *view, i32 *token_reque
         return;
     }
     QI_ROLLED
-    for (i32 t = lanes.id, r = 0; t < tokens; t += lanes.count)
+    for (i32 t = lanes.id, r = 0; t < tokens; t += lanes.count) {
+        /* With a row each, requests and tokens have the same numbers. */
+        if (t < view->num_requests && view->qo_indptr[t] <= t) r = t;
         token_request[t] = r = group_of(view, r, t);
+    }
 }
 
 void qi_copy_requests(qi_lanes lanes, const batch_view *batch, const qi_plan *out, i64 *mask_indptr)

@@ -111,7 +111,7 @@ static i64 check_batch(qi_lanes lanes, const plan_params *p)
 {
     const batch_view *batch = &p->batch;
     const qi_kv_view *last = &batch->level[batch->num_levels - 1];
-    i64 worst = NO_FAULT, sums[2] = {0, 0}, totals[2];
+    i64 worst = NO_FAULT, sums[4] = {0, 0, 0, 0}, totals[4], none[2] = {0, 0};
     QI_ROLLED
     for (i32 l = 0; l < batch->num_levels; l++) {
         const i64 empty = lanes.id == 0 ? check_empty(p, l) : NO_FAULT;
@@ -124,7 +124,7 @@ static i64 check_batch(qi_lanes lanes, const plan_params *p)
         }
     }
     sums[0] = worst != NO_FAULT;
-    lanes_add(lanes, sums, totals, 2);
+    lanes_add(lanes, sums, totals, none);
     if (totals[0] > 0) return lanes_min(lanes, worst);
     if (last->page_size > 0 && totals[1] > p->max_pages) return fault(QI_PLAN_MAX_PAGES, 0, -1);
     if (batch->num_levels == 1) return NO_FAULT;
@@ -156,7 +156,8 @@ static void device_plan(qi_lanes lanes, const plan_params *p)
                                 .num_requests = (i32)last->num_requests,
                                 .num_tokens = last->qo_indptr[last->num_requests],
                                 .num_levels = list.num_levels,
-                                .first_tile = p->first_tile};
+                                .spans = p->spans,
+                                .strips = p->strips};
     qi_schedule(lanes, &lengths, &p->limits, &p->plan);
 }
 
