@@ -65,6 +65,16 @@ static int lanes_any(qi_lanes lanes, int value)
     return lanes_min(lanes, -(i64)(value != 0)) != 0;
 }
 
+static i64 lanes_sum(qi_lanes lanes, i64 value)
+{
+    i64 sum = 0;
+    lanes_values[lanes.id] = value;
+    lanes_sync(lanes);
+    for (i32 i = 0; i < lanes.count; i++) sum += lanes_values[i];
+    lanes_sync(lanes);
+    return sum;
+}
+
 static pthread_mutex_t lanes_lock = PTHREAD_MUTEX_INITIALIZER;
 
 static void lanes_lower(i64 *at, i64 value)

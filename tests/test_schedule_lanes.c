@@ -217,7 +217,9 @@ static plan_params params_of(const qkv_attention *a, const qkv_attention_batch *
 
 static void plan_in_lanes(qi_lanes lanes, void *user)
 {
-    device_plan(lanes, user);
+    const plan_params *p = user;
+    const plan_room room = {.groups = p->plan.groups, .spans = p->spans, .strips = p->strips};
+    device_plan(lanes, p, &room);
 }
 
 static void lanes_plan_a_batch_as_the_host_does(void **state)

@@ -16,11 +16,13 @@
 #include "kern/plan.h"
 
 /* Before a loop of the planner's text: on a GPU it runs once, from cold instruction caches, where short code
- * is fast code. */
+ * is fast code. And before a function that a batch of single rows seldom or never calls. */
 #ifdef __CUDACC_RTC__
-#define QI_ROLLED _Pragma("unroll 1")
+#define QI_ROLLED   _Pragma("unroll 1")
+#define QI_OUTLINED static __device__ __noinline__
 #else
 #define QI_ROLLED
+#define QI_OUTLINED static
 #endif
 
 typedef struct qi_lanes {
@@ -56,6 +58,13 @@ static inline i64 quotient(i64 a, i64 b)
 
 /* Is it so in any lane? */
 static inline int lanes_any(qi_lanes lanes, int value)
+{
+    (void)lanes;
+    return value;
+}
+
+/* The sum of numbers that are not negative. */
+static inline i64 lanes_sum(qi_lanes lanes, i64 value)
 {
     (void)lanes;
     return value;

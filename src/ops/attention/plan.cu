@@ -43,12 +43,14 @@ static __device__ __noinline__ void lanes_add(qi_lanes lanes, i64 *values, i64 *
 {
     __shared__ i64 sums[NUM_SUMMED + NUM_MOST][WARP + 1]; /* before each warp; of all */
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    i64 below[NUM_SUMMED];
+    i64 own[NUM_SUMMED], below[NUM_SUMMED];
+#pragma unroll
+    for (int k = 0; k < NUM_SUMMED; k++) own[k] = values[k];
 #pragma unroll
     for (int k = 0; k < NUM_SUMMED; k++) {
-        const i64 through = warp_scan(values[k]);
+        const i64 through = warp_scan(own[k]);
         if (lane == WARP - 1) sums[k][warp] = through;
-        below[k] = through - values[k];
+        below[k] = through - own[k];
     }
 #pragma unroll
     for (int k = 0; k < NUM_MOST; k++) {
@@ -77,6 +79,20 @@ static __device__ __noinline__ void lanes_add(qi_lanes lanes, i64 *values, i64 *
 QI_INLINE int lanes_any(qi_lanes lanes, int value)
 {
     return __syncthreads_or(value);
+}
+
+/* Of numbers below 2^43, none negative. Called once: what it leaves in shared memory is not written again. */
+QI_INLINE i64 lanes_sum(qi_lanes lanes, i64 value)
+{
+    __shared__ i64 sums[WARPS];
+    const i64 low = __reduce_add_sync(ALL_LANES, (u32)value & 0xffffu);
+    const i64 high = __reduce_add_sync(ALL_LANES, (u32)(value >> 16));
+    if (threadIdx.x % WARP == 0) sums[threadIdx.x / WARP] = (high << 16) + low;
+    __syncthreads();
+    i64 sum = 0;
+#pragma unroll
+    for (int i = 0; i < WARPS; i++) sum += sums[i];
+    return sum;
 }
 
 /* Complemented, the smallest is the largest. */
@@ -124,11 +140,24 @@ QI_INLINE void lanes_raise(i64 *at, i64 value)
 
 #include "ops/attention/planner.h"
 
+/* Groups and strips that are noted in shared memory; with more, all are in the plan's. */
+enum { NEAR_GROUPS = 288, NEAR_STRIPS = 288 };
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attention_plan(const __grid_constant__ plan_params p)
 {
+    __shared__ qi_group groups[NEAR_GROUPS];
+    __shared__ qi_span spans[NEAR_GROUPS + 1];
+    __shared__ qi_strip strips[NEAR_STRIPS + 1];
     const qi_lanes lanes = {.id = (i32)threadIdx.x, .count = THREADS};
-    device_plan(lanes, &p);
+    i64 num_groups = 0;
+    QI_ROLLED
+    for (i32 l = 0; l < p.batch.num_levels; l++) num_groups += p.batch.level[l].num_requests;
+    const int fits = num_groups <= NEAR_GROUPS && p.limits.num_workers <= NEAR_STRIPS;
+    const plan_room near = {.groups = fits ? groups : p.plan.groups,
+                            .spans = fits ? spans : p.spans,
+                            .strips = fits ? strips : p.strips};
+    device_plan(lanes, &p, &near);
 }
 
 /* Pulls the pieces of a plan out of the host's memory; each block takes a share of each. */

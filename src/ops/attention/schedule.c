@@ -80,6 +80,11 @@ static void make_tile(const qi_limits *limits, const qi_group *g, i32 index, til
     t->cost = limits->cost_visit + (t->kv_end - t->kv_begin) * t->cost_key;
 }
 
+QI_OUTLINED void make_prefill_tile(const qi_limits *limits, const qi_group *g, i32 index, tile *t)
+{
+    make_tile(limits, g, index, t);
+}
+
 /* ---- prefill tiles of a head, without a walk along them ------------------------------------- */
 
 /* The first of n steps at which from + i * step is not below least; n: none. */
@@ -111,14 +116,14 @@ static i64 end_of_first(const qi_limits *limits, const qi_group *g)
 }
 
 /* Cost of the first n tiles of a head, all full. */
-static i64 cost_before(const qi_limits *limits, const qi_group *g, i32 n)
+QI_OUTLINED i64 cost_before(const qi_limits *limits, const qi_group *g, i32 n)
 {
     const i32 rows = limits->tile_rows;
     i64 keys;
     if (n == 0) return 0;
     if (sees_alike(g)) {
         tile t;
-        make_tile(limits, g, 0, &t);
+        make_prefill_tile(limits, g, 0, &t);
         keys = (i64)n * (t.kv_end - t.kv_begin);
     } else {
         keys = (i64)n * g->kv_len;
@@ -133,7 +138,7 @@ static i64 cost_before(const qi_limits *limits, const qi_group *g, i32 n)
 
 /* Of n full tiles of a head the largest: what they see grows until the keys' end is seen, but maybe for that
  * step, and does not after it. */
-static i64 largest_of(const qi_limits *limits, const qi_group *g, i32 n)
+QI_OUTLINED i64 largest_of(const qi_limits *limits, const qi_group *g, i32 n)
 {
     i64 largest = 0;
     i32 i = 0;
@@ -142,7 +147,7 @@ static i64 largest_of(const qi_limits *limits, const qi_group *g, i32 n)
     QI_ROLLED
     for (i32 k = i > 0 ? i - 1 : 0; k <= i; k++) {
         tile t;
-        make_tile(limits, g, k, &t);
+        make_prefill_tile(limits, g, k, &t);
         if (t.cost > largest) largest = t.cost;
     }
     return largest;
@@ -279,7 +284,7 @@ static void tile_at(const qi_lengths *in, const qi_limits *limits, i32 group, i3
     const qi_group *g = &in->groups[group];
     const qi_span *span = &in->spans[group];
     if (!is_decode(limits, g)) {
-        make_tile(limits, g, index, t);
+        make_prefill_tile(limits, g, index, t);
         return;
     }
     t->flags = QI_TILE_DECODE;
@@ -408,8 +413,8 @@ static i32 is_cut(const qi_lengths *in, i32 last, i32 w)
 
 /* Where partial rows run short, no strip cuts the tile that would pass what is spare, nor any later one.
  * Collective. */
-static void drop_cuts(qi_lanes lanes, const strips *s, const qi_lengths *in, share own, i64 spare,
-                      i64 *totals)
+QI_OUTLINED void drop_cuts(qi_lanes lanes, const strips *s, const qi_lengths *in, share own,
+                           i64 spare, i64 *totals)
 {
     i64 first = s->last;
     QI_ROLLED
@@ -638,7 +643,7 @@ static void emit_group(const qi_lengths *in, const qi_limits *limits, i32 group,
         if (decode)
             t.kv_head = first_head + index;
         else
-            make_tile(limits, g, index, &t);
+            make_prefill_tile(limits, g, index, &t);
         emit(in, limits, group, &t, index, &w, out);
         index += step;
     }
@@ -723,6 +728,7 @@ static strips make_strips(const qi_limits *limits, i64 total, i64 count)
     if (worth < s.count) s.count = (i32)(worth > 1 ? worth : 1);
     s.size = quotient(total, s.count);
     s.longer = total - s.size * s.count;
+    s.last = s.size > 0 ? s.count : (i32)(s.longer > 1 ? s.longer : 1);
     return s;
 }
 
@@ -776,12 +782,10 @@ void qi_schedule(qi_lanes lanes, const qi_lengths *in, const qi_limits *limits, 
     strips s = make_strips(limits, totals[COST], limits->num_workers);
     if (limits->cost_cut > 0 && !limits->fixed_cuts && most[PREFILL] == 0) {
         const i64 count = whole_strips(&s, limits, most[DECODE]);
-        if (count > 0) s = make_strips(limits, totals[COST], count);
+        if (count > 0 && count != s.count) s = make_strips(limits, totals[COST], count);
         s.whole = count > 0;
     }
     s.cut_prefill = most[PREFILL] > s.size / 8;
-    const i64 past = strip_from(&s, s.total);
-    s.last = past < s.count ? (i32)past : s.count;
     place(&s, in, groups, sums);
     if (lanes.id == 0) in->spans[in->num_groups].strip = s.last;
     lanes_sync(lanes);
