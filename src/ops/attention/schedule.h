@@ -101,7 +101,8 @@ void qi_schedule_nothing(qi_lanes lanes, const qi_limits *limits, i32 status, i3
  * the tile's pieces are merged later; it ends at the nearer end of the tile instead if a piece
  * would be shorter than cut_align keys, if the partial rows do not suffice, or if no prefill tile
  * exceeds 1/8 of a strip (then cutting one gains less than its merge costs). At most num_workers -
- * 1 extra pieces and merges arise; no heap, O(tiles / lanes + log groups).
+ * 1 extra pieces and merges arise; no heap, O((groups + strips + tiles) /
+ * lanes), and log tiles for a strip that begins in a prefill group.
  *
  * A batch that needs more than max_split_rows partial rows gets no work, and header.status says so.
  *
