@@ -21,9 +21,23 @@ static void lanes_sync(qi_lanes lanes)
     pthread_barrier_wait(&lanes_barrier);
 }
 
-static void lanes_add(qi_lanes lanes, i64 *sums, i64 *totals, int n)
+static void put_words(void *to, u64 a, u64 b, u64 c, u64 d)
 {
-    for (int k = 0; k < n; k++) {
+    const u64 words[] = {a, b, c, d};
+    memcpy(to, words, sizeof words);
+}
+
+static i64 quotient(i64 a, i64 b)
+{
+    return a / b;
+}
+
+static i64 lanes_min(qi_lanes lanes, i64 value);
+
+static void lanes_add(qi_lanes lanes, i64 *sums, i64 *totals, i64 *most)
+{
+    for (int k = 0; k < 2; k++) most[k] = -lanes_min(lanes, -most[k]);
+    for (int k = 0; k < 4; k++) {
         lanes_values[lanes.id] = sums[k];
         lanes_sync(lanes);
         sums[k] = totals[k] = 0;
@@ -49,6 +63,16 @@ static i64 lanes_min(qi_lanes lanes, i64 value)
 static int lanes_any(qi_lanes lanes, int value)
 {
     return lanes_min(lanes, -(i64)(value != 0)) != 0;
+}
+
+static i64 lanes_sum(qi_lanes lanes, i64 value)
+{
+    i64 sum = 0;
+    lanes_values[lanes.id] = value;
+    lanes_sync(lanes);
+    for (i32 i = 0; i < lanes.count; i++) sum += lanes_values[i];
+    lanes_sync(lanes);
+    return sum;
 }
 
 static pthread_mutex_t lanes_lock = PTHREAD_MUTEX_INITIALIZER;

@@ -205,6 +205,8 @@ static void check_plan(const trial *t)
     expect_guard(t, out->work, t->max_work, sizeof *out->work, "work");
     expect_guard(t, out->merge, workers - 1, sizeof *out->merge, "merge");
     expect_guard(t, out->ticket, workers - 1, sizeof(i32), "ticket");
+    expect_guard(t, t->in.spans, t->in.num_groups + 1, sizeof(qi_span), "spans");
+    expect_guard(t, t->in.strips, workers + 1, sizeof(qi_strip), "strips");
     account a = {0};
     i32 i = 0;
     tile x = {.request = -1};
@@ -235,7 +237,8 @@ static void trial_begin(trial *t, const char *why, i32 num_requests)
     t->qo_pos = allocate(num_requests, sizeof(i32));
     t->qo_indptr[0] = 0;
     t->groups = allocate(num_requests, sizeof(qi_group));
-    t->in = (qi_lengths){.groups = t->groups, .num_levels = 1};
+    t->in = (qi_lengths){
+        .groups = t->groups, .num_levels = 1, .spans = allocate(num_requests + 1, sizeof(qi_span))};
 }
 
 static void trial_add(trial *t, i32 qo_len, i32 kv_len)
@@ -292,6 +295,7 @@ static void trial_plan(trial *t, i64 split_rows)
     t->enough = t->limits.max_split_rows >= most;
     t->max_work = qi_schedule_max_work(&t->limits, t->qo_indptr[t->in.num_requests],
                                        t->in.num_requests, max_qo_len);
+    t->in.strips = allocate(t->limits.num_workers + 1, sizeof(qi_strip));
     t->out = new_plan(t);
     schedule(t);
 }
@@ -319,6 +323,7 @@ static void trial_free(trial *t)
 {
     free_plan(&t->out);
     free(t->qo_indptr), free(t->kv_len), free(t->qo_pos), free(t->groups);
+    free(t->in.spans), free(t->in.strips);
 }
 
 /* What a CPU of so many workers would ask for, or anything else. */

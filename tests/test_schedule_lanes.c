@@ -80,7 +80,8 @@ static void schedule_in_many_lanes_gives_the_bytes_of_one(void **state)
         };
         if (limits.fixed_cuts) limits.cut_align = 512;
         i32 tokens = 0;
-        i32 first_tile[MAX_REQUESTS + 1];
+        qi_span spans[MAX_REQUESTS + 1];
+        qi_strip begins[MAX_WORKERS + 1];
         qi_group groups[MAX_REQUESTS];
         const i32 levels = 1 + (i32)test_below(2);
         const i32 requests = (i32)test_below(MAX_REQUESTS);
@@ -103,7 +104,8 @@ static void schedule_in_many_lanes_gives_the_bytes_of_one(void **state)
                                .num_requests = requests,
                                .num_tokens = tokens,
                                .num_levels = levels,
-                               .first_tile = first_tile};
+                               .spans = spans,
+                               .strips = begins};
         if (schedule_max_work_in_lanes(&limits, tokens, requests, 60) + requests * 40 > MAX_WORK)
             continue;
         const i64 needed = schedule_rows_needed_in_lanes(&in, &limits);
@@ -124,7 +126,8 @@ static void schedule_in_many_lanes_gives_the_bytes_of_one(void **state)
 typedef struct block {
     qi_plan plan;
     i64 *mask_indptr;
-    i32 *first_tile;
+    qi_span *spans;
+    qi_strip *strips;
     char *memory;
 } block;
 
@@ -160,7 +163,8 @@ static block block_new(const qkv_attention *a, i64 max_work)
     b.plan.mask_first = take(&b, &used, requests, sizeof(i32));
     b.plan.pages = take(&b, &used, 0, sizeof(i32));
     b.mask_indptr = take(&b, &used, requests, sizeof(i64));
-    b.first_tile = take(&b, &used, requests * levels + 1, sizeof(i32));
+    b.spans = take(&b, &used, requests * levels + 1, sizeof(qi_span));
+    b.strips = take(&b, &used, l->max_workers + 1, sizeof(qi_strip));
     assert_true(used < BYTES);
     return b;
 }
@@ -176,7 +180,8 @@ static plan_params params_of(const qkv_attention *a, const qkv_attention_batch *
     plan_params p = {.limits = a->schedule,
                      .plan = out->plan,
                      .mask_indptr = out->mask_indptr,
-                     .first_tile = out->first_tile,
+                     .spans = out->spans,
+                     .strips = out->strips,
                      .max_tokens = a->limits.max_tokens,
                      .max_qo_len = a->limits.max_qo_len,
                      .max_kv_len = a->limits.max_kv_len,
@@ -212,7 +217,9 @@ static plan_params params_of(const qkv_attention *a, const qkv_attention_batch *
 
 static void plan_in_lanes(qi_lanes lanes, void *user)
 {
-    device_plan(lanes, user);
+    const plan_params *p = user;
+    const plan_room room = {.groups = p->plan.groups, .spans = p->spans, .strips = p->strips};
+    device_plan(lanes, p, &room);
 }
 
 static void lanes_plan_a_batch_as_the_host_does(void **state)

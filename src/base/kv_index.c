@@ -101,8 +101,8 @@ qkv_status qi_kv_index_read(const qkv_kv_index *index, i64 page_size, qi_kv_view
         QI_TRY(read_csr(&in, &v));
     else
         QI_TRY(read_block_table(&in, &v));
-    for (i64 r = 0; qi_host_reads() && r < v.num_requests; r++)
-        v.num_pages_listed += qi_kv_num_pages(&v, r);
+    const i64 reads = qi_host_reads() ? v.num_requests : 0;
+    for (i64 r = 0; r < reads; r++) v.num_pages_listed += qi_kv_num_pages(&v, r);
     *out = v;
     return QKV_OK;
 }
@@ -129,11 +129,42 @@ qkv_status qi_kv_check_pages(const qi_kv_view *view, i64 request, i64 begin, i64
             (int)pages[i], (long long)request, (long long)i);
 }
 
+/* The largest page of a CSR table, whose lists follow each other; 0 where a page is wrong. */
+static int find_max_page(qi_kv_view *v, i64 pool_pages)
+{
+    enum { BLOCK = 1024 };
+    const i32 *pages = v->kv_indices;
+    const i64 end = v->kv_indptr[v->num_requests], most = pool_pages ? pool_pages - 1 : INT32_MAX;
+    i64 found = 0;
+    for (i64 block = v->kv_indptr[0]; block < end; block += BLOCK) {
+        const i64 past = end - block < BLOCK ? end : block + BLOCK;
+        i32 bits = 0, high = -1;
+        for (i64 i = block; i < past; i++) {
+            bits |= pages[i];
+            high = pages[i] > high ? pages[i] : high;
+        }
+        if (bits < 0 || high > most) return 0;
+        if (high <= v->max_page) continue;
+        v->max_page = high;
+        found = block;
+    }
+    if (v->max_page < 0) return 1;
+    while (pages[found] != v->max_page) found++;
+    while (v->kv_indptr[v->max_page_request + 1] <= found) v->max_page_request++;
+    v->max_page_entry = found - v->kv_indptr[v->max_page_request];
+    return 1;
+}
+
 qkv_status qi_kv_index_check(const qkv_kv_index *index, i64 page_size, i64 pool_pages,
                              qi_kv_view *out)
 {
     qi_kv_view v;
     QI_TRY(qi_kv_index_read(index, page_size, &v));
+    qi_kv_view whole = v;
+    if (v.kv_indices && find_max_page(&whole, pool_pages)) {
+        *out = whole;
+        return QKV_OK;
+    }
     for (i64 r = 0; r < v.num_requests; r++) {
         const i64 before = v.max_page;
         QI_TRY(qi_kv_check_pages(&v, r, 0, qi_kv_num_pages(&v, r), pool_pages, &v.max_page));

@@ -378,12 +378,13 @@ static void bind_workspace(qkv_attention *a, qi_arena *plan, qi_arena *scratch)
     };
     a->spare_groups = qi_arena_take(plan, groups, sizeof(qi_group));
     a->spare_rows = qi_arena_take(plan, levels ? tokens : 0, sizeof(i32));
+    a->spans = qi_arena_take(plan, groups + 1, sizeof *a->spans);
+    a->strips = qi_arena_take(plan, workers + 1, sizeof *a->strips);
     a->order = qi_arena_take(plan, levels ? requests : 0, sizeof(i32));
     a->mask_indptr = qi_arena_take(plan, s->mask == QKV_MASK_CUSTOM ? requests : 0, sizeof(i64));
     a->rope_turns = qi_arena_take(plan, (uint64_t)a->rope.num_pairs, sizeof(double));
     a->head_scales = qi_arena_take(plan, 3 * (uint64_t)s->num_qo_heads, sizeof(float));
     if (a->ctx->device.device_type == kDLCUDA) { /* blocks have shared memory */
-        a->first_tile = qi_arena_take(plan, groups + 1, sizeof(i32));
         a->found = qi_arena_take(plan, 1, sizeof *a->found);
         return;
     }

@@ -49,7 +49,8 @@ struct qkv_attention {
     /* room to make groups in, beside those of the current plan */
     qi_group *spare_groups;
     i32 *spare_rows, *order;
-    i32 *first_tile;       /* room of the planner on the device */
+    qi_span *spans; /* room of the scheduler: [groups + 1], [workers + 1] */
+    qi_strip *strips;
     qi_plan_header *found; /* where qkv_attention_status has its result copied to */
     /* what run checks against the current plan, or borrows from its batch */
     int planned;

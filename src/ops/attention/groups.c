@@ -46,31 +46,45 @@ static i64 list_begin(const batch_view *batch, const qi_kv_view *view, i64 g, i6
     return ((i64)qi_kv_pages(view, g) - batch->pages_at) / (i64)sizeof(i32);
 }
 
-/* A group without rows, or of a shared level without keys, is left with no rows. */
-static qi_group make_group(const batch_view *batch, i32 level, i64 number, i64 listed, i32 *at)
+/* A group without rows, or of a shared level without keys, is left with no rows. Returns the position of its first
+ * key. Field by field, so that nothing waits to be copied. */
+static i32 make_group(const batch_view *batch, i32 level, i64 number, i64 listed, i32 *at,
+                      qi_group *g)
 {
     const qi_kv_view *view = &batch->level[level];
-    qi_group g = {.row_begin = view->qo_indptr[number],
-                  .num_rows = view->qo_indptr[number + 1] - view->qo_indptr[number],
-                  .kv_begin = list_begin(batch, view, number, listed),
-                  .kv_len = (i32)qi_kv_len(view, number),
-                  .kv_head = -1,
-                  .level = (u8)level};
-    if (g.num_rows > 0) g.kv_offset = (i32)keys_before(batch, level, g.row_begin, at);
+    const i32 row = view->qo_indptr[number], kv_len = (i32)qi_kv_len(view, number);
+    i32 rows = view->qo_indptr[number + 1] - row, flags = 0;
+    const i32 offset = rows > 0 ? (i32)keys_before(batch, level, row, at) : 0;
+    i64 first = 0, last = 0;
+    i32 request = 0;
     if (level + 1 == batch->num_levels) {
-        if (g.kv_offset == 0) g.flags = QI_GROUP_ALONE;
-        g.request = (i32)number;
-        g.pos_first = qi_first_position(batch, number, (i64)g.kv_offset + g.kv_len, g.num_rows);
-        g.pos_last = g.pos_first + g.num_rows - 1;
-        return g;
+        if (offset == 0) flags = QI_GROUP_ALONE;
+        request = (i32)number;
+        first = qi_first_position(batch, number, (i64)offset + kv_len, rows);
+        last = first + rows - 1;
+    } else {
+        if (kv_len == 0) rows = 0; /* nothing to compute */
+        if (rows > 0) {
+            flags = QI_GROUP_MIXED;
+            request = 0x7fffffff; /* of its requests the first; positions of all of them */
+            first = 0x7fffffffffffffffLL;
+            last = -first;
+        }
     }
-    if (g.kv_len == 0) g.num_rows = 0; /* nothing to compute */
-    if (g.num_rows == 0) return g;
-    g.flags = QI_GROUP_MIXED;
-    g.request = 0x7fffffff; /* of its requests the first; positions of all of them */
-    g.pos_first = 0x7fffffffffffffffLL;
-    g.pos_last = -g.pos_first;
-    return g;
+    g->row_begin = row;
+    g->num_rows = rows;
+    g->kv_begin = list_begin(batch, view, number, listed);
+    g->kv_len = kv_len;
+    g->kv_offset = offset;
+    g->block_begin = 0;
+    g->kv_head = -1;
+    g->level = (u8)level;
+    g->flags = (u8)flags;
+    g->request = request;
+    g->reserved = 0;
+    g->pos_first = first;
+    g->pos_last = last;
+    return offset;
 }
 
 /* The groups above a request's get to know of it. */
@@ -100,10 +114,9 @@ void qi_groups_by_level(qi_lanes lanes, const batch_view *batch, group_list *out
         i32 at[MAX_LEVELS] = {0};
         QI_ROLLED
         for (i64 g = lanes.id; g < view->num_requests; g += lanes.count) {
-            const qi_group made = make_group(batch, l, g, listed, at);
-            out->groups[first + g] = made;
+            const i32 offset = make_group(batch, l, g, listed, at, &out->groups[first + g]);
             if (!batch->in_place) listed += qi_kv_num_pages(view, g);
-            shared |= l == last && made.kv_offset > 0;
+            shared |= l == last && offset > 0;
         }
         if (l < last) first += (i32)view->num_requests;
     }
@@ -137,8 +150,11 @@ static void copy_tokens(qi_lanes lanes, const qi_kv_view *view, i32 *token_reque
         return;
     }
     QI_ROLLED
-    for (i32 t = lanes.id, r = 0; t < tokens; t += lanes.count)
+    for (i32 t = lanes.id, r = 0; t < tokens; t += lanes.count) {
+        /* With a row each, requests and tokens have the same numbers. */
+        if (t < view->num_requests && view->qo_indptr[t] <= t) r = t;
         token_request[t] = r = group_of(view, r, t);
+    }
 }
 
 void qi_copy_requests(qi_lanes lanes, const batch_view *batch, const qi_plan *out, i64 *mask_indptr)

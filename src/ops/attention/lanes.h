@@ -3,20 +3,26 @@
  * subset that C11 and NVRTC share, as all that includes it.
  *
  * Who runs more than one lane defines QI_LANES and brings these functions itself (plan.cu, the tests).
- * All but the last three are collective: each lane calls them in the same order, and sees what every lane
+ * All but quotient and the last three are collective: each lane calls them in the same order, and sees what every lane
  * wrote before.
  * SPDX-License-Identifier: Apache-2.0 */
 #ifndef QI_ATTENTION_LANES_H
 #define QI_ATTENTION_LANES_H
 
-#include "kern/abi.h"
+#ifndef QI_LANES
+#include <string.h>
+#endif
+
+#include "kern/plan.h"
 
 /* Before a loop of the planner's text: on a GPU it runs once, from cold instruction caches, where short code
- * is fast code. */
+ * is fast code. And before a function that a batch of single rows seldom or never calls. */
 #ifdef __CUDACC_RTC__
-#define QI_ROLLED _Pragma("unroll 1")
+#define QI_ROLLED   _Pragma("unroll 1")
+#define QI_OUTLINED static __device__ __noinline__
 #else
 #define QI_ROLLED
+#define QI_OUTLINED static
 #endif
 
 typedef struct qi_lanes {
@@ -24,18 +30,41 @@ typedef struct qi_lanes {
 } qi_lanes;
 
 #ifndef QI_LANES
-/* values[i] becomes the sum over lower lanes, totals[i] that over all; n is at most 4. */
-static inline void lanes_add(qi_lanes lanes, i64 *values, i64 *totals, int n)
+/* Each of the four values becomes the sum over lower lanes, totals that over all; and each of the two numbers
+ * in most, not negative, the largest in any lane. */
+static inline void lanes_add(qi_lanes lanes, i64 *values, i64 *totals, i64 *most)
 {
-    (void)lanes;
-    for (int i = 0; i < n; i++) {
+    (void)lanes, (void)most;
+    for (int i = 0; i < 4; i++) {
         totals[i] = values[i];
         values[i] = 0;
     }
 }
 
+/* Writes 32 bytes, in wide stores. */
+static inline void put_words(void *to, u64 a, u64 b, u64 c, u64 d)
+{
+    memcpy((char *)to, &a, 8);
+    memcpy((char *)to + 8, &b, 8);
+    memcpy((char *)to + 16, &c, 8);
+    memcpy((char *)to + 24, &d, 8);
+}
+
+/* a / b, a >= 0, b > 0. */
+static inline i64 quotient(i64 a, i64 b)
+{
+    return a / b;
+}
+
 /* Is it so in any lane? */
 static inline int lanes_any(qi_lanes lanes, int value)
+{
+    (void)lanes;
+    return value;
+}
+
+/* The sum of numbers that are not negative. */
+static inline i64 lanes_sum(qi_lanes lanes, i64 value)
 {
     (void)lanes;
     return value;

@@ -9,14 +9,17 @@ static const qi_lanes one_lane = {.id = 0, .count = 1};
 
 /* ---- the plan ----------------------------------------------------------------------------- */
 
-static qi_lengths lengths_of(const batch_view *batch, const group_list *list)
+static qi_lengths lengths_of(const qkv_attention *a, const batch_view *batch,
+                             const group_list *list)
 {
     const qi_kv_view *last = &batch->level[batch->num_levels - 1];
     return (qi_lengths){.groups = list->groups,
                         .num_groups = list->num_groups,
                         .num_requests = (i32)last->num_requests,
                         .num_tokens = last->qo_indptr[last->num_requests],
-                        .num_levels = list->num_levels};
+                        .num_levels = list->num_levels,
+                        .spans = a->spans,
+                        .strips = a->strips};
 }
 
 /* Groups of the batch in the spare halves; no shared ones where their partial rows would not fit. */
@@ -30,7 +33,7 @@ static qkv_status make_groups(qkv_attention *a, const batch_view *batch, group_l
     else
         qi_groups_by_level(one_lane, batch, list);
     if (list->num_levels == 1 && !a->schedule.fixed_cuts) return QKV_OK;
-    const qi_lengths lengths = lengths_of(batch, list);
+    const qi_lengths lengths = lengths_of(a, batch, list);
     const i64 needed = qi_schedule_rows_needed(&lengths, &a->schedule);
     if (needed <= a->limits.max_split_rows) return QKV_OK;
     if (batch->detect_shared_prefix) {
@@ -40,6 +43,19 @@ static qkv_status make_groups(qkv_attention *a, const batch_view *batch, group_l
     QI_FAIL(QKV_ERR_INVALID,
             "max_split_rows: expected at least the %lld partial rows of this batch, got %lld",
             (long long)needed, (long long)a->limits.max_split_rows);
+}
+
+/* Page lists of a level, one after another; those of a CSR table are. Returns how many pages they have. */
+static i32 copy_pages(const qi_kv_view *v, i32 *out)
+{
+    const i64 lists = v->kv_indices ? v->num_requests > 0 : v->num_requests;
+    i32 listed = 0;
+    for (i64 r = 0; r < lists; r++) {
+        const i32 n = (i32)(v->kv_indices ? v->num_pages_listed : qi_kv_num_pages(v, r));
+        if (n) memcpy(out + listed, qi_kv_pages(v, r), (size_t)n * sizeof(i32));
+        listed += n;
+    }
+    return listed;
 }
 
 /* Copies lengths, positions and page lists into the plan block. */
@@ -57,11 +73,7 @@ static void copy_batch(qkv_attention *a, const batch_view *batch)
             const i64 end = v->kv_indptr[v->num_requests];
             a->ragged_end = end > a->ragged_end ? end : a->ragged_end;
         }
-        for (i64 r = 0; r < v->num_requests; r++) {
-            const i32 pages = (i32)qi_kv_num_pages(v, r);
-            if (pages) memcpy(plan->pages + listed, qi_kv_pages(v, r), (size_t)pages * sizeof(i32));
-            listed += pages;
-        }
+        listed += copy_pages(v, plan->pages + listed);
         if (v->max_page <= a->max_page) continue;
         a->max_page = v->max_page;
         a->max_page_request = v->max_page_request;
@@ -109,7 +121,7 @@ static qkv_status plan_on_host(qkv_attention *a, const batch_view *batch, void *
     a->planned = 0;
     swap_spare(a);
     copy_batch(a, batch);
-    const qi_lengths lengths = lengths_of(batch, &list);
+    const qi_lengths lengths = lengths_of(a, batch, &list);
     qi_schedule(one_lane, &lengths, &a->schedule, &a->plan);
     a->on_device = 0;
     if (cuda) QI_TRY(qi_attention_cuda_upload(a, &lengths, stream));

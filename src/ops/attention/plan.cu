@@ -9,13 +9,14 @@
 #define QI_LANES
 #include "ops/attention/lanes.h"
 
-enum { WARPS = THREADS / WARP, MAX_SUMS = 4 };
-_Static_assert(WARPS >= MAX_SUMS && WARPS <= WARP, "a warp adds up the sums of the warps");
+enum { WARPS = THREADS / WARP, NUM_SUMMED = 4, NUM_MOST = 2 };
+_Static_assert(WARPS >= NUM_SUMMED + NUM_MOST && WARPS <= WARP, "a warp finishes a number of all");
 
-/* Sums up to this lane of the warp. */
+/* Sums up to this lane of the warp. Many are of zeros, as those of partial rows where none is needed. */
 QI_INLINE i64 warp_scan(i64 x)
 {
     const int lane = threadIdx.x % WARP;
+    if (!__any_sync(ALL_LANES, x != 0)) return 0;
 #pragma unroll
     for (int step = 1; step < WARP; step *= 2) {
         const i64 below = __shfl_up_sync(ALL_LANES, x, (u32)step);
@@ -24,51 +25,55 @@ QI_INLINE i64 warp_scan(i64 x)
     return x;
 }
 
+/* The largest in the warp of numbers that are not negative. */
+QI_INLINE i64 warp_most(i64 x)
+{
+    const u32 high = (u32)(x >> 32), top = __reduce_max_sync(ALL_LANES, high);
+    return (i64)top << 32 | __reduce_max_sync(ALL_LANES, high == top ? (u32)x : 0u);
+}
+
 QI_INLINE void lanes_sync(qi_lanes lanes)
 {
     __syncthreads();
 }
 
-/* Four at a time, in one place: code that runs again is in the caches then. Each warp adds its own, and one
- * warp for each of the four the warps' sums. */
-static __device__ __noinline__ void add_four(i64 *values, i64 *totals)
+/* Each warp adds its own, and one warp for each number those of the warps. In one place: code that runs again is
+ * in the caches then. */
+static __device__ __noinline__ void lanes_add(qi_lanes lanes, i64 *values, i64 *totals, i64 *most)
 {
-    __shared__ i64 sums[MAX_SUMS][WARP + 1]; /* before each warp; of all */
+    __shared__ i64 sums[NUM_SUMMED + NUM_MOST][WARP + 1]; /* before each warp; of all */
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    i64 below[MAX_SUMS];
+    i64 own[NUM_SUMMED], below[NUM_SUMMED];
 #pragma unroll
-    for (int k = 0; k < MAX_SUMS; k++) {
-        const i64 through = warp_scan(values[k]);
+    for (int k = 0; k < NUM_SUMMED; k++) own[k] = values[k];
+#pragma unroll
+    for (int k = 0; k < NUM_SUMMED; k++) {
+        const i64 through = warp_scan(own[k]);
         if (lane == WARP - 1) sums[k][warp] = through;
-        below[k] = through - values[k];
+        below[k] = through - own[k];
+    }
+#pragma unroll
+    for (int k = 0; k < NUM_MOST; k++) {
+        const i64 largest = warp_most(most[k]);
+        if (lane == 0) sums[NUM_SUMMED + k][warp] = largest;
     }
     __syncthreads();
-    if (warp < MAX_SUMS) {
-        const i64 of_warp = lane < WARPS ? sums[warp][lane] : 0, through = warp_scan(of_warp);
+    if (warp < NUM_SUMMED + NUM_MOST) {
+        const i64 of_warp = lane < WARPS ? sums[warp][lane] : 0;
+        const i64 all = warp < NUM_SUMMED ? warp_scan(of_warp) : warp_most(of_warp);
         __syncwarp();
-        sums[warp][lane] = through - of_warp;
-        if (lane == WARP - 1) sums[warp][WARP] = through;
+        sums[warp][lane] = all - of_warp;
+        if (lane == WARP - 1) sums[warp][WARP] = all;
     }
     __syncthreads();
 #pragma unroll
-    for (int k = 0; k < MAX_SUMS; k++) {
+    for (int k = 0; k < NUM_SUMMED; k++) {
         values[k] = below[k] + sums[k][warp];
         totals[k] = sums[k][WARP];
     }
+#pragma unroll
+    for (int k = 0; k < NUM_MOST; k++) most[k] = sums[NUM_SUMMED + k][WARP];
     __syncthreads();
-}
-
-QI_INLINE void lanes_add(qi_lanes lanes, i64 *values, i64 *totals, const int n)
-{
-    i64 in[MAX_SUMS] = {0, 0, 0, 0}, all[MAX_SUMS];
-#pragma unroll
-    for (int k = 0; k < n; k++) in[k] = values[k];
-    add_four(in, all);
-#pragma unroll
-    for (int k = 0; k < n; k++) {
-        values[k] = in[k];
-        totals[k] = all[k];
-    }
 }
 
 QI_INLINE int lanes_any(qi_lanes lanes, int value)
@@ -76,16 +81,43 @@ QI_INLINE int lanes_any(qi_lanes lanes, int value)
     return __syncthreads_or(value);
 }
 
+/* Of numbers below 2^43, none negative. Called once: what it leaves in shared memory is not written again. */
+QI_INLINE i64 lanes_sum(qi_lanes lanes, i64 value)
+{
+    __shared__ i64 sums[WARPS];
+    const i64 low = __reduce_add_sync(ALL_LANES, (u32)value & 0xffffu);
+    const i64 high = __reduce_add_sync(ALL_LANES, (u32)(value >> 16));
+    if (threadIdx.x % WARP == 0) sums[threadIdx.x / WARP] = (high << 16) + low;
+    __syncthreads();
+    i64 sum = 0;
+#pragma unroll
+    for (int i = 0; i < WARPS; i++) sum += sums[i];
+    return sum;
+}
+
+/* Complemented, the smallest is the largest. */
 QI_INLINE i64 lanes_min(qi_lanes lanes, i64 value)
 {
-    __shared__ i64 least;
-    if (lanes.id == 0) least = value;
-    __syncthreads();
-    atomicMin(&least, value);
-    __syncthreads();
-    value = least;
-    __syncthreads();
-    return value;
+    i64 none[NUM_SUMMED] = {0, 0, 0, 0}, totals[NUM_SUMMED];
+    i64 most[NUM_MOST] = {0x7fffffffffffffffLL - value, 0};
+    lanes_add(lanes, none, totals, most);
+    return 0x7fffffffffffffffLL - most[0];
+}
+
+QI_INLINE void put_words(void *to, u64 a, u64 b, u64 c, u64 d)
+{
+    ((ulonglong2 *)to)[0] = make_ulonglong2(a, b);
+    ((ulonglong2 *)to)[1] = make_ulonglong2(c, d);
+}
+
+/* In double precision where that is exact but for the last unit: the device divides integers step by step. */
+static __device__ __noinline__ i64 quotient(i64 a, i64 b)
+{
+    const u64 bits = (u64)a | (u64)b;
+    if (bits >> 32 == 0) return (i64)((u32)a / (u32)b);
+    if (bits >> 52 != 0) return a / b;
+    const i64 q = (i64)((double)a / (double)b);
+    return q * b > a ? q - 1 : q;
 }
 
 QI_INLINE void lanes_lower32(i32 *at, i32 value)
@@ -108,11 +140,24 @@ QI_INLINE void lanes_raise(i64 *at, i64 value)
 
 #include "ops/attention/planner.h"
 
+/* Groups and strips that are noted in shared memory; with more, all are in the plan's. */
+enum { NEAR_GROUPS = 288, NEAR_STRIPS = 288 };
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attention_plan(const __grid_constant__ plan_params p)
 {
+    __shared__ qi_group groups[NEAR_GROUPS];
+    __shared__ qi_span spans[NEAR_GROUPS + 1];
+    __shared__ qi_strip strips[NEAR_STRIPS + 1];
     const qi_lanes lanes = {.id = (i32)threadIdx.x, .count = THREADS};
-    device_plan(lanes, &p);
+    i64 num_groups = 0;
+    QI_ROLLED
+    for (i32 l = 0; l < p.batch.num_levels; l++) num_groups += p.batch.level[l].num_requests;
+    const int fits = num_groups <= NEAR_GROUPS && p.limits.num_workers <= NEAR_STRIPS;
+    const plan_room near = {.groups = fits ? groups : p.plan.groups,
+                            .spans = fits ? spans : p.spans,
+                            .strips = fits ? strips : p.strips};
+    device_plan(lanes, &p, &near);
 }
 
 /* Pulls the pieces of a plan out of the host's memory; each block takes a share of each. */

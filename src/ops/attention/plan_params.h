@@ -11,7 +11,8 @@ typedef struct plan_params {
     qi_limits limits;
     qi_plan plan;     /* to be filled */
     i64 *mask_indptr; /* [max_requests] with a custom mask */
-    i32 *first_tile;  /* [max_groups + 1] room */
+    qi_span *spans;   /* room: [max_groups + 1], [max_workers + 1] */
+    qi_strip *strips;
     i64 max_tokens, max_qo_len, max_kv_len, max_pages;
 } plan_params;
 _Static_assert(sizeof(plan_params) <= 4096, "a kernel's parameters");

@@ -8,6 +8,12 @@
 
 #include "ops/attention/plan_params.h"
 
+typedef struct plan_room {
+    qi_group *groups;
+    qi_span *spans;
+    qi_strip *strips;
+} plan_room;
+
 /* A fault as a number: the least of several is named. */
 #define NO_FAULT 0x7fffffffffffffffLL
 
@@ -19,26 +25,29 @@ static i64 fault(i32 status, i32 level, i64 request)
 
 static i32 check_rows(const plan_params *p, const qi_kv_view *view, i64 g, i32 is_last)
 {
-    const i32 *indptr = view->qo_indptr;
-    if ((g == 0 && indptr[0] != 0) || indptr[g + 1] < indptr[g]) return QI_PLAN_QO_INDPTR;
-    if (indptr[g + 1] > p->max_tokens) return QI_PLAN_MAX_TOKENS;
-    return is_last && indptr[g + 1] - indptr[g] > p->max_qo_len ? QI_PLAN_MAX_QO_LEN : QI_PLAN_OK;
+    const i32 begin = view->qo_indptr[g], end = view->qo_indptr[g + 1];
+    if ((g == 0 && begin != 0) || end < begin) return QI_PLAN_QO_INDPTR;
+    if (end > p->max_tokens) return QI_PLAN_MAX_TOKENS;
+    return is_last && end - begin > p->max_qo_len ? QI_PLAN_MAX_QO_LEN : QI_PLAN_OK;
+}
+
+static i32 check_table(const plan_params *p, const qi_kv_view *view, i64 g)
+{
+    const i32 kv_len = view->kv_lens[g];
+    if (kv_len < 0) return QI_PLAN_KV_LENS;
+    if (qi_kv_num_pages(view, g) > view->num_entries) return QI_PLAN_COLUMNS;
+    return kv_len > p->max_kv_len ? QI_PLAN_MAX_KV_LEN : QI_PLAN_OK;
 }
 
 static i32 check_keys(const plan_params *p, const qi_kv_view *view, i64 g)
 {
-    if (view->block_table) {
-        if (view->kv_lens[g] < 0) return QI_PLAN_KV_LENS;
-        if (qi_kv_num_pages(view, g) > view->num_entries) return QI_PLAN_COLUMNS;
-    } else {
-        if (view->kv_indptr[g] < 0 || view->kv_indptr[g + 1] < view->kv_indptr[g])
-            return QI_PLAN_KV_INDPTR;
-        if (view->page_size > 0) {
-            const i32 last = view->kv_last_page_len[g];
-            if (view->kv_indptr[g + 1] > view->num_entries) return QI_PLAN_KV_INDICES;
-            if (qi_kv_num_pages(view, g) > 0 && (last < 1 || last > view->page_size))
-                return QI_PLAN_LAST_PAGE_LEN;
-        }
+    if (view->block_table) return check_table(p, view, g);
+    const i32 begin = view->kv_indptr[g], end = view->kv_indptr[g + 1];
+    const i32 last = view->page_size > 0 ? view->kv_last_page_len[g] : 1;
+    if (begin < 0 || end < begin) return QI_PLAN_KV_INDPTR;
+    if (view->page_size > 0) {
+        if (end > view->num_entries) return QI_PLAN_KV_INDICES;
+        if (end > begin && (last < 1 || last > view->page_size)) return QI_PLAN_LAST_PAGE_LEN;
     }
     return qi_kv_len(view, g) > p->max_kv_len ? QI_PLAN_MAX_KV_LEN : QI_PLAN_OK;
 }
@@ -77,8 +86,9 @@ static i64 check_group(const plan_params *p, i32 level, i64 g)
 {
     const qi_kv_view *view = &p->batch.level[level];
     const i32 is_last = level + 1 == p->batch.num_levels;
-    i32 status = check_rows(p, view, g, is_last);
-    if (status == QI_PLAN_OK) status = check_keys(p, view, g);
+    /* Both, whatever the first says: their loads do not wait for each other. */
+    const i32 rows = check_rows(p, view, g, is_last), keys = check_keys(p, view, g);
+    i32 status = rows == QI_PLAN_OK ? keys : rows;
     if (status == QI_PLAN_OK && is_last) status = check_mask(p, view, g);
     if (status == QI_PLAN_OK && !is_last) status = check_end(view, view + 1, g);
     return fault(status, level, g);
@@ -111,7 +121,8 @@ static i64 check_batch(qi_lanes lanes, const plan_params *p)
 {
     const batch_view *batch = &p->batch;
     const qi_kv_view *last = &batch->level[batch->num_levels - 1];
-    i64 worst = NO_FAULT, sums[2] = {0, 0}, totals[2];
+    const i64 faulty = 1LL << 40; /* more pages than there are */
+    i64 worst = NO_FAULT, pages = 0;
     QI_ROLLED
     for (i32 l = 0; l < batch->num_levels; l++) {
         const i64 empty = lanes.id == 0 ? check_empty(p, l) : NO_FAULT;
@@ -120,13 +131,15 @@ static i64 check_batch(qi_lanes lanes, const plan_params *p)
         for (i64 g = lanes.id; g < batch->level[l].num_requests; g += lanes.count) {
             const i64 found = check_group(p, l, g);
             if (found < worst) worst = found;
-            if (found == NO_FAULT) sums[1] += qi_kv_num_pages(&batch->level[l], g);
+            if (found == NO_FAULT) pages += qi_kv_num_pages(&batch->level[l], g);
         }
     }
-    sums[0] = worst != NO_FAULT;
-    lanes_add(lanes, sums, totals, 2);
-    if (totals[0] > 0) return lanes_min(lanes, worst);
-    if (last->page_size > 0 && totals[1] > p->max_pages) return fault(QI_PLAN_MAX_PAGES, 0, -1);
+    pages = lanes_sum(lanes, worst == NO_FAULT ? pages : faulty);
+    if (pages >= faulty) {
+        const i64 least = lanes_min(lanes, worst);
+        if (least != NO_FAULT) return least;
+    }
+    if (last->page_size > 0 && pages > p->max_pages) return fault(QI_PLAN_MAX_PAGES, 0, -1);
     if (batch->num_levels == 1) return NO_FAULT;
     i32 at[MAX_LEVELS] = {0};
     QI_ROLLED
@@ -137,8 +150,8 @@ static i64 check_batch(qi_lanes lanes, const plan_params *p)
     return lanes_min(lanes, worst);
 }
 
-/* Collective. */
-static void device_plan(qi_lanes lanes, const plan_params *p)
+/* near: room that is faster than the plan's, for all that lanes tell each other, or the plan's. Collective. */
+static void device_plan(qi_lanes lanes, const plan_params *p, const plan_room *near)
 {
     const i64 found = check_batch(lanes, p);
     if (found != NO_FAULT) {
@@ -148,15 +161,19 @@ static void device_plan(qi_lanes lanes, const plan_params *p)
         return;
     }
     const qi_kv_view *last = &p->batch.level[p->batch.num_levels - 1];
-    group_list list = {.groups = p->plan.groups, .rows = p->plan.rows};
+    group_list list = {.groups = near->groups, .rows = p->plan.rows};
     qi_groups_by_level(lanes, &p->batch, &list);
+    QI_ROLLED
+    for (i32 g = lanes.id; near->groups != p->plan.groups && g < list.num_groups; g += lanes.count)
+        p->plan.groups[g] = near->groups[g];
     qi_copy_requests(lanes, &p->batch, &p->plan, p->mask_indptr);
     const qi_lengths lengths = {.groups = list.groups,
                                 .num_groups = list.num_groups,
                                 .num_requests = (i32)last->num_requests,
                                 .num_tokens = last->qo_indptr[last->num_requests],
                                 .num_levels = list.num_levels,
-                                .first_tile = p->first_tile};
+                                .spans = near->spans,
+                                .strips = near->strips};
     qi_schedule(lanes, &lengths, &p->limits, &p->plan);
 }
 

@@ -1,13 +1,13 @@
-/* schedule.c - cut one line of tiles into equal strips; see schedule.h for the contract. Each lane takes a
- * run of the line. No libc, and C that NVRTC takes too: plan.cu includes this file.
+/* schedule.c - cut one line of tiles into equal strips; see schedule.h for the contract. Lanes take groups,
+ * then strips, then tiles, each as many as any other. No libc, and C that NVRTC takes too: plan.cu includes
+ * this file.
  * SPDX-License-Identifier: Apache-2.0 */
 #include "ops/attention/schedule.h"
 
 /* ---- tiles: a line of them, group by group, head by head ----------------------------------- */
 
 typedef struct tile {
-    const qi_group *of;
-    i32 group, row_begin, num_rows, kv_head, num_kv_heads, flags;
+    i32 row_begin, num_rows, kv_head, num_kv_heads, flags;
     i32 kv_begin, kv_end;
     i64 cost, cost_key; /* of all of it; of each key */
 } tile;
@@ -17,11 +17,22 @@ static i32 heads_of(const qi_limits *limits, const qi_group *g)
     return g->kv_head < 0 ? limits->num_kv_heads : 1;
 }
 
+static i32 is_decode(const qi_limits *limits, const qi_group *g)
+{
+    return g->num_rows <= limits->decode_rows;
+}
+
+/* Prefill tiles of a head before the last, which may have fewer rows. */
+static i32 full_tiles(const qi_limits *limits, const qi_group *g)
+{
+    return (i32)((u32)(g->num_rows - 1) / (u32)limits->tile_rows);
+}
+
 static i32 tiles_of(const qi_limits *limits, const qi_group *g)
 {
     if (g->num_rows == 0) return 0;
-    if (g->num_rows <= limits->decode_rows) return limits->split_heads ? heads_of(limits, g) : 1;
-    return heads_of(limits, g) * ((g->num_rows - 1) / limits->tile_rows + 1);
+    if (is_decode(limits, g)) return limits->split_heads ? heads_of(limits, g) : 1;
+    return heads_of(limits, g) * (full_tiles(limits, g) + 1);
 }
 
 static i64 rows_of(const qi_limits *limits, const tile *t)
@@ -29,24 +40,26 @@ static i64 rows_of(const qi_limits *limits, const tile *t)
     return (i64)t->num_rows * limits->group_size * t->num_kv_heads;
 }
 
-/* Tile number `index` of a group. */
-static void make_tile(const qi_lengths *in, const qi_limits *limits, i32 group, i32 index, tile *t)
+static i64 cost_of_key(const qi_limits *limits, i32 heads, i32 rows)
 {
-    const qi_group *g = &in->groups[group];
+    return heads * (limits->cost_key + (i64)rows * limits->group_size * limits->cost_pair);
+}
+
+/* Tile number `index` of a group. */
+static void make_tile(const qi_limits *limits, const qi_group *g, i32 index, tile *t)
+{
     const i32 first_head = g->kv_head < 0 ? 0 : g->kv_head;
     i32 row = 0, rows = g->num_rows;
-    t->of = g;
-    t->group = group;
-    if (rows <= limits->decode_rows) {
+    if (is_decode(limits, g)) {
         t->flags = QI_TILE_DECODE;
         t->kv_head = limits->split_heads ? first_head + index : first_head;
         t->num_kv_heads = limits->split_heads ? 1 : heads_of(limits, g);
     } else {
-        const i32 per_head = (rows - 1) / limits->tile_rows + 1;
-        row = index % per_head * limits->tile_rows;
+        const u32 per_head = (u32)full_tiles(limits, g) + 1, head = (u32)index / per_head;
+        row = (i32)((u32)index - head * per_head) * limits->tile_rows;
         rows = rows - row < limits->tile_rows ? rows - row : limits->tile_rows;
         t->flags = QI_TILE_PREFILL;
-        t->kv_head = first_head + index / per_head;
+        t->kv_head = first_head + (i32)head;
         t->num_kv_heads = 1;
     }
     t->num_rows = rows;
@@ -63,9 +76,81 @@ static void make_tile(const qi_lengths *in, const qi_limits *limits, i32 group, 
         qi_visible(limits, g->kv_len, first - g->kv_offset, last - g->kv_offset, &t->kv_begin,
                    &t->kv_end);
     }
-    t->cost_key =
-        t->num_kv_heads * (limits->cost_key + (i64)rows * limits->group_size * limits->cost_pair);
+    t->cost_key = cost_of_key(limits, t->num_kv_heads, rows);
     t->cost = limits->cost_visit + (t->kv_end - t->kv_begin) * t->cost_key;
+}
+
+QI_OUTLINED void make_prefill_tile(const qi_limits *limits, const qi_group *g, i32 index, tile *t)
+{
+    make_tile(limits, g, index, t);
+}
+
+/* ---- prefill tiles of a head, without a walk along them ------------------------------------- */
+
+/* The first of n steps at which from + i * step is not below least; n: none. */
+static i32 first_at_least(i64 from, i32 step, i32 n, i64 least)
+{
+    const i64 rise = least - from, most = (i64)n * step;
+    if (rise <= 0) return 0;
+    return rise >= most ? n : (i32)(((u32)rise + (u32)step - 1) / (u32)step);
+}
+
+/* The sum of n numbers from + i * step, each brought within [0, most]. */
+static i64 sum_within(i64 from, i32 step, i32 n, i32 most)
+{
+    const i64 i = first_at_least(from, step, n, 0), j = first_at_least(from, step, n, most);
+    return (j - i) * from + (j * (j - 1) - i * (i - 1)) / 2 * step + (n - j) * most;
+}
+
+/* Do all tiles of a head see the same keys? */
+static i32 sees_alike(const qi_group *g)
+{
+    return (g->flags & (QI_GROUP_SPARSE | QI_GROUP_MIXED)) != 0;
+}
+
+/* Where keys end that full tile 0 sees, if they are not those of all: one tile on, tile_rows later. */
+static i64 end_of_first(const qi_limits *limits, const qi_group *g)
+{
+    const i64 past = g->pos_first - g->kv_offset + limits->tile_rows;
+    return limits->causal ? past : past + limits->window_right;
+}
+
+/* Cost of the first n tiles of a head, all full. */
+QI_OUTLINED i64 cost_before(const qi_limits *limits, const qi_group *g, i32 n)
+{
+    const i32 rows = limits->tile_rows;
+    i64 keys;
+    if (n == 0) return 0;
+    if (sees_alike(g)) {
+        tile t;
+        make_prefill_tile(limits, g, 0, &t);
+        keys = (i64)n * (t.kv_end - t.kv_begin);
+    } else {
+        keys = (i64)n * g->kv_len;
+        if (limits->causal || limits->window_right >= 0)
+            keys = sum_within(end_of_first(limits, g), rows, n, g->kv_len);
+        if (limits->window_left >= 0)
+            keys -=
+                sum_within(g->pos_first - g->kv_offset - limits->window_left, rows, n, g->kv_len);
+    }
+    return (i64)n * limits->cost_visit + keys * cost_of_key(limits, 1, rows);
+}
+
+/* Of n full tiles of a head the largest: what they see grows until the keys' end is seen, but maybe for that
+ * step, and does not after it. */
+QI_OUTLINED i64 largest_of(const qi_limits *limits, const qi_group *g, i32 n)
+{
+    i64 largest = 0;
+    i32 i = 0;
+    if (!sees_alike(g) && (limits->causal || limits->window_right >= 0))
+        i = first_at_least(end_of_first(limits, g), limits->tile_rows, n - 1, g->kv_len);
+    QI_ROLLED
+    for (i32 k = i > 0 ? i - 1 : 0; k <= i; k++) {
+        tile t;
+        make_prefill_tile(limits, g, k, &t);
+        if (t.cost > largest) largest = t.cost;
+    }
+    return largest;
 }
 
 /* ---- strips ------------------------------------------------------------------------------- */
@@ -73,6 +158,7 @@ static void make_tile(const qi_lengths *in, const qi_limits *limits, i32 group, 
 typedef struct strips {
     i64 total, size, longer;       /* the first `longer` strips cost size + 1, the others size */
     i32 count, cut_prefill, whole; /* whole: no tile is cut */
+    i32 last;                      /* those from here on begin at the line's end; 1 or more */
 } strips;
 
 /* Where a strip begins in the line; NOWHERE: past the last strip. */
@@ -88,18 +174,23 @@ static i64 strip_from(const strips *s, i64 position)
     const i64 split = s->longer * (s->size + 1);
     i64 w;
     if (position <= split)
-        w = (position + s->size) / (s->size + 1);
+        w = quotient(position + s->size, s->size + 1);
     else if (s->size == 0)
         w = s->count;
     else
-        w = s->longer + (position - split + s->size - 1) / s->size;
+        w = s->longer + quotient(position - split + s->size - 1, s->size);
     return w < 1 ? 1 : w;
+}
+
+static i64 begin_of(const strips *s, i64 w)
+{
+    return w * s->size + (w < s->longer ? w : s->longer);
 }
 
 static mark mark_from(const strips *s, i64 position)
 {
     mark m = {.strip = strip_from(s, position), .at = NOWHERE};
-    if (m.strip < s->count) m.at = m.strip * s->size + (m.strip < s->longer ? m.strip : s->longer);
+    if (m.strip < s->count) m.at = begin_of(s, m.strip);
     return m;
 }
 
@@ -107,98 +198,6 @@ static void next_strip(const strips *s, mark *m)
 {
     m->at += s->size + (m->strip < s->longer);
     if (++m->strip >= s->count) m->at = NOWHERE;
-}
-
-/* ---- walking along the line --------------------------------------------------------------- */
-
-typedef struct walk {
-    tile at;
-    i32 index, tiles; /* which of its group's, of how many */
-    i64 left;         /* tiles to go, this one with them */
-    i64 position;     /* where it begins in the line */
-    mark strip;       /* the first that begins there or after */
-} walk;
-
-/* Goes to tile `index` of a group, or to the first after it if it has none. */
-static void enter(const qi_lengths *in, const qi_limits *limits, walk *w, i32 group, i32 index)
-{
-    QI_ROLLED
-    for (; group < in->num_groups; group++, index = 0) {
-        w->tiles = tiles_of(limits, &in->groups[group]);
-        if (index >= w->tiles) continue;
-        w->index = index;
-        make_tile(in, limits, group, index, &w->at);
-        return;
-    }
-    w->left = 0;
-}
-
-/* The whole line. */
-static walk walk_all(const qi_lengths *in, const qi_limits *limits)
-{
-    walk w = {.left = NOWHERE};
-    enter(in, limits, &w, 0, 0);
-    return w;
-}
-
-/* How many tiles from this one on differ in the KV head at most. */
-static i32 num_alike(const walk *w)
-{
-    if (w->at.flags == QI_TILE_PREFILL) return 1;
-    const i32 n = w->tiles - w->index;
-    return w->left < n ? (i32)w->left : n;
-}
-
-/* Leaves so many tiles, which are alike, behind. */
-static void leave(const qi_lengths *in, const qi_limits *limits, walk *w, i32 n)
-{
-    w->left -= n;
-    w->index += n;
-    w->position += n * w->at.cost;
-    if (w->left == 0) return;
-    const i32 more = w->index < w->tiles;
-    if (more && w->at.flags == QI_TILE_DECODE)
-        w->at.kv_head += n;
-    else
-        enter(in, limits, w, more ? w->at.group : w->at.group + 1, more ? w->index : 0);
-}
-
-/* A lane's run of the line, as long as any other's. Collective. */
-static walk walk_share(qi_lanes lanes, const qi_lengths *in, const qi_limits *limits)
-{
-    if (lanes.count == 1) return walk_all(in, limits);
-    const i32 n = in->num_groups, groups = (n + lanes.count - 1) / lanes.count;
-    const i32 first = lanes.id * groups < n ? lanes.id * groups : n;
-    const i32 past = first + groups < n ? first + groups : n;
-    i64 tiles = 0, total;
-    QI_ROLLED
-    for (i32 g = first; g < past; g++) tiles += tiles_of(limits, &in->groups[g]);
-    lanes_add(lanes, &tiles, &total, 1);
-    QI_ROLLED
-    for (i32 g = first; g < past; g++) {
-        in->first_tile[g] = (i32)tiles;
-        tiles += tiles_of(limits, &in->groups[g]);
-    }
-    lanes_sync(lanes);
-
-    const i32 share = ((i32)total + lanes.count - 1) / lanes.count;
-    const i64 begin = (i64)lanes.id * share;
-    walk w = {.left = total - begin < share ? total - begin : share};
-    if (w.left <= 0) {
-        w.left = 0;
-        return w;
-    }
-    i32 low = 0, high = n; /* first_tile[low] <= begin, first_tile[high] is more */
-    QI_ROLLED
-    while (high - low > 1) {
-        const i32 middle = (low + high) / 2;
-        if (in->first_tile[middle] <= begin)
-            low = middle;
-        else
-            high = middle;
-    }
-    enter(in, limits, &w, low, (i32)begin - in->first_tile[low]);
-    return w;
 }
 
 /* ---- cuts --------------------------------------------------------------------------------- */
@@ -217,7 +216,8 @@ static i32 cut_key(const qi_limits *limits, const tile *t, i64 into, int cut)
     if (into == 0) return t->kv_begin;
     const i32 nearer = into * 2 < t->cost ? t->kv_begin : t->kv_end;
     if (!cut || keys == 0) return nearer;
-    const i64 offset = into <= limits->cost_visit ? 0 : (into - limits->cost_visit) / t->cost_key;
+    const i64 offset =
+        into <= limits->cost_visit ? 0 : quotient(into - limits->cost_visit, t->cost_key);
     const u32 middle = (u32)(t->kv_begin + offset + align / 2);
     const i64 key = (i64)(middle / (u32)align) * align;
     const i32 shortest = limits->fixed_cuts ? 0 : align;
@@ -234,59 +234,270 @@ static i32 fixed_pieces(const qi_limits *limits, const tile *t)
     return (t->kv_end - 1) / align - t->kv_begin / align + 1;
 }
 
-/* Partial rows that a tile cannot do without. */
-static i64 rows_needed(const qi_limits *limits, const tile *t)
-{
-    const i32 pieces = limits->fixed_cuts ? fixed_pieces(limits, t) : 1;
-    return pieces > 1 || !(t->of->flags & QI_GROUP_ALONE) ? pieces * rows_of(limits, t) : 0;
-}
+/* ---- groups along the line ------------------------------------------------------------------ */
 
-static i32 count_pieces(const strips *s, const qi_limits *limits, const walk *w)
+/* Sums over groups: cost, and of the plan what there is without a cut at a strip's begin. */
+enum { COST, WORK, MERGES, SLOTS, NUM_SUMS };
+enum { PREFILL, DECODE, NUM_KINDS };
+
+/* Fills the group's span, adds it to sums and raises most[] to the cost of its largest tile. */
+static void measure(const qi_limits *limits, const qi_group *g, qi_span *span, i64 *sums, i64 *most)
 {
-    const tile *t = &w->at;
-    if (limits->fixed_cuts) return fixed_pieces(limits, t);
-    if (!may_cut(s, limits, t)) return 1;
-    i32 pieces = 1, from = t->kv_begin;
-    QI_ROLLED
-    for (mark m = w->strip; m.at < w->position + t->cost; next_strip(s, &m)) {
-        const i32 key = cut_key(limits, t, m.at - w->position, 1);
-        if (key > from && key < t->kv_end) {
-            pieces++;
-            from = key;
+    const i32 tiles = tiles_of(limits, g), decode = is_decode(limits, g);
+    i64 cost = 0, repeats = tiles, largest = 0;
+    i32 pieces = 1;
+    tile t = {.num_rows = 0};
+    if (tiles > 0) {
+        make_tile(limits, g, tiles - 1, &t);
+        largest = cost = t.cost;
+        if (decode) {
+            if (limits->fixed_cuts) pieces = fixed_pieces(limits, &t);
+        } else if (full_tiles(limits, g) > 0) {
+            const i64 full = largest_of(limits, g, full_tiles(limits, g));
+            if (full > largest) largest = full;
+            cost += cost_before(limits, g, full_tiles(limits, g));
         }
+        if (!decode) repeats = heads_of(limits, g);
     }
-    return pieces;
+    const i32 partial = pieces > 1 || !(g->flags & QI_GROUP_ALONE);
+    span->position = repeats * cost;
+    span->cost = cost;
+    span->tiles = tiles;
+    span->work = tiles * pieces;
+    span->merges = partial ? tiles : 0;
+    span->slots = partial ? pieces * g->num_rows * limits->group_size * heads_of(limits, g) : 0;
+    span->pieces = pieces;
+    span->partial = partial;
+    span->kv_begin = t.kv_begin;
+    span->kv_end = t.kv_end;
+    sums[COST] += span->position;
+    sums[WORK] += span->work;
+    sums[MERGES] += span->merges;
+    sums[SLOTS] += span->slots;
+    i64 *of_kind = &most[decode ? DECODE : PREFILL];
+    if (largest > *of_kind) *of_kind = largest;
 }
 
-/* What stands before a tile in the plan: partial rows that cuts asked for beyond what is needed, items,
- * tiles with partial rows, and partial rows. */
-enum { ASKED, WORK, MERGES, SLOTS, NUM_COUNTS };
-enum { COST, NEEDED, LARGEST, LARGEST_DECODE }; /* the same room, before */
-
-/* How many tiles from this one on, alike, are a piece each since no strip begins in them. */
-static i32 num_whole(const qi_limits *limits, const walk *w)
+/* make_tile() of a group that was measured. */
+static void tile_at(const qi_lengths *in, const qi_limits *limits, i32 group, i32 index, tile *t)
 {
-    const i32 n = limits->fixed_cuts ? 0 : num_alike(w);
-    if (w->strip.at >= w->position + n * w->at.cost) return n;
-    i32 whole = 0;
+    const qi_group *g = &in->groups[group];
+    const qi_span *span = &in->spans[group];
+    if (!is_decode(limits, g)) {
+        make_prefill_tile(limits, g, index, t);
+        return;
+    }
+    t->flags = QI_TILE_DECODE;
+    t->kv_head = (g->kv_head < 0 ? 0 : g->kv_head) + index;
+    t->num_kv_heads = limits->split_heads ? 1 : heads_of(limits, g);
+    t->num_rows = g->num_rows;
+    t->row_begin = g->row_begin;
+    t->kv_begin = span->kv_begin;
+    t->kv_end = span->kv_end;
+    t->cost_key = cost_of_key(limits, t->num_kv_heads, t->num_rows);
+    t->cost = span->cost;
+}
+
+/* A lane's share of n things. */
+typedef struct share {
+    i32 begin, end;
+} share;
+
+static share share_of(qi_lanes lanes, i32 n)
+{
+    const i32 each = lanes.count == 1 ? n : (i32)((u32)(n + lanes.count - 1) / (u32)lanes.count);
+    const i64 begin = (i64)lanes.id * each;
+    share s = {.begin = begin < n ? (i32)begin : n};
+    s.end = n - s.begin < each ? n : s.begin + each;
+    return s;
+}
+
+/* Turns what a lane's spans hold into what stands before them, of which sums is told, and tells each strip in
+ * which group it begins. */
+static void place(const strips *s, const qi_lengths *in, share groups, const i64 *sums)
+{
+    i64 position = sums[COST];
+    i32 work = (i32)sums[WORK], merges = (i32)sums[MERGES], slots = (i32)sums[SLOTS];
+    if (groups.begin == groups.end) return;
+    mark m = mark_from(s, position);
     QI_ROLLED
-    for (i64 end = w->position + w->at.cost; w->strip.at >= end; end += w->at.cost) whole++;
-    return whole;
+    for (i32 g = groups.begin; g < groups.end; g++) {
+        qi_span *span = &in->spans[g];
+        const i64 cost = span->position;
+        const i32 own_work = span->work, own_merges = span->merges, own_slots = span->slots;
+        span->position = position;
+        span->work = work;
+        span->merges = merges;
+        span->slots = slots;
+        position += cost;
+        work += own_work;
+        merges += own_merges;
+        slots += own_slots;
+        span->strip = m.strip < s->last ? (i32)m.strip : s->last;
+        QI_ROLLED
+        for (; m.at < position; next_strip(s, &m)) in->strips[m.strip].group = g;
+    }
 }
 
-/* Pieces of the tile at hand. One that would pass the spare partial rows is not cut, nor then is any later
- * one. */
-static i32 choose_pieces(const strips *s, const qi_limits *limits, const walk *w, i64 spare,
-                         i64 *asked)
+/* ---- strips in their tiles ------------------------------------------------------------------ */
+
+/* Finds the tile in which a strip begins, and where it would. */
+static void find_tile(const strips *s, const qi_lengths *in, const qi_limits *limits, i32 w)
 {
-    const i32 pieces = count_pieces(s, limits, w);
-    if (pieces == 1) return 1;
-    const i64 extra = pieces * rows_of(limits, &w->at) - rows_needed(limits, &w->at);
-    *asked += extra;
-    return extra > 0 && *asked > spare ? 1 : pieces;
+    qi_strip *strip = &in->strips[w];
+    const qi_group *g = &in->groups[strip->group];
+    const qi_span *span = &in->spans[strip->group];
+    i64 into = begin_of(s, w) - span->position;
+    i32 index = (i32)quotient(into, span->cost);
+    into -= index * span->cost;
+    if (!is_decode(limits, g)) {
+        const i32 full = full_tiles(limits, g);
+        i32 low = 0, high = full + 1;
+        QI_ROLLED
+        while (high - low > 1) {
+            const i32 middle = (low + high) / 2;
+            if (cost_before(limits, g, middle) <= into)
+                low = middle;
+            else
+                high = middle;
+        }
+        into -= cost_before(limits, g, low);
+        index = index * (full + 1) + low;
+    }
+    tile t;
+    tile_at(in, limits, strip->group, index, &t);
+    const int cut = may_cut(s, limits, &t) && (!limits->fixed_cuts || span->pieces > 1);
+    strip->index = index;
+    strip->nearer = cut_key(limits, &t, into, 0);
+    strip->key = cut ? cut_key(limits, &t, into, 1) : strip->nearer;
+    strip->inside = cut && strip->key > t.kv_begin && strip->key < t.kv_end;
+    strip->at_end = strip->nearer > t.kv_begin;
+    strip->slots = (i32)rows_of(limits, &t); /* for count_cut() */
+}
+
+static int same_tile(const qi_strip *a, const qi_strip *b)
+{
+    return a->group == b->group && a->index == b->index;
+}
+
+/* What a strip adds to the plan: a piece, if it is the first to begin at its key, and partial rows. */
+static void count_cut(const qi_limits *limits, const qi_lengths *in, i32 w, i64 *sums)
+{
+    qi_strip *strip = &in->strips[w];
+    const qi_strip *before = strip - 1;
+    const int goes_on = w > 1 && strip->inside && same_tile(before, strip) && before->inside;
+    const i32 rows = strip->slots;
+    strip->work = strip->merges = strip->slots = 0;
+    if (limits->fixed_cuts || !strip->inside || (goes_on && before->key == strip->key)) return;
+    strip->work = 1;
+    strip->merges = !goes_on && !in->spans[strip->group].partial;
+    strip->slots = (1 + strip->merges) * rows;
+    sums[WORK]++;
+    sums[MERGES] += strip->merges;
+    sums[SLOTS] += strip->slots;
+}
+
+/* Is the tile cut in which a strip begins? Those that begin at an end of theirs are few. */
+static i32 is_cut(const qi_lengths *in, i32 last, i32 w)
+{
+    const qi_strip *strip = &in->strips[w];
+    if (strip->inside) return 1;
+    QI_ROLLED
+    for (i32 v = w + 1; v < last && same_tile(&in->strips[v], strip); v++)
+        if (in->strips[v].inside) return 1;
+    QI_ROLLED
+    for (i32 v = w - 1; v > 0 && same_tile(&in->strips[v], strip); v--)
+        if (in->strips[v].inside) return 1;
+    return 0;
+}
+
+/* Where partial rows run short, no strip cuts the tile that would pass what is spare, nor any later one.
+ * Collective. */
+QI_OUTLINED void drop_cuts(qi_lanes lanes, const strips *s, const qi_lengths *in, share own,
+                           i64 spare, i64 *totals)
+{
+    i64 first = s->last;
+    QI_ROLLED
+    for (i32 w = own.begin + 1; w <= own.end && first == s->last; w++) {
+        i32 next = w + 1;
+        QI_ROLLED
+        while (next < s->last && same_tile(&in->strips[next], &in->strips[w])) next++;
+        if (in->strips[next].slots > spare) first = w;
+    }
+    first = lanes_min(lanes, first);
+    const qi_strip at = in->strips[first];
+    lanes_sync(lanes);
+    QI_ROLLED
+    for (i32 w = own.begin + 1; w <= own.end; w++) {
+        qi_strip *strip = &in->strips[w];
+        if (w < first) continue;
+        strip->cut = 0;
+        strip->work = at.work;
+        strip->merges = at.merges;
+        strip->slots = at.slots;
+    }
+    if (lanes.id == 0) {
+        in->strips[s->last].work = at.work;
+        in->strips[s->last].merges = at.merges;
+        in->strips[s->last].slots = at.slots;
+    }
+    totals[WORK] = at.work;
+    totals[MERGES] = at.merges;
+    totals[SLOTS] = at.slots;
+    lanes_sync(lanes);
+}
+
+/* Cuts tiles where strips begin; totals: what that adds to the plan. Collective. */
+static void cut_tiles(qi_lanes lanes, const strips *s, const qi_lengths *in,
+                      const qi_limits *limits, i64 spare, i64 *totals)
+{
+    const share own = share_of(lanes, s->last - 1); /* and 1 more: strip 0 begins with the line */
+    i64 sums[NUM_SUMS] = {0, 0, 0, 0}, most[NUM_KINDS] = {0, 0};
+    QI_ROLLED
+    for (i32 w = own.begin + 1; w <= own.end; w++) find_tile(s, in, limits, w);
+    lanes_sync(lanes);
+    QI_ROLLED
+    for (i32 w = own.begin + 1; w <= own.end; w++) {
+        in->strips[w].cut = is_cut(in, s->last, w);
+        count_cut(limits, in, w, sums);
+    }
+    lanes_add(lanes, sums, totals, most);
+    i32 work = (i32)sums[WORK], merges = (i32)sums[MERGES], slots = (i32)sums[SLOTS];
+    QI_ROLLED
+    for (i32 w = own.begin + 1; w <= own.end; w++) {
+        qi_strip *strip = &in->strips[w];
+        const qi_strip adds = *strip;
+        strip->work = work;
+        strip->merges = merges;
+        strip->slots = slots;
+        work += adds.work;
+        merges += adds.merges;
+        slots += adds.slots;
+    }
+    if (lanes.id == 0) {
+        in->strips[s->last].work = (i32)totals[WORK];
+        in->strips[s->last].merges = (i32)totals[MERGES];
+        in->strips[s->last].slots = (i32)totals[SLOTS];
+    }
+    lanes_sync(lanes);
+    if (totals[SLOTS] > spare) drop_cuts(lanes, s, in, own, spare, totals);
 }
 
 /* ---- output ------------------------------------------------------------------------------- */
+
+/* Writes the pieces `index`, index + step and so on below `until`, which differ in the KV head by as much. Returns
+ * the next. */
+static i32 put_pieces(qi_work *work, const qi_work *piece, i32 index, i32 until, i32 step)
+{
+    const u64 a = (u32)piece->group | (u64)(u32)piece->row_begin << 32;
+    const u64 c = (u32)piece->kv_begin | (u64)(u32)piece->kv_end << 32;
+    const u64 d = (u32)piece->slot | (u64)(u32)piece->merge << 32;
+    u64 b = piece->num_rows | (u64)piece->flags << 16 | (u64)piece->kv_head << 32 |
+            (u64)piece->num_kv_heads << 48;
+    QI_ROLLED
+    for (; index < until; index += step, b += (u64)step << 32) put_words(&work[index], a, b, c, d);
+    return index;
+}
 
 /* Writes the pieces of a tile that end at or before key, but never the last; *w is the piece that
  * follows. Returns where that one goes. */
@@ -301,15 +512,16 @@ static i32 emit_until(const qi_limits *limits, const tile *t, i32 key, i32 at, q
             end = t->flags == QI_TILE_DECODE ? (w->kv_begin / align + 1) * align : t->kv_end;
         if (end <= w->kv_begin || end > key || end >= t->kv_end) return at;
         w->kv_end = end;
-        out->work[at++] = *w;
+        put_pieces(out->work, w, at, at + 1, 1);
+        at++;
         w->kv_begin = end;
         w->slot += w->slot < 0 ? 0 : rows;
     }
 }
 
-static qi_work first_piece(const tile *t, i32 slot, i32 merge)
+static qi_work first_piece(i32 group, const tile *t, i32 slot, i32 merge)
 {
-    const qi_work w = {.group = t->group,
+    const qi_work w = {.group = group,
                        .row_begin = t->row_begin,
                        .num_rows = (u16)t->num_rows,
                        .flags = (u16)t->flags,
@@ -322,41 +534,23 @@ static qi_work first_piece(const tile *t, i32 slot, i32 merge)
     return w;
 }
 
-/* Writes the tile's pieces from work[at] on, and work_indptr of the strips that begin in it. */
-static void emit(const strips *s, const qi_limits *limits, walk *w, int cut, i32 at, i32 slot,
-                 i32 merge, const qi_plan *out)
-{
-    const tile *t = &w->at;
-    const i64 end = w->position + t->cost;
-    qi_work piece = first_piece(t, slot, merge);
-    QI_ROLLED
-    for (; w->strip.at < end; next_strip(s, &w->strip)) {
-        const i32 key = cut_key(limits, t, w->strip.at - w->position, cut && may_cut(s, limits, t));
-        at = emit_until(limits, t, key, at, &piece, out);
-        out->work_indptr[w->strip.strip] = key == piece.kv_begin ? at : at + 1;
-    }
-    if (cut) at = emit_until(limits, t, t->kv_end, at, &piece, out);
-    piece.kv_end = t->kv_end;
-    out->work[at] = piece;
-}
-
 /* Notes a tile with partial rows, and tells its rows where they are. */
-static void emit_merge(const qi_lengths *in, const qi_limits *limits, const tile *t, i32 pieces,
-                       i32 slot, i32 merge, const qi_plan *out)
+static void emit_merge(const qi_lengths *in, const qi_limits *limits, const qi_group *g,
+                       const tile *t, i32 pieces, i32 slot, i32 merge, const qi_plan *out)
 {
-    const qi_merge m = {.row_begin = t->row_begin,
-                        .num_rows = (u16)t->num_rows,
-                        .kv_head = (u16)t->kv_head,
-                        .num_kv_heads = (u16)t->num_kv_heads,
-                        .reserved = 0,
-                        .num_pieces = pieces,
-                        .slot = slot,
-                        .rows_per_piece = (i32)rows_of(limits, t)};
-    out->merge[merge] = m;
+    qi_merge *m = &out->merge[merge];
+    m->row_begin = t->row_begin;
+    m->num_rows = (u16)t->num_rows;
+    m->kv_head = (u16)t->kv_head;
+    m->num_kv_heads = (u16)t->num_kv_heads;
+    m->reserved = 0;
+    m->num_pieces = pieces;
+    m->slot = slot;
+    m->rows_per_piece = (i32)rows_of(limits, t);
     out->ticket[merge] = 0;
     if (in->num_levels == 1) return;
-    i32 *row_merge = out->row_merge +
-                     ((i64)t->of->level * out->max_tokens + t->row_begin) * limits->num_kv_heads;
+    i32 *row_merge =
+        out->row_merge + ((i64)g->level * out->max_tokens + t->row_begin) * limits->num_kv_heads;
     QI_ROLLED
     for (i32 r = 0; r < t->num_rows; r++) {
         QI_ROLLED
@@ -365,68 +559,108 @@ static void emit_merge(const qi_lengths *in, const qi_limits *limits, const tile
     }
 }
 
-/* n tiles alike that are a piece each, and final. */
-static void emit_whole(const tile *t, i32 n, qi_work *work)
+/* Does a strip begin between tiles, of which none is cut? */
+static i32 is_between(const qi_strip *strip, const qi_span *span)
 {
-    const qi_work piece = first_piece(t, -1, -1);
+    return !strip->cut && span->pieces == 1;
+}
+
+/* Tells those strips where their work begins. */
+static void emit_begins(qi_lanes lanes, const strips *s, const qi_lengths *in, const qi_plan *out)
+{
+    const share own = share_of(lanes, s->last - 1);
     QI_ROLLED
-    for (i32 i = 0; i < n; i++) {
-        work[i] = piece;
-        work[i].kv_head = (u16)(t->kv_head + i);
+    for (i32 w = own.begin + 1; w <= own.end; w++) {
+        const qi_strip *strip = &in->strips[w];
+        const qi_span *span = &in->spans[strip->group];
+        if (is_between(strip, span))
+            out->work_indptr[w] = span->work + strip->index + strip->work + strip->at_end;
     }
 }
 
-/* What a walk along a lane's tiles is for. */
-enum { SUM_COSTS, COUNT, COUNT_AGAIN, EMIT };
-
-/* Counts, and maybe writes, the tile at hand, or if they are whole several alike; returns how many. */
-static i32 take_tiles(i32 what, const strips *s, const qi_lengths *in, const qi_limits *limits,
-                      walk *w, i64 spare, i64 *counts, const qi_plan *out)
+/* Writes tile `index`, its pieces between the strips from *w on that begin in it, and their work_indptr. *w
+ * becomes the first that does not. */
+static void emit(const qi_lengths *in, const qi_limits *limits, i32 group, const tile *t, i32 index,
+                 i32 *w, const qi_plan *out)
 {
-    i32 n = num_whole(limits, w), pieces = 1;
-    if (n == 0) {
-        n = 1;
-        pieces = choose_pieces(s, limits, w, spare, &counts[ASKED]);
+    const qi_group *g = &in->groups[group];
+    const qi_span *span = &in->spans[group];
+    const qi_strip *first = &in->strips[*w];
+    const i32 past = span[1].strip;
+    i32 next = *w;
+    QI_ROLLED
+    while (next < past && in->strips[next].index == index) next++;
+    const i32 pieces = span->pieces + in->strips[next].work - first->work;
+    i32 at = span->work + index * span->pieces + first->work, slot = -1, merge = -1;
+    if (span->partial || pieces > 1) {
+        slot = span->slots + first->slots;
+        merge = span->merges + first->merges;
     }
-    const int partial = pieces > 1 || rows_needed(limits, &w->at) > 0;
-    if (what == EMIT && !partial && w->strip.at >= w->position + n * w->at.cost) {
-        emit_whole(&w->at, n, out->work + counts[WORK]);
-    } else if (what == EMIT) {
-        const i32 slot = partial ? (i32)counts[SLOTS] : -1;
-        const i32 merge = partial ? (i32)counts[MERGES] : -1;
-        n = 1;
-        emit(s, limits, w, pieces > 1, (i32)counts[WORK], slot, merge, out);
-        if (partial) emit_merge(in, limits, &w->at, pieces, slot, merge, out);
-    } else {
+    if (span->partial) {
+        const i32 head = t->kv_head - (g->kv_head < 0 ? 0 : g->kv_head);
+        const i32 rows = head * g->num_rows + t->row_begin - g->row_begin;
+        slot += rows * limits->group_size * span->pieces;
+        merge += index;
+    }
+    qi_work piece = first_piece(group, t, slot, merge);
+    QI_ROLLED
+    for (; *w < next; ++*w) {
+        const i32 key = in->strips[*w].key;
+        at = emit_until(limits, t, key, at, &piece, out);
+        out->work_indptr[*w] = key == piece.kv_begin ? at : at + 1;
+    }
+    if (pieces > 1) at = emit_until(limits, t, t->kv_end, at, &piece, out);
+    piece.kv_end = t->kv_end;
+    put_pieces(out->work, &piece, at, at + 1, 1);
+    if (merge >= 0) emit_merge(in, limits, g, t, pieces, slot, merge, out);
+}
+
+/* Writes tiles of a group: `index` and every step-th after it. */
+static void emit_group(const qi_lengths *in, const qi_limits *limits, i32 group, i32 index,
+                       i32 step, const qi_plan *out)
+{
+    const qi_group *g = &in->groups[group];
+    const qi_span *span = &in->spans[group];
+    const i32 past = span[1].strip, decode = is_decode(limits, g);
+    i32 w = span->strip;
+    if (index >= span->tiles) return;
+    tile t;
+    tile_at(in, limits, group, index, &t);
+    const i32 first_head = t.kv_head - index;
+    qi_work piece = first_piece(group, &t, -1, -1);
+    QI_ROLLED
+    while (index < span->tiles) {
         QI_ROLLED
-        while (w->strip.at < w->position + n * w->at.cost) next_strip(s, &w->strip);
+        while (w < past && (in->strips[w].index < index || is_between(&in->strips[w], span))) w++;
+        if (decode && !span->partial) { /* tiles alike up to the next strip, a piece each */
+            const i32 until = w < past ? in->strips[w].index : span->tiles;
+            piece.kv_head = (u16)(first_head + index);
+            index =
+                put_pieces(out->work + span->work + in->strips[w].work, &piece, index, until, step);
+            if (index >= span->tiles) return;
+            if (index > until) continue;
+        }
+        if (decode)
+            t.kv_head = first_head + index;
+        else
+            make_prefill_tile(limits, g, index, &t);
+        emit(in, limits, group, &t, index, &w, out);
+        index += step;
     }
-    counts[WORK] += (i64)n * pieces;
-    if (partial) {
-        counts[MERGES] += n;
-        counts[SLOTS] += (i64)n * pieces * rows_of(limits, &w->at);
-    }
-    return n;
 }
 
-/* Adds a lane's tiles to the counts. */
-static void pass(i32 what, const strips *s, const qi_lengths *in, const qi_limits *limits, walk w,
-                 i64 spare, i64 *counts, const qi_plan *out)
+/* Writes the work list: so many lanes a group as groups have tiles. */
+static void emit_all(qi_lanes lanes, const qi_lengths *in, const qi_limits *limits, i64 work,
+                     const qi_plan *out)
 {
+    i32 team = 1;
     QI_ROLLED
-    while (w.left > 0) {
-        i32 n;
-        if (what == SUM_COSTS) {
-            n = num_alike(&w);
-            counts[COST] += n * w.at.cost;
-            counts[NEEDED] += n * rows_needed(limits, &w.at);
-            const int of = w.at.flags == QI_TILE_PREFILL ? LARGEST : LARGEST_DECODE;
-            if (w.at.cost > counts[of]) counts[of] = w.at.cost;
-        } else {
-            n = take_tiles(what, s, in, limits, &w, spare, counts, out);
-        }
-        leave(in, limits, &w, n);
-    }
+    while (team * 2 <= lanes.count && (i64)team * in->num_groups < work) team *= 2;
+    const i32 teams = lanes.count / team;
+    if (lanes.id >= teams * team) return;
+    QI_ROLLED
+    for (i32 g = lanes.id / team; g < in->num_groups; g += teams)
+        emit_group(in, limits, g, lanes.id % team, team, out);
 }
 
 /* Rows that a level has no tile for have nothing to merge there. */
@@ -468,14 +702,11 @@ i64 qi_schedule_split_rows(const qi_limits *limits, i64 max_rows)
 
 i64 qi_schedule_rows_needed(const qi_lengths *in, const qi_limits *limits)
 {
-    i64 rows = 0;
+    i64 sums[NUM_SUMS] = {0, 0, 0, 0}, most[NUM_KINDS] = {0, 0};
+    qi_span span;
     QI_ROLLED
-    for (walk w = walk_all(in, limits); w.left > 0;) {
-        const i32 n = num_alike(&w);
-        rows += n * rows_needed(limits, &w.at);
-        leave(in, limits, &w, n);
-    }
-    return rows;
+    for (i32 g = 0; g < in->num_groups; g++) measure(limits, &in->groups[g], &span, sums, most);
+    return sums[SLOTS];
 }
 
 /* ---- the schedule ------------------------------------------------------------------------- */
@@ -493,10 +724,11 @@ void qi_schedule_nothing(qi_lanes lanes, const qi_limits *limits, i32 status, i3
 static strips make_strips(const qi_limits *limits, i64 total, i64 count)
 {
     strips s = {.total = total, .count = (i32)count};
-    if (limits->cost_strip > 0 && total / limits->cost_strip < s.count)
-        s.count = (i32)(total / limits->cost_strip > 1 ? total / limits->cost_strip : 1);
-    s.size = total / s.count;
-    s.longer = total % s.count;
+    const i64 worth = limits->cost_strip > 0 ? quotient(total, limits->cost_strip) : count;
+    if (worth < s.count) s.count = (i32)(worth > 1 ? worth : 1);
+    s.size = quotient(total, s.count);
+    s.longer = total - s.size * s.count;
+    s.last = s.size > 0 ? s.count : (i32)(s.longer > 1 ? s.longer : 1);
     return s;
 }
 
@@ -505,29 +737,29 @@ static strips make_strips(const qi_limits *limits, i64 total, i64 count)
  * unit to itself. */
 static i64 whole_strips(const strips *s, const qi_limits *limits, i64 largest)
 {
-    const i64 tiles = largest > 0 ? (s->total + largest - 1) / largest : 0;
+    const i64 tiles = largest > 0 ? quotient(s->total + largest - 1, largest) : 0;
     const i64 longest = s->size + limits->cost_cut, workers = limits->num_workers;
     const i64 units = limits->num_units < workers ? limits->num_units : workers;
     if (tiles == 0 || (tiles * largest - s->total) * 8 > s->total) return 0;
     if (tiles <= units) return largest * units <= longest * workers ? tiles : 0;
-    return largest * ((tiles + workers - 1) / workers) <= longest ? workers : 0;
+    return largest * quotient(tiles + workers - 1, workers) <= longest ? workers : 0;
 }
 
 static void finish(qi_lanes lanes, const strips *s, const qi_lengths *in, const qi_limits *limits,
-                   const i64 *totals, const qi_plan *out)
+                   const i64 *totals, const i64 *cuts, const qi_plan *out)
 {
-    const i64 past = strip_from(s, s->total);
+    const i32 work = (i32)(totals[WORK] + cuts[WORK]);
     QI_ROLLED
-    for (i64 w = past + lanes.id; w <= limits->num_workers; w += lanes.count)
-        out->work_indptr[w] = (i32)totals[WORK];
+    for (i32 w = s->last + lanes.id; w <= limits->num_workers; w += lanes.count)
+        out->work_indptr[w] = work;
     if (lanes.id != 0) return;
     const qi_plan_header header = {.num_tokens = in->num_tokens,
                                    .num_requests = in->num_requests,
-                                   .num_work = (i32)totals[WORK],
-                                   .num_merges = (i32)totals[MERGES],
+                                   .num_work = work,
+                                   .num_merges = (i32)(totals[MERGES] + cuts[MERGES]),
                                    .num_strips = s->count,
                                    .num_levels = in->num_levels,
-                                   .num_split_rows = totals[SLOTS],
+                                   .num_split_rows = totals[SLOTS] + cuts[SLOTS],
                                    .cost_per_worker = s->size + (s->longer > 0)};
     out->work_indptr[0] = 0;
     *out->header = header;
@@ -535,44 +767,30 @@ static void finish(qi_lanes lanes, const strips *s, const qi_lengths *in, const 
 
 void qi_schedule(qi_lanes lanes, const qi_lengths *in, const qi_limits *limits, const qi_plan *out)
 {
+    const share groups = share_of(lanes, in->num_groups);
+    i64 sums[NUM_SUMS] = {0, 0, 0, 0}, totals[NUM_SUMS], cuts[NUM_SUMS], most[NUM_KINDS] = {0, 0};
     clear_row_merge(lanes, in, limits, out);
-    walk first = walk_share(lanes, in, limits);
-    strips s = {.total = 0};
-    i64 counts[NUM_COUNTS] = {0, 0, 0, 0}, totals[NUM_COUNTS], asked = 0, spare = NOWHERE;
     QI_ROLLED
-    for (i32 what = SUM_COSTS;;) {
-        pass(what, &s, in, limits, first, what == COUNT ? NOWHERE : spare, counts, out);
-        if (what == EMIT) break;
-        const i64 largest = counts[LARGEST], largest_decode = counts[LARGEST_DECODE];
-        lanes_add(lanes, counts, totals, NUM_COUNTS);
-        if (what == SUM_COSTS) {
-            spare = limits->max_split_rows - totals[NEEDED];
-            if (spare < 0) {
-                qi_schedule_nothing(lanes, limits, QI_PLAN_SPLIT_ROWS * 256, -1, out);
-                return;
-            }
-            s = make_strips(limits, totals[COST], limits->num_workers);
-            if (limits->cost_cut > 0 && !limits->fixed_cuts && !lanes_any(lanes, largest > 0)) {
-                const i64 count = whole_strips(&s, limits, -lanes_min(lanes, -largest_decode));
-                if (count > 0) s = make_strips(limits, totals[COST], count);
-                s.whole = count > 0;
-            }
-            s.cut_prefill = lanes_any(lanes, largest > s.size / 8);
-            first.position = counts[COST];
-            first.strip = mark_from(&s, first.position);
-            what = lanes.count > 1 ? COUNT : EMIT; /* a single lane's output begins at 0 */
-        } else {
-            /* Only if partial rows run short does a lane need to know what those before it ask for. */
-            if (what == COUNT) asked = counts[ASKED];
-            what = what == COUNT && totals[ASKED] > spare ? COUNT_AGAIN : EMIT;
-        }
-        QI_ROLLED
-        for (int i = 0; i < NUM_COUNTS && what != EMIT; i++) counts[i] = 0;
-        if (lanes.count == 1) {
-            QI_ROLLED
-            for (int i = 0; i < NUM_COUNTS; i++) counts[i] = 0;
-        }
-        counts[ASKED] = asked;
+    for (i32 g = groups.begin; g < groups.end; g++)
+        measure(limits, &in->groups[g], &in->spans[g], sums, most);
+    lanes_add(lanes, sums, totals, most);
+    const i64 spare = limits->max_split_rows - totals[SLOTS];
+    if (spare < 0) {
+        qi_schedule_nothing(lanes, limits, QI_PLAN_SPLIT_ROWS * 256, -1, out);
+        return;
     }
-    finish(lanes, &s, in, limits, lanes.count == 1 ? counts : totals, out);
+    strips s = make_strips(limits, totals[COST], limits->num_workers);
+    if (limits->cost_cut > 0 && !limits->fixed_cuts && most[PREFILL] == 0) {
+        const i64 count = whole_strips(&s, limits, most[DECODE]);
+        if (count > 0 && count != s.count) s = make_strips(limits, totals[COST], count);
+        s.whole = count > 0;
+    }
+    s.cut_prefill = most[PREFILL] > s.size / 8;
+    place(&s, in, groups, sums);
+    if (lanes.id == 0) in->spans[in->num_groups].strip = s.last;
+    lanes_sync(lanes);
+    cut_tiles(lanes, &s, in, limits, spare, cuts);
+    emit_begins(lanes, &s, in, out);
+    emit_all(lanes, in, limits, totals[WORK], out);
+    finish(lanes, &s, in, limits, totals, cuts, out);
 }

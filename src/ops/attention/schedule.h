@@ -7,11 +7,34 @@
 #include "kern/plan.h"
 #include "ops/attention/lanes.h"
 
+/* The scheduler's notes on a group: what stands before it in the line and in the plan, but for what cuts at the
+ * begins of strips add. */
+typedef struct qi_span {
+    i64 position;
+    i64 cost; /* of each tile; of a head's prefill tiles together */
+    i32 tiles, work, merges, slots;
+    i32 strip;            /* the first that begins in it or later */
+    i32 pieces;           /* of each tile */
+    i32 partial;          /* tiles have partial rows even if no strip cuts them */
+    i32 kv_begin, kv_end; /* of decode tiles */
+} qi_span;
+
+/* Its notes on where a strip begins, and what cuts before it add to the plan. */
+typedef struct qi_strip {
+    i32 group, index; /* the tile */
+    i32 key, nearer;  /* with a cut, without one */
+    i32 inside;       /* is key neither end of the tile? */
+    i32 at_end;       /* is nearer the end? */
+    i32 cut;          /* some strip cuts the tile */
+    i32 work, merges, slots;
+} qi_strip;
+
 typedef struct qi_lengths {
     const qi_group *groups; /* [num_groups] level by level */
     i32 num_groups, num_requests, num_tokens;
-    i32 num_levels;  /* more than 1: every tile of a group that is not ALONE gets partial rows */
-    i32 *first_tile; /* [num_groups + 1] room for lanes to find theirs; one lane: unused */
+    i32 num_levels;   /* more than 1: every tile of a group that is not ALONE gets partial rows */
+    qi_span *spans;   /* [num_groups + 1] room for notes */
+    qi_strip *strips; /* [num_workers + 1] */
 } qi_lengths;
 
 /* What the operator's spec and limits fix. */
@@ -78,7 +101,8 @@ void qi_schedule_nothing(qi_lanes lanes, const qi_limits *limits, i32 status, i3
  * the tile's pieces are merged later; it ends at the nearer end of the tile instead if a piece
  * would be shorter than cut_align keys, if the partial rows do not suffice, or if no prefill tile
  * exceeds 1/8 of a strip (then cutting one gains less than its merge costs). At most num_workers -
- * 1 extra pieces and merges arise; no heap, O(tiles / lanes + log groups).
+ * 1 extra pieces and merges arise; no heap, O((groups + strips + tiles) /
+ * lanes), and log tiles for a strip that begins in a prefill group.
  *
  * A batch that needs more than max_split_rows partial rows gets no work, and header.status says so.
  *
