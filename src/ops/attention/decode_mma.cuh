@@ -360,11 +360,11 @@ QI_INLINE void decode_chunk(const attention_cuda_params *c, int count, int one_l
     decode_stream stream;
     decode_state state;
     uint4 q[Q_OF_THREAD];
+    decode_load_query(c, &t->items[0], q);
     decode_open(p, t->items, count, &stream);
 #pragma unroll 1
     for (int i = 0; i < DECODE_STAGES - 1; i++)
         decode_load(p, t->items, &stream, slots + i * SLOT_BYTES, aligned);
-    decode_load_query(c, &t->items[0], q);
     decode_put_query(q, t);
     __syncthreads();
     int now = 0, used = DECODE_STAGES - 1; /* slots: of the next tile, and of the one before */
