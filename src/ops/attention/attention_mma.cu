@@ -9,6 +9,7 @@
 #include "kern/cuda/prelude.cuh"
 #include "ops/attention/merge_rows.cuh"
 #if DECODE_ROWS
+#include "ops/attention/decode_ahead.cuh"
 #include "ops/attention/decode_mma.cuh"
 #endif
 #if PREFILL
@@ -30,6 +31,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     extern __shared__ __align__(16) char shared[];
 #if DECODE_ROWS
     touch_parameters(&p, (decode_shared *)shared);
+#endif
+#if DECODE_ROWS && __CUDA_ARCH__ >= 900 /* else nothing runs before this launch's turn */
+    decode_ahead(&p, (ahead_shared *)(shared + DECODE_SHARED_ROOM(HEAD_DIM_QK, DECODE_ROWS)));
 #endif
     griddepcontrol_wait();
     griddepcontrol_launch_dependents();
