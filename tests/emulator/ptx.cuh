@@ -121,6 +121,11 @@ QI_INLINE void cp_async_16(void *to, const void *from, u32 bytes)
     emulator->copy_async(to, from, bytes, 16);
 }
 
+QI_INLINE void cp_async_16_evict_first(void *to, const void *from, u32 bytes)
+{
+    cp_async_16(to, from, bytes);
+}
+
 QI_INLINE void cp_async_commit_group()
 {
     emulator->commit_group();

@@ -183,6 +183,17 @@ QI_INLINE void cp_async_16(void *to, const void *from, u32 bytes)
                  : "memory");
 }
 
+/* The same of what is not read again soon: it goes from L2 before anything else. */
+QI_INLINE void cp_async_16_evict_first(void *to, const void *from, u32 bytes)
+{
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(
+                     shared_address(to)),
+                 "l"(from), "r"(bytes), "l"(policy)
+                 : "memory");
+}
+
 /* Closes this thread's group of copies. */
 QI_INLINE void cp_async_commit_group()
 {

@@ -183,7 +183,7 @@ QI_INLINE void decode_load_rows(char *to, const int pitch, const char *row, cons
         const int left = dim * KV_BYTES - 16 * chunk;
         const int bytes = r >= valid || left < 0 ? 0 : left < 16 ? left : 16;
         if ((TILE * chunks) % WARP == 0 || r < TILE)
-            cp_async_16(to + r * pitch + 16 * chunk, from, (u32)bytes);
+            cp_async_16_evict_first(to + r * pitch + 16 * chunk, from, (u32)bytes);
     }
 }
 
@@ -198,7 +198,7 @@ QI_INLINE void decode_load_run(char *to, const int pitch, const char *first, i64
         char *at = to + r * pitch + 16 * chunk;
 #pragma unroll
         for (int i = 0; i < TILE / rows; i++, from += rows * step)
-            cp_async_16(at + i * rows * pitch, from, 16);
+            cp_async_16_evict_first(at + i * rows * pitch, from, 16);
         return;
     }
 #pragma unroll
@@ -206,7 +206,8 @@ QI_INLINE void decode_load_run(char *to, const int pitch, const char *first, i64
         const int e = lane + i * WARP, r = e / chunks, chunk = e % chunks;
         const int left = dim * KV_BYTES - 16 * chunk, bytes = left < 0 ? 0 : left < 16 ? left : 16;
         if ((TILE * chunks) % WARP == 0 || r < TILE)
-            cp_async_16(to + r * pitch + 16 * chunk, first + r * step + 16 * chunk, (u32)bytes);
+            cp_async_16_evict_first(to + r * pitch + 16 * chunk, first + r * step + 16 * chunk,
+                                    (u32)bytes);
     }
 }
 
