@@ -28,16 +28,17 @@ typedef struct item_ahead {
 
 /* What is shared of it: the first items of a strip. */
 typedef struct ahead_shared {
-    int count;
+    int begin, count;
     item_ahead items[DECODE_ITEMS];
 } ahead_shared;
 _Static_assert(sizeof(ahead_shared) <= SLOT_BYTES, "it is put where the first ring will be");
 
-QI_INLINE void read_ahead(const attention_params *p, int at, item_ahead *to)
+QI_INLINE void read_ahead(const attention_params *p, int at, item_ahead *to, decode_guess *guess)
 {
     const qi_work *w = &p->plan.work[at];
-    const qi_group *g = &p->plan.groups[__ldcg(&w->group)];
-    const int merge = __ldcg(&w->merge), is_decode = __ldcg(&w->flags) == QI_TILE_DECODE;
+    const int group = __ldcg(&w->group), merge = __ldcg(&w->merge);
+    const qi_group *g = &p->plan.groups[group];
+    const int is_decode = __ldcg(&w->flags) == QI_TILE_DECODE;
     const int sparse = SPARSE && (__ldcg(&g->flags) & QI_GROUP_SPARSE);
     to->kv_begin = __ldcg(&w->kv_begin);
     to->num_keys = is_decode && !sparse ? max(__ldcg(&w->kv_end) - to->kv_begin, 0) : 0;
@@ -45,6 +46,8 @@ QI_INLINE void read_ahead(const attention_params *p, int at, item_ahead *to)
     to->row_begin = __ldcg(&w->row_begin);
     to->num_rows = is_decode ? __ldcg(&w->num_rows) : 0;
     to->list = __ldcg(&g->kv_begin);
+    guess->group = group;
+    guess->merge = merge;
     prefetch_l2(&g->pos_first); /* it may begin another line */
     if (merge < 0) return;
     prefetch_l2(&p->plan.merge[merge]);
@@ -109,21 +112,35 @@ QI_INLINE void prefetch_query(const attention_params *p, const item_ahead *i)
     }
 }
 
+/* Where the page number is that this lane looks up first (decode_find_pages). */
+QI_INLINE void guess_page(const attention_params *p, const item_ahead *i, decode_guess *guess)
+{
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const int in_pages = PAGE_SIZE % TILE == 0 && i->kv_begin % TILE == 0;
+    const int key = TILE * warp + (in_pages ? lane * DECODE_WARPS * TILE : lane % TILE);
+    if (PAGE_SIZE == 0 || key >= i->num_keys) return;
+    const i64 entry = i->list + (i->kv_begin + key) / (PAGE_SIZE | !PAGE_SIZE);
+    if (entry >= 0 && entry < p->max_pages) guess->entry = entry;
+}
+
 /* The strip of this block. By all threads; another barrier must come before *t is used again. */
-QI_INLINE void decode_ahead(const attention_cuda_params *c, ahead_shared *t)
+QI_INLINE void decode_ahead(const attention_cuda_params *c, ahead_shared *t, decode_guess *guess)
 {
     const attention_params *p = &c->at;
     if (threadIdx.x < WARP) { /* one warp, so that all threads go by the same count */
         const int *strip = p->plan.work_indptr + blockIdx.x;
         const int begin = __ldcg(strip), count = min(__ldcg(strip + 1) - begin, DECODE_ITEMS);
         if ((int)threadIdx.x < count)
-            read_ahead(p, begin + (int)threadIdx.x, &t->items[threadIdx.x]);
-        if (threadIdx.x == 0) t->count = count;
+            read_ahead(p, begin + (int)threadIdx.x, &t->items[threadIdx.x], guess);
+        if (threadIdx.x == 0) t->begin = begin, t->count = count;
     } else if (threadIdx.x == WARP) {
         prefetch_l2(p->plan.header);
     }
     __syncthreads();
+    guess->begin = t->begin;
+    guess->count = t->count;
     if (t->count <= 0) return;
+    guess_page(p, &t->items[0], guess);
     if (!MIXED) prefetch_query(p, &t->items[0]);
     prefetch_keys(p, t);
 }
