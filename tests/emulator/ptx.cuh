@@ -133,6 +133,11 @@ QI_INLINE void cp_async_commit_group()
 
 #define cp_async_wait_group(n) emulator->wait_group(n)
 
+QI_INLINE int atom_add_acq_rel(int *to, int value)
+{
+    return atomicAdd(to, value);
+}
+
 /* ---- dependent launches: one after the other here --------------------------------------------- */
 
 QI_INLINE void griddepcontrol_wait()

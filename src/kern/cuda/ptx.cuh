@@ -209,6 +209,18 @@ QI_INLINE void prefetch_l2(const void *p)
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
+/* Adds in global memory, and returns what was there. Whoever sees the new number also sees what this thread,
+ * and those it had a barrier with, wrote before; and the other way round. */
+QI_INLINE int atom_add_acq_rel(int *to, int value)
+{
+    int before;
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "l"(to), "r"(value)
+                 : "memory");
+    return before;
+}
+
 /* ---- dependent launches ------------------------------------------------------------------- */
 
 /* Waits for what precedes this kernel in its stream; then its results are visible. A kernel launched with
