@@ -8,7 +8,12 @@
 
 #include "ops/attention/rows.cuh"
 
+/* Partial rows under way at a time; beside prefill tiles there are no registers for more. */
+#if defined(DECODE_ROWS) && !PREFILL
+enum { MERGE_LOADS = 16 };
+#else
 enum { MERGE_LOADS = 8 };
+#endif
 
 /* The pieces of one (row, query head) of one tile: piece i at partial row slot + i * step. */
 typedef struct pieces {
