@@ -63,5 +63,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
     attention_levels(const __grid_constant__ attention_cuda_params p)
 {
     griddepcontrol_wait();
+    griddepcontrol_launch_dependents();
     merge_levels(&p);
 }
