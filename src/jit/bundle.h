@@ -54,6 +54,7 @@
     X(cuda_merge_rows, "ops/attention/merge_rows.cuh")                                             \
     X(mma_types, "ops/attention/mma_types.cuh")                                                    \
     X(decode_stream, "ops/attention/decode_stream.cuh")                                            \
+    X(decode_ahead, "ops/attention/decode_ahead.cuh")                                              \
     X(decode_mma, "ops/attention/decode_mma.cuh")                                                  \
     X(attention_mma, "ops/attention/attention_mma.cu")                                             \
     X(cuda_attention, "ops/attention/attention.cu")                                                \

@@ -126,12 +126,22 @@ QI_INLINE void cp_async_16_if(int on, void *to, const void *from, u32 bytes)
     if (on) cp_async_16(to, from, bytes);
 }
 
+QI_INLINE void cp_async_16_evict_first(void *to, const void *from, u32 bytes)
+{
+    cp_async_16(to, from, bytes);
+}
+
 QI_INLINE void cp_async_commit_group()
 {
     emulator->commit_group();
 }
 
 #define cp_async_wait_group(n) emulator->wait_group(n)
+
+QI_INLINE int atom_add_acq_rel(int *to, int value)
+{
+    return atomicAdd(to, value);
+}
 
 /* ---- dependent launches: one after the other here --------------------------------------------- */
 
@@ -142,9 +152,10 @@ QI_INLINE void griddepcontrol_launch_dependents()
 {
 }
 
+/* Reads, so that an address of nothing is found. */
 QI_INLINE void prefetch_l2(const void *p)
 {
-    (void)p;
+    (void)*(const volatile char *)p;
 }
 
 #endif

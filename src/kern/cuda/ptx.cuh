@@ -193,6 +193,17 @@ QI_INLINE void cp_async_16_if(int on, void *to, const void *from, u32 bytes)
         : "memory");
 }
 
+/* The same of what is not read again soon: it goes from L2 before anything else. */
+QI_INLINE void cp_async_16_evict_first(void *to, const void *from, u32 bytes)
+{
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(
+                     shared_address(to)),
+                 "l"(from), "r"(bytes), "l"(policy)
+                 : "memory");
+}
+
 /* Closes this thread's group of copies. */
 QI_INLINE void cp_async_commit_group()
 {
@@ -206,6 +217,18 @@ QI_INLINE void cp_async_commit_group()
 QI_INLINE void prefetch_l2(const void *p)
 {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
+/* Adds in global memory, and returns what was there. Whoever sees the new number also sees what this thread,
+ * and those it had a barrier with, wrote before; and the other way round. */
+QI_INLINE int atom_add_acq_rel(int *to, int value)
+{
+    int before;
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "l"(to), "r"(value)
+                 : "memory");
+    return before;
 }
 
 /* ---- dependent launches ------------------------------------------------------------------- */

@@ -9,6 +9,7 @@
 #include "kern/cuda/prelude.cuh"
 #include "ops/attention/merge_rows.cuh"
 #if DECODE_ROWS
+#include "ops/attention/decode_ahead.cuh"
 #include "ops/attention/decode_mma.cuh"
 #endif
 #if PREFILL
@@ -29,7 +30,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 {
     extern __shared__ __align__(16) char shared[];
 #if DECODE_ROWS
+    char *ring = shared + DECODE_SHARED_ROOM(HEAD_DIM_QK, DECODE_ROWS);
+    decode_guess guess;
+    decode_guess_nothing(&guess);
     touch_parameters(&p, (decode_shared *)shared);
+#if __CUDA_ARCH__ >= 900 /* else no launch overlaps the one before */
+    decode_ahead(&p, (ahead_shared *)ring, &guess);
+#endif
 #endif
     griddepcontrol_wait();
     griddepcontrol_launch_dependents();
@@ -38,9 +45,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     const int begin = a->plan.work_indptr[blockIdx.x], end = a->plan.work_indptr[blockIdx.x + 1];
 #if DECODE_ROWS
     if (!PREFILL || any_item(a, begin, end, QI_TILE_DECODE))
-        decode_items(&p, begin, end, one_level,
-                     shared + DECODE_SHARED_ROOM(HEAD_DIM_QK, DECODE_ROWS),
-                     (decode_shared *)shared);
+        decode_items(&p, begin, end, one_level, &guess, ring, (decode_shared *)shared);
 #endif
 #if PREFILL
     int *is_last = (int *)shared;
@@ -58,5 +63,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
     attention_levels(const __grid_constant__ attention_cuda_params p)
 {
     griddepcontrol_wait();
+    griddepcontrol_launch_dependents();
     merge_levels(&p);
 }

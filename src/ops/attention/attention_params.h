@@ -17,6 +17,8 @@ typedef struct attention_params {
     float *lse;    /* f32      [tokens, num_qo_heads], NULL = not wanted */
     i64 q_stride[2], o_stride[2], lse_stride[2]; /* token, head */
     i64 k_stride[3], v_stride[3];                /* page, token, head */
+    i64 q_rows, kv_extent; /* tokens of q; pages, ragged: tokens, that k and v both have */
+    i64 max_pages;         /* room of plan.pages */
     i32 num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo;
     i32 page_size; /* 0 = ragged */
     qi_dtype dtype_q, dtype_kv, dtype_o;

@@ -181,9 +181,9 @@ qkv_status qi_attention_cuda_bind(qkv_attention *a, const qkv_workspace *w)
     const qi_cuda_device *device = &a->ctx->cuda;
     for (i32 i = 0; i < a->limits.plans_in_flight; i++)
         QI_TRY(qi_cuda_event_create(device, &a->cuda.uploaded[i]));
-    /* Tickets are 0 between runs; the kernels leave them so. */
-    QI_TRY(qi_cuda_zero(device, a->cuda.plan.ticket,
-                        (u64)((char *)a->plan.groups - (char *)a->plan.ticket), NULL));
+    /* Tickets are 0 between runs; the kernels leave them so. What else is there may be read before it is
+     * written (decode_ahead.cuh). */
+    QI_TRY(qi_cuda_zero(device, w->plan, w->plan_bytes, NULL));
     if (a->rope.num_pairs > 0)
         QI_TRY(qi_cuda_copy(device, qi_attention_on_device(a, a->rope_turns), a->rope_turns,
                             (u64)a->rope.num_pairs * sizeof(double), NULL));

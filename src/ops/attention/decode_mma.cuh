@@ -351,8 +351,8 @@ QI_INLINE void decode_finish(const attention_cuda_params *c, const decode_item *
 /* ---- a strip -------------------------------------------------------------------------------- */
 
 /* The first `count` items in shared memory. q: this thread's part of the first one's. */
-QI_INLINE void decode_chunk(const attention_cuda_params *c, int count, int one_level, char *ring,
-                            decode_shared *t)
+QI_INLINE void decode_chunk(const attention_cuda_params *c, int count, int one_level,
+                            const decode_guess *guess, char *ring, decode_shared *t)
 {
     const attention_params *p = &c->at;
     const int warp = (int)threadIdx.x / WARP, aligned = keys_aligned(p);
@@ -360,11 +360,11 @@ QI_INLINE void decode_chunk(const attention_cuda_params *c, int count, int one_l
     decode_stream stream;
     decode_state state;
     uint4 q[Q_OF_THREAD];
-    decode_open(p, t->items, count, &stream);
+    decode_load_query(c, &t->items[0], q);
+    decode_open(p, t->items, count, guess, &stream);
 #pragma unroll 1
     for (int i = 0; i < DECODE_STAGES - 1; i++)
         decode_load(p, t->items, &stream, slots + i * SLOT_BYTES, aligned);
-    decode_load_query(c, &t->items[0], q);
     decode_put_query(q, t);
     __syncthreads();
     int now = 0, used = DECODE_STAGES - 1; /* slots: of the next tile, and of the one before */
@@ -403,13 +403,17 @@ QI_INLINE void decode_chunk(const attention_cuda_params *c, int count, int one_l
 
 /* The decode items among work items [begin, end), by all threads. ring: DECODE_STAGES slots a warp. */
 QI_INLINE void decode_items(const attention_cuda_params *c, int begin, int end, int one_level,
-                            char *ring, decode_shared *t)
+                            decode_guess *guess, char *ring, decode_shared *t)
 {
+    const attention_params *p = &c->at;
+    int here = decode_read_guessed(p, begin, end, guess, t); /* are the items in shared memory? */
 #pragma unroll 1
     for (int from = begin; from < end; from += DECODE_ITEMS) {
         const int count = min(end - from, DECODE_ITEMS);
-        decode_read_items(&c->at, from, count, t);
-        decode_chunk(c, count, one_level, ring, t);
+        if (!here) decode_read_items(p, from, count, t);
+        decode_chunk(c, count, one_level, guess, ring, t);
+        decode_guess_nothing(guess);
+        here = 0;
     }
 }
 

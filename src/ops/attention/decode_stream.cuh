@@ -59,35 +59,79 @@ QI_INLINE void touch_parameters(const attention_cuda_params *c, decode_shared *t
         ((volatile int *)t->q)[threadIdx.x] = ((const int *)c)[at];
 }
 
+/* Where what a strip begins with was before this launch's turn; begin -1: not known. */
+typedef struct decode_guess {
+    int begin, count; /* the strip's items */
+    int group, merge; /* of item begin + threadIdx.x */
+    i64 entry; /* of plan.pages, where this lane finds its first page number; -1: not known */
+    int page;  /* what is there now */
+} decode_guess;
+
+QI_INLINE void decode_guess_nothing(decode_guess *g)
+{
+    g->begin = -1;
+    g->count = 0;
+    g->entry = -1;
+}
+
+/* Work item w of group `at`; its tile's pieces where it is cut. */
+QI_INLINE void decode_put_item(const attention_params *p, const qi_work *w, const qi_group *at,
+                               const qi_group *g, const qi_merge *cut, decode_item *to)
+{
+    decode_item i;
+    i.is_decode = w->flags == QI_TILE_DECODE;
+    i.kv_begin = w->kv_begin;
+    i.kv_end = i.is_decode ? w->kv_end : w->kv_begin;
+    i.list = g->kv_begin;
+    i.block = g->block_begin;
+    i.kv_offset = g->kv_offset;
+    i.kv_head = w->kv_head;
+    i.row_begin = w->row_begin;
+    i.count = w->num_rows * GROUP_SIZE;
+    i.request = g->request;
+    i.position = (int)g->pos_first + (w->row_begin - g->row_begin);
+    i.slot = w->slot;
+    i.merge = w->merge;
+    if (w->merge >= 0) {
+        i.cut = *cut;
+        prefetch_l2(&p->plan.ticket[w->merge]);
+    }
+    i.flags = g->flags;
+    i.group = at;
+    *to = i;
+}
+
 /* Work items [begin, begin + count) to shared memory, a thread each. */
 QI_INLINE void decode_read_items(const attention_params *p, int begin, int count, decode_shared *t)
 {
     if ((int)threadIdx.x < count) {
         const qi_work w = p->plan.work[begin + (int)threadIdx.x];
-        const qi_group *g = &p->plan.groups[w.group];
-        decode_item i;
-        i.is_decode = w.flags == QI_TILE_DECODE;
-        i.kv_begin = w.kv_begin;
-        i.kv_end = i.is_decode ? w.kv_end : w.kv_begin;
-        i.list = g->kv_begin;
-        i.block = g->block_begin;
-        i.kv_offset = g->kv_offset;
-        i.kv_head = w.kv_head;
-        i.row_begin = w.row_begin;
-        i.count = w.num_rows * GROUP_SIZE;
-        i.request = g->request;
-        i.position = (int)g->pos_first + (w.row_begin - g->row_begin);
-        i.slot = w.slot;
-        i.merge = w.merge;
-        if (w.merge >= 0) {
-            i.cut = p->plan.merge[w.merge];
-            prefetch_l2(&p->plan.ticket[w.merge]);
-        }
-        i.flags = g->flags;
-        i.group = g;
-        t->items[threadIdx.x] = i;
+        const qi_group *at = &p->plan.groups[w.group];
+        const qi_group g = *at;
+        qi_merge cut = {};
+        if (w.merge >= 0) cut = p->plan.merge[w.merge];
+        decode_put_item(p, &w, at, &g, &cut, &t->items[threadIdx.x]);
     }
     __syncthreads();
+}
+
+/* The same of a strip's first items, from where they are likely to be: no load waits for another. Returns
+ * whether they are those of [begin, end). */
+QI_INLINE int decode_read_guessed(const attention_params *p, int begin, int end, decode_guess *g,
+                                  decode_shared *t)
+{
+    int right = 1;
+    if (PAGE_SIZE > 0) g->page = p->plan.pages[max(g->entry, 0LL)];
+    if ((int)threadIdx.x < g->count) {
+        const qi_work w = p->plan.work[g->begin + (int)threadIdx.x];
+        const qi_group *at = &p->plan.groups[g->group], of = *at;
+        qi_merge cut = {};
+        if (g->merge >= 0) cut = p->plan.merge[g->merge];
+        decode_put_item(p, &w, at, &of, &cut, &t->items[threadIdx.x]);
+        right = w.group == g->group && w.merge == g->merge;
+    }
+    right = __syncthreads_and(right);
+    return right && g->begin == begin && g->count == min(end - begin, DECODE_ITEMS);
 }
 
 /* The row of q of an item that row m of a product is. */
@@ -134,7 +178,7 @@ QI_INLINE int decode_in_pages(const decode_item *i)
 
 /* Looks up pages before they are needed: of 32 tiles at a time, or of the next tile's keys. */
 QI_INLINE void decode_find_pages(const attention_params *p, const decode_item *now,
-                                 decode_stream *s)
+                                 const decode_guess *guess, decode_stream *s)
 {
     const int lane = threadIdx.x % WARP, in_pages = decode_in_pages(now);
     const int index = in_pages ? s->at + lane * DECODE_WARPS * TILE : s->at + lane % TILE;
@@ -145,29 +189,32 @@ QI_INLINE void decode_find_pages(const attention_params *p, const decode_item *n
     if (SPARSE && (now->flags & QI_GROUP_SPARSE))
         s->in_list =
             p->bsr_indices[now->block + index / p->bsr_cols] * p->bsr_cols + index % p->bsr_cols;
-    if (PAGE_SIZE > 0) s->page = p->plan.pages[now->list + s->in_list / (PAGE_SIZE | !PAGE_SIZE)];
+    if (PAGE_SIZE == 0) return;
+    const i64 entry = now->list + s->in_list / (PAGE_SIZE | !PAGE_SIZE);
+    s->page = entry == guess->entry ? guess->page : p->plan.pages[entry];
 }
 
 /* To the first tile at or after `at` that there is, in this item or a later one. */
-QI_INLINE void decode_settle(const attention_params *p, const decode_item *items, decode_stream *s)
+QI_INLINE void decode_settle(const attention_params *p, const decode_item *items,
+                             const decode_guess *guess, decode_stream *s)
 {
     while (s->item < s->end && s->at >= items[s->item].kv_end) {
         s->first = (s->first + decode_tiles(&items[s->item])) % DECODE_WARPS;
         s->tile = 0;
         if (++s->item < s->end) s->at = items[s->item].kv_begin + TILE * decode_place(s->first);
     }
-    if (s->item < s->end) decode_find_pages(p, &items[s->item], s);
+    if (s->item < s->end) decode_find_pages(p, &items[s->item], guess, s);
 }
 
 QI_INLINE void decode_open(const attention_params *p, const decode_item *items, int end,
-                           decode_stream *s)
+                           const decode_guess *guess, decode_stream *s)
 {
     s->item = 0;
     s->end = end;
     s->first = 0;
     s->tile = 0;
     s->at = items[0].kv_begin + TILE * decode_place(0);
-    decode_settle(p, items, s);
+    decode_settle(p, items, guess, s);
 }
 
 /* Loads rows of `dim` elements from where each lane says, `to` rows of `pitch` bytes; rows from `valid` on, and
@@ -183,7 +230,7 @@ QI_INLINE void decode_load_rows(char *to, const int pitch, const char *row, cons
         const int left = dim * KV_BYTES - 16 * chunk;
         const int bytes = r >= valid || left < 0 ? 0 : left < 16 ? left : 16;
         if ((TILE * chunks) % WARP == 0 || r < TILE)
-            cp_async_16(to + r * pitch + 16 * chunk, from, (u32)bytes);
+            cp_async_16_evict_first(to + r * pitch + 16 * chunk, from, (u32)bytes);
     }
 }
 
@@ -198,7 +245,7 @@ QI_INLINE void decode_load_run(char *to, const int pitch, const char *first, i64
         char *at = to + r * pitch + 16 * chunk;
 #pragma unroll
         for (int i = 0; i < TILE / rows; i++, from += rows * step)
-            cp_async_16(at + i * rows * pitch, from, 16);
+            cp_async_16_evict_first(at + i * rows * pitch, from, 16);
         return;
     }
 #pragma unroll
@@ -206,7 +253,8 @@ QI_INLINE void decode_load_run(char *to, const int pitch, const char *first, i64
         const int e = lane + i * WARP, r = e / chunks, chunk = e % chunks;
         const int left = dim * KV_BYTES - 16 * chunk, bytes = left < 0 ? 0 : left < 16 ? left : 16;
         if ((TILE * chunks) % WARP == 0 || r < TILE)
-            cp_async_16(to + r * pitch + 16 * chunk, first + r * step + 16 * chunk, (u32)bytes);
+            cp_async_16_evict_first(to + r * pitch + 16 * chunk, first + r * step + 16 * chunk,
+                                    (u32)bytes);
     }
 }
 
@@ -257,7 +305,9 @@ QI_INLINE void decode_load(const attention_params *p, const decode_item *items, 
         }
         s->at += DECODE_WARPS * TILE;
         s->tile++;
-        decode_settle(p, items, s);
+        decode_guess none;
+        decode_guess_nothing(&none);
+        decode_settle(p, items, &none, s);
     }
     cp_async_commit_group();
 }

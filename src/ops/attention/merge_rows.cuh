@@ -8,7 +8,12 @@
 
 #include "ops/attention/rows.cuh"
 
+/* Partial rows under way at a time; beside prefill tiles there are no registers for more. */
+#if defined(DECODE_ROWS) && !PREFILL
+enum { MERGE_LOADS = 16 };
+#else
 enum { MERGE_LOADS = 8 };
+#endif
 
 /* The pieces of one (row, query head) of one tile: piece i at partial row slot + i * step. */
 typedef struct pieces {
@@ -91,11 +96,11 @@ QI_INLINE void merge_row(const attention_cuda_params *c, const pieces *lists, in
 }
 
 /* Counts a finished piece of a tile, whose partial rows this block's threads wrote before a barrier; returns
- * how many pieces were done before. By one thread. */
+ * how many pieces were done before: their rows are seen by whoever has a barrier with this thread then. By
+ * one thread. */
 QI_INLINE int draw_ticket(const attention_params *p, int merge)
 {
-    __threadfence();
-    return atomicAdd(&p->plan.ticket[merge], 1);
+    return atom_add_acq_rel(&p->plan.ticket[merge], 1);
 }
 
 /* Merges a tile of which all pieces are done, in key order, and leaves its ticket as it was found. By all
@@ -104,7 +109,6 @@ QI_INLINE void merge_tile(const attention_cuda_params *c, const qi_merge *tile, 
 {
     const attention_params *p = &c->at;
     const qi_merge m = *tile;
-    __threadfence();
     const int group = p->num_qo_heads / p->num_kv_heads, heads = m.num_kv_heads * group;
     for (int i = (int)threadIdx.x / WARP; i < m.num_rows * heads; i += THREADS / WARP) {
         const int row = m.row_begin + i / heads, head = m.kv_head * group + i % heads;

@@ -200,6 +200,8 @@ static qkv_status read_tensors(const qkv_attention *a, const qkv_attention_io *i
         p->q_stride[i] = qi_stride(io->q, i);
         p->o_stride[i] = qi_stride(io->o, i);
     }
+    p->q_rows = io->q->shape[0];
+    p->kv_extent = k.extent < v.extent ? k.extent : v.extent;
     memcpy(p->k_stride, k.stride, sizeof p->k_stride);
     memcpy(p->v_stride, v.stride, sizeof p->v_stride);
     return QKV_OK;
@@ -275,6 +277,7 @@ qkv_status qkv_attention_run(qkv_attention *attention, const qkv_attention_io *i
         .head_dim_qk = s->head_dim_qk,
         .head_dim_vo = s->head_dim_vo,
         .page_size = s->page_size,
+        .max_pages = a->limits.max_pages,
         .dtype_q = (qi_dtype)qi_dtype_of(s->dtype_q),
         .dtype_kv = (qi_dtype)qi_dtype_of(s->dtype_kv),
         .dtype_o = (qi_dtype)qi_dtype_of(s->dtype_o),
