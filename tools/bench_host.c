@@ -222,6 +222,7 @@ void bench_host(const bench_options *options, const char *arch)
     snprintf(s.cache_dir, sizeof s.cache_dir, "/tmp/qkv-bench-XXXXXX");
     if (!mkdtemp(s.cache_dir)) tool_die(EXIT_WRONG, "%s: cannot be made", s.cache_dir);
     unsetenv("QKV_CACHE_DIR"); /* which would stand in the folder's place, and may be full */
+    setenv("CUDA_CACHE_DISABLE", "1", 1); /* NVRTC and the driver have a cache of their own */
     in_child(measure_cold, &s, &m);
     if (s.gpu) in_child(measure_cached, &s, &m);
     in_child(measure_calls, &s, &m);

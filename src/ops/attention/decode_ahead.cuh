@@ -17,7 +17,7 @@
 
 enum {
     KEYS_AHEAD = DECODE_WARPS * (DECODE_STAGES - 1) * TILE, /* as many as the rings load at once */
-    SECTOR = 128,
+    LINE = 128, /* bytes that a prefetch brings */
 };
 
 /* Of a work item what leads to its first rows. */
@@ -76,12 +76,12 @@ QI_INLINE void find_ahead(const attention_params *p, const item_ahead *i, int ke
 /* Rows of so many bytes, where each lane says; 0: none. */
 QI_INLINE void prefetch_rows(const char *row, const int bytes)
 {
-    const int sectors = (bytes + SECTOR - 1) / SECTOR;
+    const int lines = (bytes + LINE - 1) / LINE;
 #pragma unroll
-    for (int i = 0; i < sectors; i++) {
+    for (int i = 0; i < lines; i++) {
         const int e = i * WARP + (int)threadIdx.x % WARP;
-        const char *from = (const char *)__shfl_sync(ALL_LANES, (u64)row, e / sectors);
-        if (from) prefetch_l2(from + e % sectors * SECTOR);
+        const char *from = (const char *)__shfl_sync(ALL_LANES, (u64)row, e / lines);
+        if (from) prefetch_l2(from + e % lines * LINE);
     }
 }
 
@@ -101,14 +101,14 @@ QI_INLINE void prefetch_keys(const attention_params *p, const ahead_shared *t)
 /* Rows of q, where they stand in the plan's order. */
 QI_INLINE void prefetch_query(const attention_params *p, const item_ahead *i)
 {
-    enum { SECTORS = (HEAD_DIM_QK * qi_size_of(DTYPE_Q) + SECTOR - 1) / SECTOR };
-    for (int e = (int)threadIdx.x; e < i->num_rows * GROUP_SIZE * SECTORS; e += THREADS) {
-        const int m = e / SECTORS;
+    enum { LINES = (HEAD_DIM_QK * qi_size_of(DTYPE_Q) + LINE - 1) / LINE };
+    for (int e = (int)threadIdx.x; e < i->num_rows * GROUP_SIZE * LINES; e += THREADS) {
+        const int m = e / LINES;
         const i64 token = i->row_begin + m / GROUP_SIZE;
         const i64 head = i->kv_head * GROUP_SIZE + m % GROUP_SIZE;
         if (token < p->q_rows)
             prefetch_l2(qi_at(p->q, DTYPE_Q, token * p->q_stride[0] + head * p->q_stride[1]) +
-                        e % SECTORS * SECTOR);
+                        e % LINES * LINE);
     }
 }
 
