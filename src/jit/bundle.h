@@ -60,6 +60,8 @@
     X(cuda_attention, "ops/attention/attention.cu")                                                \
     X(lanes, "ops/attention/lanes.h")                                                              \
     X(schedule_h, "ops/attention/schedule.h")                                                      \
+    X(tiles_h, "ops/attention/tiles.h")                                                            \
+    X(strips_h, "ops/attention/strips.h")                                                          \
     X(schedule_c, "ops/attention/schedule.c")                                                      \
     X(groups_h, "ops/attention/groups.h")                                                          \
     X(groups_c, "ops/attention/groups.c")                                                          \
