@@ -329,14 +329,15 @@ static inline int close_contexts(void **state)
     return 0;
 }
 
-/* Cases 0 .. count-1: any spec, changed by change(spec, number), with features of these chances. */
-static inline void try_cases(int64_t count, any_features features,
-                             void (*change)(qkv_attention_spec *s, int32_t number))
+/* Cases first, first + step .. below count: any spec, changed by change(spec, number), with features of
+ * these chances. */
+static inline void try_some(int64_t first, int64_t step, int64_t count, any_features features,
+                            void (*change)(qkv_attention_spec *s, int32_t number))
 {
     const char *only = getenv("QKV_TEST_CASE");
     const uint64_t seed = test_state;
-    const int64_t first = only ? strtoll(only, NULL, 0) : 0;
-    for (int64_t i = first; i < (only && first < count ? first + 1 : count); i++) {
+    if (only) first = strtoll(only, NULL, 0);
+    for (int64_t i = first; i < (only && first < count ? first + 1 : count); i += step) {
         test_state = seed + (uint64_t)i * 0x632be59bd9b4e019u;
         qkv_attention_spec spec = any_spec(&features);
         if (change) change(&spec, (int32_t)i);
@@ -350,6 +351,20 @@ static inline void try_cases(int64_t count, any_features features,
         case_free(&a);
     }
     test_state = seed;
+}
+
+static inline void try_cases(int64_t count, any_features features,
+                             void (*change)(qkv_attention_spec *s, int32_t number))
+{
+    try_some(0, 1, count, features, change);
+}
+
+/* A case for each of count values of an axis; the emulated GPU takes every fourth. */
+static inline void try_axis(int64_t count, any_features features,
+                            void (*change)(qkv_attention_spec *s, int32_t number))
+{
+    const int64_t step = test_is_emulated() ? 4 : 1;
+    try_some(test_below(step), step, count, features, change);
 }
 
 #endif

@@ -38,7 +38,7 @@ static void set_head_dim(qkv_attention_spec *s, int32_t number)
 static void attention_takes_every_head_dim(void **state)
 {
     (void)state;
-    try_cases(3 * 64, mixed, set_head_dim);
+    try_axis(3 * 64, mixed, set_head_dim);
 }
 
 static void set_group_size(qkv_attention_spec *s, int32_t number)
@@ -51,7 +51,7 @@ static void set_group_size(qkv_attention_spec *s, int32_t number)
 static void attention_takes_every_group_size(void **state)
 {
     (void)state;
-    try_cases(64 + 3, mixed, set_group_size);
+    try_axis(64 + 3, mixed, set_group_size);
 }
 
 static void set_page_size(qkv_attention_spec *s, int32_t number)
@@ -62,7 +62,7 @@ static void set_page_size(qkv_attention_spec *s, int32_t number)
 static void attention_takes_every_page_size(void **state)
 {
     (void)state;
-    try_cases(70, mixed, set_page_size);
+    try_axis(70, mixed, set_page_size);
 }
 
 int main(void)

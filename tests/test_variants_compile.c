@@ -7,6 +7,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "jit/nvrtc.h"
 #include "support.h"
 
 /* A file of examples/variants, and the table of parameters that its comment gives. */
@@ -192,6 +193,9 @@ static bool open_nvrtc(nvrtc *n)
     static const char *const names[] = {"libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so",
                                         "/usr/local/cuda/lib64/libnvrtc.so",
                                         "/usr/local/cuda-13.0/lib/libnvrtc.so"};
+    const char *wanted = getenv("QKV_NVRTC");
+    qi_nvrtc_find(0); /* loads what lies beside it, too */
+    if (wanted && *wanted) n->handle = dlopen(wanted, RTLD_NOW);
     for (size_t i = 0; i < sizeof names / sizeof names[0] && !n->handle; i++)
         n->handle = dlopen(names[i], RTLD_NOW);
     if (!n->handle) return false;

@@ -11,7 +11,7 @@ build="cc:gcc cmake:cmake make:make /usr/include/dlpack/dlpack.h:libdlpack-dev
 demo="$build python3-pip:python3-pip"
 check="$build /usr/include/cmocka.h:libcmocka-dev clang:clang clang-format:clang-format
        clang-tidy:clang-tidy c++:g++ pkg-config:pkg-config doxygen:doxygen git:git
-       python3-numpy:python3-numpy"
+       python3-numpy:python3-numpy python3-pip:python3-pip"
 case $(uname -m) in
 x86_64) check="$check aarch64-linux-gnu-gcc:gcc-aarch64-linux-gnu aarch64-linux-gnu-ld:libc6-dev-arm64-cross
          qemu-aarch64:qemu-user" ;;

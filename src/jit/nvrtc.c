@@ -48,6 +48,17 @@ struct qi_nvrtc {
 
 /* ---- finding it --------------------------------------------------------------------------- */
 
+/* NVRTC asks the loader for its builtins by name, which finds them beside it only if they are loaded already. */
+static void open_builtins(const char *path, const qi_nvrtc *n)
+{
+    const char *slash = strrchr(path, '/');
+    char builtins[1024];
+    if (!slash) return; /* the loader knows the folder */
+    snprintf(builtins, sizeof builtins, "%.*s/libnvrtc-builtins.so.%d.%d", (int)(slash - path),
+             path, n->major, n->minor);
+    dlopen(builtins, RTLD_NOW | RTLD_LOCAL);
+}
+
 /* Fills n from the library at path; 0 if that is no NVRTC, or too old. */
 static int open_library(const char *path, void *user)
 {
@@ -73,6 +84,7 @@ static int open_library(const char *path, void *user)
         n->api.archs(n->archs) != 0)
         goto close;
     snprintf(n->identity, sizeof n->identity, "nvrtc %d.%d", n->major, n->minor);
+    open_builtins(path, n);
     return 1;
 
 close:
