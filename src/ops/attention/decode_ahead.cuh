@@ -17,7 +17,7 @@
 
 enum {
     KEYS_AHEAD = DECODE_WARPS * (DECODE_STAGES - 1) * TILE, /* as many as the rings load at once */
-    LINE = 128, /* bytes that a prefetch brings */
+    LINE = 128,                                             /* bytes that a prefetch brings */
 };
 
 /* Of a work item what leads to its first rows. */
