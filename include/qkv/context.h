@@ -31,8 +31,9 @@ typedef struct qkv_parallel {
     int32_t reserved;    /* 0 */
 } qkv_parallel;
 
-/* One line of text without its newline; called from any thread that calls the library. Lines of
- * QKV_VERBOSE=error do not come here but go to standard error: a call may fail without a context. */
+/* One line of text without its newline; called from any thread that calls the library, or that it
+ * starts. Lines of QKV_VERBOSE=error do not come here but go to standard error: a call may fail
+ * without a context. */
 typedef void (*qkv_log_fn)(void *user, const char *line);
 
 /* May kernels be compiled: an operator's with a variant on the CPU, all of a GPU's? */

@@ -1,9 +1,12 @@
 /* cuda.c - attention on a GPU: the plan is made in pinned host memory, from where a kernel pulls it to a
  * block on the device, at addresses that stay, so that launches in a captured graph serve every later plan.
  * SPDX-License-Identifier: Apache-2.0 */
+#include <pthread.h>
+#include <stdio.h>
 #include <string.h>
 
 #include "base/arena.h"
+#include "base/status.h"
 #include "ops/attention/attention.h"
 #include "ops/attention/plan_params.h"
 
@@ -102,9 +105,23 @@ static qkv_status compile_planner(qkv_attention *a)
     return QKV_OK;
 }
 
-qkv_status qi_attention_cuda_compile(qkv_attention *a)
+/* What a thread of its own compiles beside the attention kernels, which take about as long. */
+typedef struct planner_job {
+    qkv_attention *a;
+    qkv_status status;
+    char error[2048];
+} planner_job;
+
+static void *run_planner_job(void *arg)
 {
-    QI_TRY(compile_planner(a));
+    planner_job *job = arg;
+    job->status = compile_planner(job->a);
+    if (job->status != QKV_OK) snprintf(job->error, sizeof job->error, "%s", qkv_last_error());
+    return NULL;
+}
+
+static qkv_status compile_kernels(qkv_attention *a)
+{
     i32 constants[NUM_CONSTANTS] = {THREADS};
     const char *const names[] = {a->row->cuda.entry, a->levels_row->cuda.entry};
     char defines[1024];
@@ -116,6 +133,21 @@ qkv_status qi_attention_cuda_compile(qkv_attention *a)
     qi_write_defines(&a->row->cuda, constants, defines, sizeof defines);
     return qi_variant_compile_cuda(a->ctx, &a->spec, &a->variant, a->row, defines, names,
                                    a->cuda.functions);
+}
+
+qkv_status qi_attention_cuda_compile(qkv_attention *a)
+{
+    planner_job job = {.a = a};
+    pthread_t thread;
+    const int beside = pthread_create(&thread, NULL, run_planner_job, &job) == 0;
+    const qkv_status status = compile_kernels(a);
+    if (beside)
+        pthread_join(thread, NULL);
+    else
+        run_planner_job(&job);
+    QI_TRY(status);
+    if (job.status != QKV_OK) QI_FAIL(job.status, "%s", job.error);
+    return QKV_OK;
 }
 
 /* ---- memory ------------------------------------------------------------------------------- */

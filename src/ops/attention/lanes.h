@@ -32,7 +32,8 @@ typedef struct qi_lanes {
 #ifndef QI_LANES
 /* Each of the four values becomes the sum over lower lanes, totals that over all; and each of the two numbers
  * in most, not negative, the largest in any lane. */
-static inline void lanes_add(qi_lanes lanes, i64 *values, i64 *totals, i64 *most)
+static inline void lanes_add(qi_lanes lanes, i64 *values, i64 *totals,
+                             i64 *most) /* NOLINT(readability-non-const-parameter) */
 {
     (void)lanes, (void)most;
     for (int i = 0; i < 4; i++) {
