@@ -149,13 +149,12 @@ def test_batch_attention_by_offsets(device):
         pytest.skip("no qkv.attention.BatchAttention here")
     paged = Paged([9, 6], 4, 2, 64, torch.bfloat16, combined=False, device=device)
     q = queries(5, 6, 64, torch.bfloat16, device)
-    wrapper = fi.BatchAttention(backend="cutlass", device=device)
+    wrapper = fi.BatchAttention(backend="cutlass")
     tables, lens = paged.block_tables()
-    arrays = {"qo_offsets": indptr([2, 3]).to(device), "kv_lens": lens, "kv_block_table": tables}
-    wrapper.plan(**arrays, num_qo_heads=6, num_kv_heads=2, head_dim_qk=64, head_dim_vo=64, page_size=4)
-    o, lse = wrapper.run(q, paged.cache)
-    for r, (at, n) in enumerate([(0, 2), (2, 3)]):
-        close(o[at : at + n], reference(q[at : at + n], paged.k[r], paged.v[r])[0])
+    packed = paged.indices.to(device)
+    for table in (tables, packed):
+        wrapper.plan(indptr([2, 3]).to(device), lens, table, 6, 2, 64, 64, page_size=4, causal=True)
+        check(wrapper.run(q, paged.cache), q, paged, [2, 3], torch.bfloat16, causal=True)
 
 
 def test_attention_sink_wrapper(device):

@@ -83,6 +83,7 @@ class Operator:
         self._planned: dict[Options, Attention] = {}
         self._running: dict[Options, Attention] = {}
         self._ran: dict[Options, None] = {}
+        self._default: Options | None = None
         self._model: Model | None = None
 
     def set(self, model: Model, need: dict[str, int], batch: dict[str, Any]) -> None:
@@ -92,13 +93,16 @@ class Operator:
         self._planned, self._running = {}, {}
 
     def plan(self, model: Model, need: dict[str, int], batch: dict[str, Any], options: Options) -> None:
-        """Takes a batch and plans it: for the Options of the last step's runs (when fixed, of all
-        runs: their graphs will be replayed), and before the first run for these."""
+        """Takes a batch and plans it, at once, for what will likely run: what the last step's runs
+        asked for, with these options where they asked for those of the last plan. When fixed,
+        for all that ever ran: its graphs will be replayed."""
         self.set(model, need, batch)
-        wanted = self._ran or {options: None}
+        wanted = self._ran
         if not self._fixed:
+            wanted = {options if each == self._default else each: None for each in wanted}
             self._ran = {}
-        for each in wanted:
+        self._default = options
+        for each in wanted or {options: None}:
             self._plan(each)
 
     def replan(self) -> None:

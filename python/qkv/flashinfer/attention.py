@@ -21,7 +21,12 @@ class BatchAttention(Wrapper):
     or (qo_offsets, kv_lens, kv_block_table, num_qo_heads, ...), which is that of
     qkv.attention.BatchAttention and is passed on to it."""
 
-    def __init__(self, kv_layout: str = "NHD", device: torch.device | str = "cuda", *, backend: str = "auto") -> None:
+    def __init__(
+        self, kv_layout: str = "NHD", device: torch.device | str | None = None, *, backend: str = "auto"
+    ) -> None:
+        """device: the GPU if there is one."""
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
         super().__init__(torch.empty(0, dtype=torch.uint8, device=device), kv_layout, False)
         self._backend = backend
         self._by_offsets: Any = None
@@ -30,7 +35,9 @@ class BatchAttention(Wrapper):
         names = "qo_offsets" in kwargs or "kv_block_table" in kwargs
         if names or len(args) > 3 and isinstance(args[3], int):
             if self._by_offsets is None:
-                self._by_offsets = qkv.attention.BatchAttention(backend=self._backend)
+                self._by_offsets = qkv.attention.BatchAttention(
+                    self._backend, kv_layout=self._kv_layout, lse_base_2=True
+                )
             self._by_offsets.plan(*args, **kwargs)
             return
         self._by_offsets = None

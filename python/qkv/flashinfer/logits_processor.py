@@ -12,7 +12,7 @@ _missing_here = missing(__name__)
 
 def __getattr__(name: str) -> Any:
     if not name.startswith("_"):
-        found = getattr(importlib.import_module("qkv.logits_processor"), name, None)
-        if found is not None:
-            return found
+        stages = importlib.import_module("qkv.logits_processor")
+        if name in stages.__all__:
+            return getattr(stages, name)
     return _missing_here(name)

@@ -503,7 +503,7 @@ def single_prefill_with_kv_cache(
     if custom_mask is not None:
         packed_custom_mask = packbits(custom_mask, "little")
     if packed_custom_mask is not None:
-        batch["mask_bits"] = packed_custom_mask
+        batch["mask_bits"] = packed_custom_mask.to(q.device)
         batch["mask_indptr"] = torch.tensor([0, packed_custom_mask.numel()], dtype=torch.int64)
     rope = pos_encoding_mode == "ROPE_LLAMA"
     operator = shared_operator(q.device)
