@@ -1,0 +1,652 @@
+/* functions.c - the operators without state: norms, activation, RoPE, products, sampling, cache pages.
+ * Each reads its arguments, makes its output and calls the C function of its name.
+ * SPDX-License-Identifier: Apache-2.0 */
+#include "arguments.h"
+#include "attention_arguments.h"
+#include "tensors.h"
+
+#define COMMON                                                                                     \
+    "ctx: a qkv.Context, None = the default one of x's device. stream: the handle of a CUDA "      \
+    "stream,\n"                                                                                    \
+    "None = the current one of the arrays' framework. "
+#define ARGUMENTS PyObject *module, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+
+/* ---- norms and activation ------------------------------------------------------------------------- */
+
+enum {
+    RMSNORM_X,
+    RMSNORM_WEIGHT,
+    RMSNORM_EPS,
+    RMSNORM_BIAS,
+    RMSNORM_OUT,
+    RMSNORM_CTX,
+    RMSNORM_STREAM
+};
+static signature rmsnorm_signature = {
+    .text =
+        "rmsnorm(x, weight, eps=1e-06, weight_bias=0.0, *, out=None, ctx=None, stream=None)\n--\n\n"
+        "x / sqrt(mean(x^2) + eps) * (weight_bias + weight) over the last axis.\n\n"
+        "x: [num_tokens, hidden_size] f32, f16 or bf16. weight: [hidden_size] f32 or x's dtype.\n"
+        "weight_bias: 0 for Llama, 1 for Gemma. out: like x, may be x; made if None.\n" COMMON
+        "Returns out."};
+
+static PyObject *rmsnorm(ARGUMENTS)
+{
+    (void)module;
+    PyObject *v[RMSNORM_STREAM + 1];
+    float eps = 1e-6f, bias = 0;
+    if (read_call(&rmsnorm_signature, args, nargs, kwnames, v) ||
+        read_f32(v[RMSNORM_EPS], "eps", &eps) || read_f32(v[RMSNORM_BIAS], "weight_bias", &bias)) {
+        return NULL;
+    }
+    call c;
+    tensor slots[3];
+    begin_call(&c, slots, 3, v[RMSNORM_CTX], v[RMSNORM_STREAM]);
+    tensor *x = array(&c, v[RMSNORM_X], "x"), *weight = array(&c, v[RMSNORM_WEIGHT], "weight");
+    tensor *out = output_like(&c, v[RMSNORM_OUT], "out", x);
+    if (ready(&c)) RUN(&c, qkv_rmsnorm(c.ctx, dl(out), dl(x), dl(weight), eps, bias, c.stream));
+    return end_call(&c, out);
+}
+
+enum { ADD_X, ADD_RESIDUAL, ADD_WEIGHT, ADD_EPS, ADD_BIAS, ADD_OUT, ADD_CTX, ADD_STREAM };
+static signature add_rmsnorm_signature = {
+    .text = "add_rmsnorm(x, residual, weight, eps=1e-06, weight_bias=0.0, *, out=None, ctx=None, "
+            "stream=None)\n--\n\n"
+            "residual += x in place; out = rmsnorm(residual), in one pass.\n\n"
+            "x, residual: [num_tokens, hidden_size] of one dtype, f32, f16 or bf16. weight: "
+            "[hidden_size]\n"
+            "f32 or x's dtype. out: like x, may be x; made if None. " COMMON "Returns out."};
+
+static PyObject *add_rmsnorm(ARGUMENTS)
+{
+    (void)module;
+    PyObject *v[ADD_STREAM + 1];
+    float eps = 1e-6f, bias = 0;
+    if (read_call(&add_rmsnorm_signature, args, nargs, kwnames, v) ||
+        read_f32(v[ADD_EPS], "eps", &eps) || read_f32(v[ADD_BIAS], "weight_bias", &bias)) {
+        return NULL;
+    }
+    call c;
+    tensor slots[4];
+    begin_call(&c, slots, 4, v[ADD_CTX], v[ADD_STREAM]);
+    tensor *x = array(&c, v[ADD_X], "x"),
+           *residual = written_array(&c, v[ADD_RESIDUAL], "residual");
+    tensor *weight = array(&c, v[ADD_WEIGHT], "weight");
+    tensor *out = output_like(&c, v[ADD_OUT], "out", x);
+    if (ready(&c)) {
+        RUN(&c,
+            qkv_add_rmsnorm(c.ctx, dl(out), dl(residual), dl(x), dl(weight), eps, bias, c.stream));
+    }
+    return end_call(&c, out);
+}
+
+enum { GATED_GATE, GATED_UP, GATED_KIND, GATED_OUT, GATED_CTX, GATED_STREAM };
+static signature gated_activation_signature = {
+    .text = "gated_activation(gate, up, kind=\"silu\", *, out=None, ctx=None, stream=None)\n--\n\n"
+            "activation(gate) * up.\n\n"
+            "gate, up: [num_tokens, size] of one dtype, f32, f16 or bf16; may be the halves of one "
+            "wider\n"
+            "array. kind: \"silu\", \"gelu\" or \"gelu_tanh\". out: [num_tokens, size], may be "
+            "gate or up;\n"
+            "made if None. " COMMON "Returns out."};
+
+static PyObject *gated_activation(ARGUMENTS)
+{
+    (void)module;
+    PyObject *v[GATED_STREAM + 1];
+    int32_t kind = QKV_SILU;
+    if (read_call(&gated_activation_signature, args, nargs, kwnames, v) ||
+        read_word(v[GATED_KIND], "kind", &kind, "silu", "gelu", "gelu_tanh", NULL)) {
+        return NULL;
+    }
+    call c;
+    tensor slots[3];
+    begin_call(&c, slots, 3, v[GATED_CTX], v[GATED_STREAM]);
+    tensor *gate = array(&c, v[GATED_GATE], "gate"), *up = array(&c, v[GATED_UP], "up");
+    tensor *out = output_like(&c, v[GATED_OUT], "out", gate);
+    if (ready(&c)) RUN(&c, qkv_gated_activation(c.ctx, dl(out), dl(gate), dl(up), kind, c.stream));
+    return end_call(&c, out);
+}
+
+/* ---- RoPE ----------------------------------------------------------------------------------------- */
+
+enum {
+    ROPE_Q,
+    ROPE_K,
+    ROPE_POSITIONS,
+    ROPE_INDPTR,
+    ROPE_OFFSETS,
+    ROPE_ROTARY_DIM,
+    ROPE_INTERLEAVED,
+    ROPE_THETA,
+    ROPE_SCALE,
+    ROPE_LOW_FREQ,
+    ROPE_HIGH_FREQ,
+    ROPE_OLD_CONTEXT,
+    ROPE_Q_OUT,
+    ROPE_K_OUT,
+    ROPE_CTX,
+    ROPE_STREAM
+};
+static signature rope_signature = {
+    .text = "rope(q, k=None, *, positions=None, indptr=None, offsets=None, rotary_dim=0, "
+            "interleaved=False, theta=10000.0, scale=1.0, low_freq=0.0, high_freq=0.0, "
+            "old_context=0.0, q_out=None, k_out=None, ctx=None, stream=None)\n--\n\n"
+            "Rotates pairs of elements of q and k by their token's position.\n\n"
+            "q: [nnz, num_qo_heads, head_dim] f32, f16 or bf16. k: [nnz, num_kv_heads, head_dim] "
+            "of the\n"
+            "same dtype. positions: i32 [nnz]; or indptr: i32 [requests + 1] and offsets: i32 "
+            "[requests],\n"
+            "row t of request r being at offsets[r] + t - indptr[r]. rotary_dim: 0 = head_dim.\n"
+            "interleaved: pairs (2i, 2i + 1), else (i, i + rotary_dim / 2). low_freq, high_freq,\n"
+            "old_context: the scaling of Llama 3.1. q_out, k_out: may be q and k; made if "
+            "None.\n" COMMON "Returns (q_out, k_out), the second None without k."};
+
+static PyObject *rope(ARGUMENTS)
+{
+    (void)module;
+    PyObject *v[ROPE_STREAM + 1];
+    qkv_rope_spec spec = {QKV_ROPE_SPEC_INIT};
+    if (read_call(&rope_signature, args, nargs, kwnames, v) ||
+        read_i32(v[ROPE_ROTARY_DIM], "rotary_dim", &spec.rotary_dim) ||
+        read_flag(v[ROPE_INTERLEAVED], "interleaved", &spec.interleaved) ||
+        read_f32(v[ROPE_THETA], "theta", &spec.theta) ||
+        read_f32(v[ROPE_SCALE], "scale", &spec.scale) ||
+        read_f32(v[ROPE_LOW_FREQ], "low_freq", &spec.low_freq) ||
+        read_f32(v[ROPE_HIGH_FREQ], "high_freq", &spec.high_freq) ||
+        read_f32(v[ROPE_OLD_CONTEXT], "old_context", &spec.old_context)) {
+        return NULL;
+    }
+    call c;
+    tensor slots[7];
+    begin_call(&c, slots, 7, v[ROPE_CTX], v[ROPE_STREAM]);
+    tensor *q = array(&c, v[ROPE_Q], "q"), *k = optional_array(&c, v[ROPE_K], "k");
+    tensor *positions = optional_array_or_list(&c, v[ROPE_POSITIONS], "positions", QKV_I32);
+    tensor *indptr = optional_array_or_list(&c, v[ROPE_INDPTR], "indptr", QKV_I32);
+    tensor *offsets = optional_array_or_list(&c, v[ROPE_OFFSETS], "offsets", QKV_I32);
+    tensor *q_out = output_like(&c, v[ROPE_Q_OUT], "q_out", q);
+    tensor *k_out =
+        k ? output_like(&c, v[ROPE_K_OUT], "k_out", k) : written_array(&c, v[ROPE_K_OUT], "k_out");
+    PyObject *result = NULL;
+    if (ready(&c)) {
+        RUN(&c, qkv_rope(c.ctx, &spec, dl(q_out), dl(q), dl(k_out), dl(k), dl(positions),
+                         dl(indptr), dl(offsets), c.stream));
+    }
+    if (!c.failed) result = PyTuple_Pack(2, q_out->object, k_out ? k_out->object : Py_None);
+    Py_XDECREF(end_call(&c, NULL));
+    return result;
+}
+
+/* ---- products ------------------------------------------------------------------------------------- */
+
+/* out of x [m, k] and w with n rows: [m, n] of x's dtype. */
+static tensor *product_output(call *c, PyObject *value, const tensor *x, const tensor *w)
+{
+    if (c->failed) return NULL;
+    const int64_t shape[] = {x->dl.ndim ? x->dl.shape[0] : 0, w->dl.ndim ? w->dl.shape[0] : 0};
+    return output(c, value, "out", x->dl.dtype, 2, shape);
+}
+
+enum { GEMM_X, GEMM_W, GEMM_OUT, GEMM_CTX, GEMM_STREAM };
+static signature gemm_signature = {.text = "gemm(x, w, *, out=None, ctx=None, stream=None)\n--\n\n"
+                                           "x @ w.T, sums in f32.\n\n"
+                                           "x: [m, k], w: [n, k] f32, f16 or bf16 each. out: [m, "
+                                           "n] of any of these; made with x's dtype\n"
+                                           "if None. " COMMON "Returns out."};
+
+static PyObject *gemm(ARGUMENTS)
+{
+    (void)module;
+    PyObject *v[GEMM_STREAM + 1];
+    if (read_call(&gemm_signature, args, nargs, kwnames, v)) return NULL;
+    call c;
+    tensor slots[3];
+    begin_call(&c, slots, 3, v[GEMM_CTX], v[GEMM_STREAM]);
+    tensor *x = array(&c, v[GEMM_X], "x"), *w = array(&c, v[GEMM_W], "w");
+    tensor *out = product_output(&c, v[GEMM_OUT], x, w);
+    if (ready(&c)) RUN(&c, qkv_gemm(c.ctx, dl(out), dl(x), dl(w), c.stream));
+    return end_call(&c, out);
+}
+
+enum { QUANTIZED_X, QUANTIZED_W, QUANTIZED_FORMAT, QUANTIZED_OUT, QUANTIZED_CTX, QUANTIZED_STREAM };
+static signature gemm_quantized_signature = {
+    .text =
+        "gemm_quantized(x, w, format, *, out=None, ctx=None, stream=None)\n--\n\n"
+        "x @ w.T with w packed in blocks of 32, as GGUF files hold them.\n\n"
+        "x: [m, k] f32, f16 or bf16, k a multiple of 32. w: u8 [n, k / 32 * block bytes]. format:\n"
+        "\"q8_0\" (34 bytes a block), \"q4_0\" (18) or \"q4_1\" (20). out: [m, n]; made with x's "
+        "dtype\n"
+        "if None. " COMMON "Returns out."};
+
+static PyObject *gemm_quantized(ARGUMENTS)
+{
+    (void)module;
+    PyObject *v[QUANTIZED_STREAM + 1];
+    int32_t format = 0;
+    if (read_call(&gemm_quantized_signature, args, nargs, kwnames, v) ||
+        read_word(v[QUANTIZED_FORMAT], "format", &format, "q8_0", "q4_0", "q4_1", NULL)) {
+        return NULL;
+    }
+    call c;
+    tensor slots[3];
+    begin_call(&c, slots, 3, v[QUANTIZED_CTX], v[QUANTIZED_STREAM]);
+    tensor *x = array(&c, v[QUANTIZED_X], "x"), *w = array(&c, v[QUANTIZED_W], "w");
+    tensor *out = product_output(&c, v[QUANTIZED_OUT], x, w);
+    if (ready(&c)) {
+        RUN(&c,
+            qkv_gemm_quantized(c.ctx, dl(out), dl(x), dl(w), (qkv_weight_format)format, c.stream));
+    }
+    return end_call(&c, out);
+}
+
+/* ---- sampling ------------------------------------------------------------------------------------- */
+
+static tensor *token_output(call *c, PyObject *value, const tensor *logits)
+{
+    if (c->failed) return NULL;
+    const int64_t batch = logits->dl.ndim ? logits->dl.shape[0] : 0;
+    return output(c, value, "out", QKV_I32, 1, &batch);
+}
+
+enum { ARGMAX_LOGITS, ARGMAX_OUT, ARGMAX_CTX, ARGMAX_STREAM };
+static signature argmax_signature = {
+    .text = "argmax(logits, *, out=None, ctx=None, stream=None)\n--\n\n"
+            "The index of each row's largest logit, the lowest among equals.\n\n"
+            "logits: [batch, vocab] f32, f16 or bf16. out: i32 [batch]; made if None. " COMMON
+            "Returns out."};
+
+static PyObject *argmax(ARGUMENTS)
+{
+    (void)module;
+    PyObject *v[ARGMAX_STREAM + 1];
+    if (read_call(&argmax_signature, args, nargs, kwnames, v)) return NULL;
+    call c;
+    tensor slots[2];
+    begin_call(&c, slots, 2, v[ARGMAX_CTX], v[ARGMAX_STREAM]);
+    tensor *logits = array(&c, v[ARGMAX_LOGITS], "logits");
+    tensor *out = token_output(&c, v[ARGMAX_OUT], logits);
+    if (ready(&c)) RUN(&c, qkv_argmax(c.ctx, dl(out), dl(logits), c.stream));
+    return end_call(&c, out);
+}
+
+/* A parameter of sample(): one number for all rows, or [batch] of them. Frameworks know few operations on
+ * u64, so that i64 is taken for it, bit by bit. */
+static tensor *sampling_parameter(call *c, PyObject *value, const char *name, DLDataType dtype,
+                                  const tensor *logits)
+{
+    if (c->failed || absent(value)) return NULL;
+    tensor *t;
+    if (PyNumber_Check(value) && !is_array(value)) {
+        const int on_gpu = c->device.device_type != kDLCPU;
+        t = filled(c, name, on_gpu && dtype.bits == 64 ? QKV_I64 : dtype, logits->dl.shape[0],
+                   value);
+    } else {
+        t = array_or_list(c, value, name, dtype);
+    }
+    if (t && dtype.bits == 64 && t->dl.dtype.bits == 64 && t->dl.dtype.code == kDLInt)
+        t->dl.dtype = dtype;
+    return t;
+}
+
+enum {
+    SAMPLE_LOGITS,
+    SAMPLE_SEED,
+    SAMPLE_OFFSET,
+    SAMPLE_TEMPERATURE,
+    SAMPLE_TOP_K,
+    SAMPLE_TOP_P,
+    SAMPLE_MIN_P,
+    SAMPLE_OUT,
+    SAMPLE_CTX,
+    SAMPLE_STREAM
+};
+static signature sample_signature = {
+    .text = "sample(logits, *, seed, offset=None, temperature=None, top_k=None, top_p=None, "
+            "min_p=None, "
+            "out=None, ctx=None, stream=None)\n--\n\n"
+            "Draws one token a row: softmax(logits / temperature), the top_k largest, of those "
+            "top_p, of\n"
+            "those min_p. A row's draw depends on its seed and offset alone.\n\n"
+            "logits: [batch, vocab] f32, f16 or bf16. The others are a number or an array [batch] "
+            "on the\n"
+            "logits' device: seed, offset (the number of the draw): u64 or i64; temperature: f32 "
+            ">= 0,\n"
+            "0 = argmax; top_k: i32, 0 = all; top_p: f32 in (0, 1]; min_p: f32 in [0, 1].\n"
+            "out: i32 [batch]; made if None. " COMMON "Returns out."};
+
+static PyObject *sample(ARGUMENTS)
+{
+    (void)module;
+    PyObject *v[SAMPLE_STREAM + 1];
+    if (read_call(&sample_signature, args, nargs, kwnames, v)) return NULL;
+    call c;
+    tensor slots[8];
+    begin_call(&c, slots, 8, v[SAMPLE_CTX], v[SAMPLE_STREAM]);
+    tensor *logits = array(&c, v[SAMPLE_LOGITS], "logits");
+    if (logits && logits->dl.ndim != 2) {
+        raise_error(QKV_ERR_INVALID, "logits: expected [batch, vocab], got %d axes",
+                    logits->dl.ndim);
+        c.failed = 1;
+    }
+    tensor *seed = sampling_parameter(&c, v[SAMPLE_SEED], "seed", QKV_U64, logits);
+    tensor *offset = sampling_parameter(&c, v[SAMPLE_OFFSET], "offset", QKV_U64, logits);
+    tensor *temperature =
+        sampling_parameter(&c, v[SAMPLE_TEMPERATURE], "temperature", QKV_F32, logits);
+    tensor *top_k = sampling_parameter(&c, v[SAMPLE_TOP_K], "top_k", QKV_I32, logits);
+    tensor *top_p = sampling_parameter(&c, v[SAMPLE_TOP_P], "top_p", QKV_F32, logits);
+    tensor *min_p = sampling_parameter(&c, v[SAMPLE_MIN_P], "min_p", QKV_F32, logits);
+    tensor *out = token_output(&c, v[SAMPLE_OUT], logits);
+    const qkv_sampling_params params = {QKV_SAMPLING_PARAMS_INIT, .temperature = dl(temperature),
+                                        .top_k = dl(top_k),       .top_p = dl(top_p),
+                                        .min_p = dl(min_p),       .seed = dl(seed),
+                                        .offset = dl(offset)};
+    if (ready(&c)) RUN(&c, qkv_sample(c.ctx, dl(out), dl(logits), &params, c.stream));
+    return end_call(&c, out);
+}
+
+/* ---- pages of the KV cache ------------------------------------------------------------------------ */
+
+#define CACHE                                                                                      \
+    "k_cache, v_cache: [pages, page_size, num_kv_heads, head_dim], or with kv_layout=\"HND\"\n"    \
+    "[pages, num_kv_heads, page_size, head_dim], of f32, f16, bf16, e4m3, e5m2 or i8; v_cache "    \
+    "None:\n"                                                                                      \
+    "k_cache is [pages, 2, ...] and holds both. k, v: [nnz, num_kv_heads, head_dim] f32, f16, "    \
+    "bf16.\n"
+#define OPTIONS                                                                                    \
+    "k_scale, v_scale: a number, or f32 [1] or [num_kv_heads]; what is stored is the value "       \
+    "divided by\n"                                                                                 \
+    "it. rope: a qkv.Rope by which k, and q if given, are rotated on the way. q, q_out:\n"         \
+    "[nnz, num_qo_heads, head_dim]; q_out is made like q if None; q_scale: of q_out. "
+
+/* What both appends share. The fields of options point into the call's tensors. */
+typedef struct append {
+    tensor *k_cache, *v_cache, *k, *v, *q_out;
+    int32_t kv_layout;
+    qkv_rope_spec rope;
+    qkv_kv_append_options options;
+} append;
+
+typedef struct append_arguments {
+    PyObject *k_cache, *v_cache, *k, *v, *kv_layout, *k_scale, *v_scale, *rope, *q, *q_out,
+        *q_scale;
+} append_arguments;
+
+static void read_append(call *c, const append_arguments *from, append *a)
+{
+    *a = (append){.rope = {QKV_ROPE_SPEC_INIT}, .options = {QKV_KV_APPEND_OPTIONS_INIT}};
+    int has_rope;
+    if (read_word(from->kv_layout, "kv_layout", &a->kv_layout, "NHD", "HND", NULL) ||
+        read_rope(from->rope, "rope", &a->rope, &has_rope)) {
+        c->failed = 1;
+        return;
+    }
+    a->k = array(c, from->k, "k"); /* first: outputs are made as k is */
+    a->v = array(c, from->v, "v");
+    if (c->failed) return;
+    if (absent(from->k_cache)) {
+        PyErr_SetString(PyExc_TypeError, "k_cache: expected an array, got None");
+        c->failed = 1;
+        return;
+    }
+    a->k_cache = written_array(c, from->k_cache, "k_cache");
+    a->v_cache = written_array(c, from->v_cache, "v_cache");
+    tensor *q = optional_array(c, from->q, "q");
+    if (q || !absent(from->q_out)) {
+        a->q_out =
+            q ? output_like(c, from->q_out, "q_out", q) : written_array(c, from->q_out, "q_out");
+    }
+    if (has_rope) a->options.rope = &a->rope;
+    a->options.q = dl(q);
+    a->options.q_out = dl(a->q_out);
+    read_scale(c, from->k_scale, "k_scale", &a->options.k_scale);
+    read_scale(c, from->v_scale, "v_scale", &a->options.v_scale);
+    read_scale(c, from->q_scale, "q_scale", &a->options.q_scale);
+}
+
+enum {
+    APPEND_K_CACHE,
+    APPEND_V_CACHE,
+    APPEND_K,
+    APPEND_V,
+    APPEND_QO_INDPTR,
+    APPEND_KV_INDPTR,
+    APPEND_KV_INDICES,
+    APPEND_KV_LAST_PAGE_LEN,
+    APPEND_BLOCK_TABLE,
+    APPEND_KV_LENS,
+    APPEND_KV_LAYOUT,
+    APPEND_POSITIONS,
+    APPEND_K_SCALE,
+    APPEND_V_SCALE,
+    APPEND_ROPE,
+    APPEND_Q,
+    APPEND_Q_OUT,
+    APPEND_Q_SCALE,
+    APPEND_CTX,
+    APPEND_STREAM
+};
+static signature kv_append_signature = {
+    .text =
+        "kv_append(k_cache, v_cache, k, v, *, qo_indptr, kv_indptr=None, kv_indices=None, "
+        "kv_last_page_len=None, block_table=None, kv_lens=None, kv_layout=\"NHD\", positions=None, "
+        "k_scale=None, v_scale=None, rope=None, q=None, q_out=None, q_scale=None, ctx=None, "
+        "stream=None)\n--\n\n"
+        "Writes new keys and values into the pages of their requests.\n\n" CACHE
+        "qo_indptr: i32 [requests + 1], the rows of each request. Where its pages are, counting "
+        "the\n"
+        "new tokens: kv_indptr [requests + 1], kv_indices and kv_last_page_len [requests], or\n"
+        "block_table [requests, columns] and kv_lens [requests], all i32. positions: i32 [nnz] in "
+        "the\n"
+        "request, None = its last ones. " OPTIONS COMMON "Returns q_out, None without q."};
+
+static PyObject *kv_append(ARGUMENTS)
+{
+    (void)module;
+    PyObject *v[APPEND_STREAM + 1];
+    if (read_call(&kv_append_signature, args, nargs, kwnames, v)) return NULL;
+    call c;
+    tensor slots[16];
+    begin_call(&c, slots, 16, v[APPEND_CTX], v[APPEND_STREAM]);
+    append a;
+    read_append(&c,
+                &(append_arguments){v[APPEND_K_CACHE], v[APPEND_V_CACHE], v[APPEND_K], v[APPEND_V],
+                                    v[APPEND_KV_LAYOUT], v[APPEND_K_SCALE], v[APPEND_V_SCALE],
+                                    v[APPEND_ROPE], v[APPEND_Q], v[APPEND_Q_OUT],
+                                    v[APPEND_Q_SCALE]},
+                &a);
+    const qkv_kv_index index = {
+        QKV_KV_INDEX_INIT,
+        .qo_indptr = dl(array_or_list(&c, v[APPEND_QO_INDPTR], "qo_indptr", QKV_I32)),
+        .kv_indptr = dl(optional_array_or_list(&c, v[APPEND_KV_INDPTR], "kv_indptr", QKV_I32)),
+        .kv_indices = dl(optional_array_or_list(&c, v[APPEND_KV_INDICES], "kv_indices", QKV_I32)),
+        .kv_last_page_len =
+            dl(optional_array_or_list(&c, v[APPEND_KV_LAST_PAGE_LEN], "kv_last_page_len", QKV_I32)),
+        .block_table =
+            dl(optional_array_or_list(&c, v[APPEND_BLOCK_TABLE], "block_table", QKV_I32)),
+        .kv_lens = dl(optional_array_or_list(&c, v[APPEND_KV_LENS], "kv_lens", QKV_I32)),
+    };
+    tensor *positions = optional_array_or_list(&c, v[APPEND_POSITIONS], "positions", QKV_I32);
+    if (ready(&c)) {
+        RUN(&c, qkv_kv_append(c.ctx, dl(a.k_cache), dl(a.v_cache), a.kv_layout, dl(a.k), dl(a.v),
+                              &index, dl(positions), &a.options, c.stream));
+    }
+    return end_call(&c, a.q_out);
+}
+
+enum {
+    SLOTS_K_CACHE,
+    SLOTS_V_CACHE,
+    SLOTS_K,
+    SLOTS_V,
+    SLOTS_SLOT_MAPPING,
+    SLOTS_KV_LAYOUT,
+    SLOTS_POSITIONS,
+    SLOTS_K_SCALE,
+    SLOTS_V_SCALE,
+    SLOTS_ROPE,
+    SLOTS_Q,
+    SLOTS_Q_OUT,
+    SLOTS_Q_SCALE,
+    SLOTS_CTX,
+    SLOTS_STREAM
+};
+static signature kv_append_slots_signature = {
+    .text =
+        "kv_append_slots(k_cache, v_cache, k, v, slot_mapping, *, kv_layout=\"NHD\", "
+        "positions=None, "
+        "k_scale=None, v_scale=None, rope=None, q=None, q_out=None, q_scale=None, ctx=None, "
+        "stream=None)\n--\n\n"
+        "Writes new keys and values into numbered slots of the pages.\n\n" CACHE
+        "slot_mapping: i32 or i64 [nnz], page * page_size + slot of each row, negative = skip it.\n"
+        "positions: i32 [nnz], with rope. " OPTIONS COMMON "Returns q_out, None without q."};
+
+static PyObject *kv_append_slots(ARGUMENTS)
+{
+    (void)module;
+    PyObject *v[SLOTS_STREAM + 1];
+    if (read_call(&kv_append_slots_signature, args, nargs, kwnames, v)) return NULL;
+    call c;
+    tensor slots[11];
+    begin_call(&c, slots, 11, v[SLOTS_CTX], v[SLOTS_STREAM]);
+    append a;
+    read_append(&c,
+                &(append_arguments){v[SLOTS_K_CACHE], v[SLOTS_V_CACHE], v[SLOTS_K], v[SLOTS_V],
+                                    v[SLOTS_KV_LAYOUT], v[SLOTS_K_SCALE], v[SLOTS_V_SCALE],
+                                    v[SLOTS_ROPE], v[SLOTS_Q], v[SLOTS_Q_OUT], v[SLOTS_Q_SCALE]},
+                &a);
+    tensor *slot_mapping = array_or_list(&c, v[SLOTS_SLOT_MAPPING], "slot_mapping", QKV_I64);
+    a.options.positions = dl(optional_array_or_list(&c, v[SLOTS_POSITIONS], "positions", QKV_I32));
+    if (ready(&c)) {
+        RUN(&c, qkv_kv_append_slots(c.ctx, dl(a.k_cache), dl(a.v_cache), a.kv_layout, dl(a.k),
+                                    dl(a.v), dl(slot_mapping), &a.options, c.stream));
+    }
+    return end_call(&c, a.q_out);
+}
+
+enum { COPY_K_CACHE, COPY_V_CACHE, COPY_SRC, COPY_DST, COPY_CTX, COPY_STREAM };
+static signature kv_copy_pages_signature = {
+    .text = "kv_copy_pages(k_cache, v_cache, src, dst, *, ctx=None, stream=None)\n--\n\n"
+            "Copies whole pages within the pool: cache[dst[i]] = cache[src[i]].\n\n"
+            "k_cache, v_cache: [pages, ...] of any dtype; v_cache may be None. src, dst: i32 [n]; "
+            "no page\n"
+            "is both, and none twice in dst. " COMMON};
+
+static PyObject *kv_copy_pages(ARGUMENTS)
+{
+    (void)module;
+    PyObject *v[COPY_STREAM + 1];
+    if (read_call(&kv_copy_pages_signature, args, nargs, kwnames, v)) return NULL;
+    call c;
+    tensor slots[4];
+    begin_call(&c, slots, 4, v[COPY_CTX], v[COPY_STREAM]);
+    if (absent(v[COPY_K_CACHE])) {
+        PyErr_SetString(PyExc_TypeError, "k_cache: expected an array, got None");
+        return NULL;
+    }
+    tensor *k_cache = written_array(&c, v[COPY_K_CACHE], "k_cache");
+    tensor *v_cache = written_array(&c, v[COPY_V_CACHE], "v_cache");
+    tensor *src = array_or_list(&c, v[COPY_SRC], "src", QKV_I32);
+    tensor *dst = array_or_list(&c, v[COPY_DST], "dst", QKV_I32);
+    if (ready(&c)) {
+        RUN(&c, qkv_kv_copy_pages(c.ctx, dl(k_cache), dl(v_cache), dl(src), dl(dst), c.stream));
+    }
+    return end_call(&c, NULL);
+}
+
+/* ---- arrays --------------------------------------------------------------------------------------- */
+
+enum { EMPTY_X, EMPTY_SHAPE, EMPTY_DTYPE };
+static signature empty_like_signature = {
+    .text = "empty_like(x, shape=None, dtype=None)\n--\n\n"
+            "A new array of x's framework and device, not initialised.\n\n"
+            "shape: a number or a sequence, None = x's. dtype: \"bf16\", a framework's own, None = "
+            "x's."};
+
+/* Sizes of a new array. Returns how many, -1 with an exception. */
+static int read_shape(PyObject *value, int64_t *shape)
+{
+    if (PyNumber_Check(value)) return read_i64(value, "shape", shape) ? -1 : 1;
+    const Py_ssize_t ndim = PySequence_Size(value);
+    if (ndim < 0) return -1;
+    if (ndim > MAX_DIMS) {
+        raise_error(QKV_ERR_INVALID, "shape: expected at most %d axes, got %zd", MAX_DIMS, ndim);
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < ndim; i++) {
+        PyObject *size = PySequence_GetItem(value, i);
+        const int bad = !size || read_i64(size, "shape", &shape[i]);
+        Py_XDECREF(size);
+        if (bad) return -1;
+    }
+    return (int)ndim;
+}
+
+static PyObject *empty_like(ARGUMENTS)
+{
+    (void)module;
+    PyObject *v[EMPTY_DTYPE + 1];
+    if (read_call(&empty_like_signature, args, nargs, kwnames, v)) return NULL;
+    call c;
+    tensor slots[2];
+    begin_call(&c, slots, 2, NULL, NULL);
+    tensor *x = array(&c, v[EMPTY_X], "x"), *out = NULL;
+    if (!c.failed) {
+        int64_t sizes[MAX_DIMS], *shape = x->dl.shape;
+        int ndim = x->dl.ndim;
+        DLDataType dtype = x->dl.dtype;
+        if (!absent(v[EMPTY_SHAPE])) {
+            shape = sizes;
+            ndim = read_shape(v[EMPTY_SHAPE], sizes);
+        }
+        for (int i = 0; i < ndim; i++) {
+            if (shape[i] >= 0) continue;
+            raise_error(QKV_ERR_INVALID, "shape: expected sizes from 0 on, got %lld",
+                        (long long)shape[i]);
+            ndim = -1;
+        }
+        c.failed = ndim < 0 || read_dtype(v[EMPTY_DTYPE], "dtype", &dtype);
+        if (!c.failed) out = output(&c, NULL, "out", dtype, ndim, shape);
+    }
+    return end_call(&c, out);
+}
+
+/* ---- module --------------------------------------------------------------------------------------- */
+
+#define FUNCTION(name)                                                                             \
+    {                                                                                              \
+#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL | METH_KEYWORDS, NULL              \
+    }
+static PyMethodDef functions[] = {
+    FUNCTION(rmsnorm),
+    FUNCTION(add_rmsnorm),
+    FUNCTION(gated_activation),
+    FUNCTION(rope),
+    FUNCTION(gemm),
+    FUNCTION(gemm_quantized),
+    FUNCTION(argmax),
+    FUNCTION(sample),
+    FUNCTION(kv_append),
+    FUNCTION(kv_append_slots),
+    FUNCTION(kv_copy_pages),
+    FUNCTION(empty_like),
+    {NULL, NULL, 0, NULL},
+};
+static signature *const signatures[] = {
+    &rmsnorm_signature,
+    &add_rmsnorm_signature,
+    &gated_activation_signature,
+    &rope_signature,
+    &gemm_signature,
+    &gemm_quantized_signature,
+    &argmax_signature,
+    &sample_signature,
+    &kv_append_signature,
+    &kv_append_slots_signature,
+    &kv_copy_pages_signature,
+    &empty_like_signature,
+};
+
+int add_functions(PyObject *module)
+{
+    return add_methods(module, functions, signatures);
+}

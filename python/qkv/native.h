@@ -1,0 +1,39 @@
+/* native.h - what the files of the extension share: errors, and the parts of a module.
+ *
+ * Everything is on the limited API of CPython 3.10. State is global, not per module: contexts own threads
+ * and memory of the process, so the module refuses a second interpreter (_native.c). Objects made once at
+ * import are never freed.
+ * SPDX-License-Identifier: Apache-2.0 */
+#ifndef QKV_PYTHON_NATIVE_H
+#define QKV_PYTHON_NATIVE_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "qkv/qkv.h"
+
+/* Sets the exception of a failed call, with the library's message of this thread. Returns NULL. */
+PyObject *raise_status(qkv_status status);
+
+/* The same exceptions for what is found wrong here: the text is "<argument>: expected ...". */
+PyObject *raise_error(qkv_status status, const char *format, ...)
+    __attribute__((format(printf, 2, 3)));
+
+/* Each adds its part to the module; -1 with an exception on failure. */
+int add_errors(PyObject *module);
+int add_tensors(PyObject *module);
+int add_context(PyObject *module);
+int add_functions(PyObject *module);
+int add_attention(PyObject *module);
+
+/* Makes a heap type and adds it under the last part of its name. NULL on failure. */
+PyTypeObject *add_type(PyObject *module, PyType_Spec *spec);
+
+/* The release of an object of a heap type: its memory, then its type. */
+void free_object(PyObject *object);
+
+/* Adds functions whose arguments are read by their text signatures (arguments.h). */
+struct signature;
+int add_methods(PyObject *module, PyMethodDef *methods, struct signature *const *signatures);
+
+#endif

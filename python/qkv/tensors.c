@@ -1,0 +1,621 @@
+/* tensors.c - arrays of any framework in, through DLPack, and new arrays out.
+ *
+ * In: the exchange table of the array's type where there is one (torch from 2.10 on: some tens of ns), else
+ * __dlpack__. A capsule is not consumed but held for the call: its destructor then releases it.
+ * Out: the exchange table, else the framework's own empty().
+ * Nothing waits for a GPU: work goes to the stream that the framework works on, and __dlpack__ is told of
+ * it, so that arrays of another stream are ordered before it.
+ * SPDX-License-Identifier: Apache-2.0 */
+#include "tensors.h"
+
+#include "arguments.h"
+#include "context_object.h"
+
+#include <stdatomic.h>
+#include <string.h>
+
+static PyObject *str_exchange_api, *str_dlpack, *str_dlpack_device, *str_max_version, *str_stream,
+    *str_requires_grad, *max_version;
+
+void begin_call(call *c, tensor *tensors, int capacity, PyObject *ctx, PyObject *stream)
+{
+    *c = (call){
+        .tensors = tensors, .capacity = capacity, .ctx_object = ctx, .stream_object = stream};
+}
+
+static tensor *add_tensor(call *c)
+{
+    if (c->failed) return NULL;
+    if (c->num_tensors == c->capacity) {
+        PyErr_SetString(PyExc_SystemError, "too many arrays in a call");
+        c->failed = 1;
+        return NULL;
+    }
+    tensor *t = &c->tensors[c->num_tensors++];
+    t->object = t->owner = NULL;
+    t->lent = NULL;
+    return t;
+}
+
+static tensor *fail(call *c)
+{
+    c->failed = 1;
+    return NULL;
+}
+
+/* ---- exchange tables ------------------------------------------------------------------------------ */
+
+/* Tables by type, NULL for a type without one. Entries are only added, types never let go: a reader needs
+ * no lock, and an address is never that of another type. Types beyond the table are looked up each time. */
+static struct {
+    _Atomic(PyTypeObject *) type;
+    const exchange_api *api;
+} known_types[32];
+static _Atomic int num_known, adding;
+
+static const exchange_api *look_up_exchange(PyTypeObject *type)
+{
+    PyObject *capsule = PyObject_GetAttr((PyObject *)type, str_exchange_api);
+    const exchange_api *api = NULL;
+    if (capsule) api = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
+    Py_XDECREF(capsule);
+    if (!api) PyErr_Clear();
+    while (api && api->version.major != 1) api = api->older;
+    return api;
+}
+
+static const exchange_api *exchange_of(PyTypeObject *type)
+{
+    const int num = atomic_load_explicit(&num_known, memory_order_acquire);
+    for (int i = 0; i < num; i++) {
+        if (atomic_load_explicit(&known_types[i].type, memory_order_relaxed) == type) {
+            return known_types[i].api;
+        }
+    }
+    const exchange_api *api = look_up_exchange(type);
+    if (atomic_exchange(&adding, 1)) return api; /* another thread adds one: next time */
+    const int at = atomic_load_explicit(&num_known, memory_order_relaxed);
+    if (at < (int)(sizeof known_types / sizeof known_types[0])) {
+        Py_INCREF((PyObject *)type);
+        known_types[at].api = api;
+        atomic_store_explicit(&known_types[at].type, type, memory_order_relaxed);
+        atomic_store_explicit(&num_known, at + 1, memory_order_release);
+    }
+    atomic_store(&adding, 0);
+    return api;
+}
+
+/* ---- streams -------------------------------------------------------------------------------------- */
+
+/* sys.modules[name], borrowed; NULL without an exception where it is not imported. */
+static PyObject *imported(const char *name)
+{
+    PyObject *modules = PySys_GetObject("modules");
+    return modules ? PyDict_GetItemString(modules, name) : NULL;
+}
+
+/* cupy.cuda.get_current_stream().ptr; 0 if it has none, -1 with an exception. */
+static int cupy_stream(PyObject *cupy, void **out)
+{
+    PyObject *cuda = PyObject_GetAttrString(cupy, "cuda");
+    PyObject *stream = cuda ? PyObject_CallMethod(cuda, "get_current_stream", NULL) : NULL;
+    PyObject *handle = stream ? PyObject_GetAttrString(stream, "ptr") : NULL;
+    *out = handle ? PyLong_AsVoidPtr(handle) : NULL;
+    Py_XDECREF(cuda);
+    Py_XDECREF(stream);
+    Py_XDECREF(handle);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+/* The name of the package that a type comes from: "torch", "numpy", "cupy", "jaxlib". */
+static int comes_from(PyObject *object, const char *package)
+{
+    PyObject *module = PyObject_GetAttrString((PyObject *)Py_TYPE(object), "__module__");
+    const char *text =
+        module && PyUnicode_Check(module) ? PyUnicode_AsUTF8AndSize(module, NULL) : NULL;
+    if (!text) PyErr_Clear();
+    const size_t len = strlen(package);
+    const int same = text && !strncmp(text, package, len) && (text[len] == '.' || !text[len]);
+    Py_XDECREF(module);
+    return same;
+}
+
+/* Sets the stream of a call on a GPU: the one given, else the current one of the arrays' framework, else
+ * of a framework that is imported (plans of plain lists), else the legacy default stream. */
+static int find_stream(call *c, int32_t device_id)
+{
+    if (c->has_stream) return 0;
+    c->has_stream = 1;
+    if (!absent(c->stream_object)) {
+        PyObject *index = PyNumber_Index(c->stream_object);
+        if (!index) {
+            PyErr_Clear();
+            PyErr_Format(PyExc_TypeError, "stream: expected the handle of a CUDA stream, got %R",
+                         c->stream_object);
+            return -1;
+        }
+        c->stream = PyLong_AsVoidPtr(index);
+        Py_DECREF(index);
+        return c->stream || !PyErr_Occurred() ? 0 : -1;
+    }
+    const exchange_api *api = c->api;
+    PyObject *module;
+    if (!api && c->like && comes_from(c->like, "cupy") && (module = imported("cupy"))) {
+        return cupy_stream(module, &c->stream);
+    }
+    if (!api && !(c->like && c->device.device_type == kDLCUDA) && (module = imported("torch"))) {
+        PyObject *type = PyObject_GetAttrString(module, "Tensor");
+        if (!type) return -1;
+        if (PyType_Check(type)) api = exchange_of((PyTypeObject *)type);
+        Py_DECREF(type);
+    }
+    if (api) return api->current_stream(kDLCUDA, device_id, &c->stream);
+    if (!c->like && (module = imported("cupy"))) return cupy_stream(module, &c->stream);
+    return 0;
+}
+
+/* ---- arrays in ------------------------------------------------------------------------------------ */
+
+int is_array(PyObject *value)
+{
+    if (exchange_of(Py_TYPE(value))) return 1;
+    PyObject *method = PyObject_GetAttr(value, str_dlpack);
+    if (!method) PyErr_Clear();
+    Py_XDECREF(method);
+    return method != NULL;
+}
+
+/* Gradients do not flow through the library: silence would train the wrong model. Where torch does not
+ * record (no_grad, inference_mode) an array may well ask for them: weights do. */
+static int check_gradient(PyObject *value, const char *name)
+{
+    PyObject *wanted = PyObject_GetAttr(value, str_requires_grad);
+    if (!wanted) {
+        PyErr_Clear();
+        return 0;
+    }
+    Py_DECREF(wanted);
+    if (wanted != Py_True) return 0;
+    PyObject *torch = imported("torch");
+    PyObject *recording = torch ? PyObject_CallMethod(torch, "is_grad_enabled", NULL) : NULL;
+    if (!recording) {
+        PyErr_Clear();
+        return 0;
+    }
+    Py_DECREF(recording);
+    if (recording != Py_True) return 0;
+    raise_error(
+        QKV_ERR_INVALID,
+        "%s: expected an array outside of autograd, got one that requires grad (detach() it, "
+        "or call under torch.no_grad())",
+        name);
+    return -1;
+}
+
+static int refuse_read_only(uint64_t flags, const char *name)
+{
+    if (!(flags & READ_ONLY)) return 0;
+    raise_error(QKV_ERR_INVALID, "%s: expected an array that can be written, got a read-only one",
+                name);
+    return -1;
+}
+
+static int read_exchange(const exchange_api *api, tensor *t, const char *name, int written)
+{
+    if (check_gradient(t->object, name)) return -1;
+    if (api->borrow && !written) return api->borrow(t->object, &t->dl);
+    if (api->lend(t->object, &t->lent)) return -1; /* the only way to learn of flags */
+    t->dl = t->lent->tensor;
+    return written ? refuse_read_only(t->lent->flags, name) : 0;
+}
+
+/* __dlpack_device__() of an array. */
+static int read_array_device(PyObject *value, DLDevice *out)
+{
+    PyObject *method = PyObject_GetAttr(value, str_dlpack_device);
+    PyObject *pair = method ? PyObject_CallObject(method, NULL) : NULL;
+    Py_XDECREF(method);
+    if (!pair) return -1;
+    int type, id;
+    const int bad = !PyTuple_Check(pair) || !PyArg_ParseTuple(pair, "ii", &type, &id);
+    Py_DECREF(pair);
+    if (bad) {
+        if (!PyErr_Occurred())
+            PyErr_SetString(PyExc_TypeError, "__dlpack_device__: expected a pair");
+        return -1;
+    }
+    *out = (DLDevice){(DLDeviceType)type, id};
+    return 0;
+}
+
+/* Calls value.__dlpack__(max_version=(1, 3), stream=stream), without max_version where that is unknown. */
+static PyObject *ask_capsule(PyObject *value, PyObject *stream)
+{
+    PyObject *method = PyObject_GetAttr(value, str_dlpack), *none = PyTuple_New(0);
+    PyObject *options = PyDict_New(), *capsule = NULL;
+    if (!method || !none || !options) goto out;
+    if (stream && PyDict_SetItem(options, str_stream, stream)) goto out;
+    if (PyDict_SetItem(options, str_max_version, max_version)) goto out;
+    capsule = PyObject_Call(method, none, options);
+    if (!capsule && PyErr_ExceptionMatches(PyExc_TypeError)) {
+        PyErr_Clear();
+        if (PyDict_DelItem(options, str_max_version)) goto out;
+        capsule = PyObject_Call(method, none, options);
+    }
+out:
+    Py_XDECREF(method);
+    Py_XDECREF(none);
+    Py_XDECREF(options);
+    return capsule;
+}
+
+static int read_capsule(tensor *t, const char *name, int written)
+{
+    if (PyCapsule_IsValid(t->owner, "dltensor_versioned")) {
+        const managed_tensor *managed = PyCapsule_GetPointer(t->owner, "dltensor_versioned");
+        if (managed->version.major != 1) {
+            raise_error(QKV_ERR_INVALID, "%s: expected DLPack version 1, got %u.%u", name,
+                        managed->version.major, managed->version.minor);
+            return -1;
+        }
+        t->dl = managed->tensor;
+        return written ? refuse_read_only(managed->flags, name) : 0;
+    }
+    if (PyCapsule_IsValid(t->owner, "dltensor")) {
+        const DLManagedTensor *managed = PyCapsule_GetPointer(t->owner, "dltensor");
+        t->dl = managed->dl_tensor;
+        return 0;
+    }
+    raise_error(QKV_ERR_INVALID, "%s: expected a DLPack capsule that nobody has consumed", name);
+    return -1;
+}
+
+static int read_protocol(call *c, tensor *t, const char *name, int written)
+{
+    DLDevice device;
+    if (read_array_device(t->object, &device)) return -1;
+    PyObject *stream = NULL;
+    if (device.device_type == kDLCUDA || device.device_type == kDLCUDAManaged) {
+        if (!c->like) c->like = t->object, c->device = device;
+        if (find_stream(c, device.device_id)) return -1;
+        /* 0 is ambiguous to the protocol, whose 1 is the legacy default stream. */
+        stream = PyLong_FromVoidPtr(c->stream ? c->stream : (void *)1);
+        if (!stream) return -1;
+    }
+    t->owner = ask_capsule(t->object, stream);
+    Py_XDECREF(stream);
+    return t->owner ? read_capsule(t, name, written) : -1;
+}
+
+static tensor *read_array(call *c, PyObject *value, const char *name, int written)
+{
+    tensor *t = add_tensor(c);
+    if (!t) return NULL;
+    t->object = value;
+    const exchange_api *api = exchange_of(Py_TYPE(value));
+    if (!api && !is_array(value)) {
+        PyErr_Format(PyExc_TypeError, "%s: expected an array (with __dlpack__), got %R", name,
+                     value);
+        return fail(c);
+    }
+    if (api ? read_exchange(api, t, name, written) : read_protocol(c, t, name, written))
+        return fail(c);
+    if (!c->api && (!c->like || c->like == value)) {
+        c->like = value;
+        c->api = api;
+        c->device = t->dl.device;
+    }
+    return t;
+}
+
+tensor *optional_array(call *c, PyObject *value, const char *name)
+{
+    return absent(value) ? NULL : read_array(c, value, name, 0);
+}
+
+tensor *array(call *c, PyObject *value, const char *name)
+{
+    if (c->failed) return NULL;
+    return read_array(c, value ? value : Py_None, name, 0);
+}
+
+tensor *written_array(call *c, PyObject *value, const char *name)
+{
+    return absent(value) ? NULL : read_array(c, value, name, 1);
+}
+
+/* ---- lists in ------------------------------------------------------------------------------------- */
+
+static int is_sequence(PyObject *value)
+{
+    return PySequence_Check(value) && !PyUnicode_Check(value) && !PyDict_Check(value);
+}
+
+/* Writes a number at *at and moves on. */
+static int put_number(PyObject *value, const char *name, DLDataType dtype, char **at)
+{
+    const size_t bytes = dtype.bits / 8u;
+    if (dtype.code == kDLFloat) {
+        float number = 0;
+        if (read_f32(value, name, &number)) return -1;
+        memcpy(*at, &number, sizeof number);
+    } else if (dtype.code == kDLUInt && dtype.bits == 64) {
+        PyObject *index = PyNumber_Index(value);
+        const uint64_t number = index ? PyLong_AsUnsignedLongLongMask(index) : 0;
+        Py_XDECREF(index);
+        if (PyErr_Occurred()) return -1;
+        memcpy(*at, &number, sizeof number);
+    } else {
+        int64_t number = 0;
+        if (read_i64(value, name, &number)) return -1;
+        const int64_t low = dtype.code == kDLUInt ? 0 : INT64_MIN >> (64 - dtype.bits);
+        const int64_t high =
+            dtype.code == kDLUInt ? INT64_MAX >> (63 - dtype.bits) : INT64_MAX >> (64 - dtype.bits);
+        if (absent(value) || number < low || number > high) {
+            PyErr_Format(PyExc_ValueError, "%s: expected integers from %lld to %lld, got %R", name,
+                         (long long)low, (long long)high, value);
+            return -1;
+        }
+        memcpy(*at, &number, bytes); /* little endian */
+    }
+    *at += bytes;
+    return 0;
+}
+
+static int put_sequence(PyObject *value, const char *name, tensor *t, int axis, char **at)
+{
+    if (axis == t->dl.ndim) return put_number(value, name, t->dl.dtype, at);
+    PyObject *list = is_sequence(value) ? PySequence_List(value) : NULL;
+    if (!list || PyList_Size(list) != t->shape[axis]) {
+        if (!PyErr_Occurred()) {
+            raise_error(QKV_ERR_INVALID, "%s: expected rows of one length", name);
+        }
+        Py_XDECREF(list);
+        return -1;
+    }
+    int bad = 0;
+    for (Py_ssize_t i = 0; i < t->shape[axis] && !bad; i++) {
+        bad = put_sequence(PyList_GetItem(list, i), name, t, axis + 1, at);
+    }
+    Py_DECREF(list);
+    return bad;
+}
+
+/* The shape of nested sequences, by the first element of each. */
+static int list_shape(PyObject *value, const char *name, tensor *t, int64_t *numel)
+{
+    Py_INCREF(value);
+    for (*numel = 1; is_sequence(value);) {
+        const Py_ssize_t size = t->dl.ndim < MAX_DIMS ? PySequence_Size(value) : -1;
+        PyObject *first = size > 0 ? PySequence_GetItem(value, 0) : NULL;
+        Py_DECREF(value);
+        if (size < 0 || (size && !first)) {
+            if (!PyErr_Occurred()) raise_error(QKV_ERR_INVALID, "%s: nested too deeply", name);
+            return -1;
+        }
+        t->shape[t->dl.ndim++] = size;
+        *numel *= size;
+        if (!first) return 0;
+        value = first;
+    }
+    Py_DECREF(value);
+    return 0;
+}
+
+static tensor *read_list(call *c, PyObject *value, const char *name, DLDataType dtype)
+{
+    tensor *t = add_tensor(c);
+    if (!t) return NULL;
+    t->dl = (DLTensor){.device = {kDLCPU, 0}, .dtype = dtype, .shape = t->shape};
+    int64_t numel;
+    if (list_shape(value, name, t, &numel)) return fail(c);
+    t->owner = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)numel * (dtype.bits / 8));
+    char *data = t->owner ? PyBytes_AsString(t->owner) : NULL; /* ours alone until the call */
+    if (!data) return fail(c);
+    t->dl.data = data;
+    return put_sequence(value, name, t, 0, &data) ? fail(c) : t;
+}
+
+tensor *array_or_list(call *c, PyObject *value, const char *name, DLDataType dtype)
+{
+    if (c->failed) return NULL;
+    if (value && is_sequence(value) && !is_array(value)) return read_list(c, value, name, dtype);
+    return array(c, value, name);
+}
+
+tensor *optional_array_or_list(call *c, PyObject *value, const char *name, DLDataType dtype)
+{
+    return absent(value) ? NULL : array_or_list(c, value, name, dtype);
+}
+
+/* ---- arrays out ----------------------------------------------------------------------------------- */
+
+/* By the framework's allocator. */
+static void set_exchange_error(void *user, const char *kind, const char *message)
+{
+    (void)kind;
+    PyErr_Format(PyExc_MemoryError, "%s: %s", (const char *)user, message);
+}
+
+static int make_by_exchange(call *c, tensor *t, const char *name)
+{
+    managed_tensor *made = NULL;
+    void *object = NULL;
+    if (c->api->allocate(&t->dl, &made, (void *)(uintptr_t)name, set_exchange_error)) return -1;
+    t->dl = made->tensor; /* stays where it is while the new array lives */
+    if (c->api->import(made, &object)) return -1;
+    t->object = t->owner = object;
+    return 0;
+}
+
+/* By empty(shape, dtype=) of the package that the first array is of. */
+static int make_by_module(call *c, tensor *t, const char *name, PyObject *fill)
+{
+    PyObject *module = NULL, *shape = NULL, *options = NULL, *dtype = NULL, *args = NULL;
+    int result = -1;
+    const char *const known[] = {"numpy", "torch", "cupy"};
+    for (int i = 0; i < 3 && !module && c->like; i++) {
+        if (comes_from(c->like, known[i])) module = imported(known[i]);
+    }
+    if (!module) {
+        raise_error(QKV_ERR_UNSUPPORTED,
+                    "%s: arrays are made for torch, NumPy and CuPy alone: give one", name);
+        return -1;
+    }
+    const int torch = comes_from(c->like, "torch");
+    dtype = PyObject_GetAttrString(module, dtype_name(t->dl.dtype));
+    if (!dtype) goto out;
+    shape = PyTuple_New(t->dl.ndim);
+    options = PyDict_New();
+    if (!shape || !options || PyDict_SetItemString(options, "dtype", dtype)) goto out;
+    for (int i = 0; i < t->dl.ndim; i++) {
+        PyObject *size = PyLong_FromLongLong(t->shape[i]);
+        if (!size || PyTuple_SetItem(shape, i, size)) goto out;
+    }
+    if (torch) {
+        PyObject *device = PyObject_GetAttrString(c->like, "device");
+        const int bad = !device || PyDict_SetItemString(options, "device", device);
+        Py_XDECREF(device);
+        if (bad) goto out;
+    }
+    args = fill ? Py_BuildValue("(OO)", shape, fill) : Py_BuildValue("(O)", shape);
+    PyObject *make = args ? PyObject_GetAttrString(module, fill ? "full" : "empty") : NULL;
+    PyObject *made = make ? PyObject_Call(make, args, options) : NULL;
+    Py_XDECREF(make);
+    if (!made) goto out;
+    /* Read as any array is; then made and its capsule are what keeps it. */
+    c->num_tensors--;
+    tensor *read = read_array(c, made, name, 1);
+    if (read && read->owner) {
+        PyObject *both = PyTuple_Pack(2, made, read->owner);
+        Py_DECREF(read->owner);
+        Py_DECREF(made);
+        read->owner = both;
+        result = both ? 0 : -1;
+    } else if (read) {
+        read->owner = made;
+        result = 0;
+    } else {
+        Py_DECREF(made);
+    }
+out:
+    Py_XDECREF(dtype);
+    Py_XDECREF(shape);
+    Py_XDECREF(options);
+    Py_XDECREF(args);
+    return result;
+}
+
+static tensor *make_array(call *c, const char *name, DLDataType dtype, int ndim,
+                          const int64_t *shape, PyObject *fill)
+{
+    tensor *t = add_tensor(c);
+    if (!t) return NULL;
+    if (!dtype_name(dtype) || ndim > MAX_DIMS) {
+        raise_error(QKV_ERR_INVALID, "%s: cannot be made, give an array", name);
+        return fail(c);
+    }
+    for (int i = 0; i < ndim; i++) t->shape[i] = shape[i];
+    t->dl = (DLTensor){.device = c->device, .ndim = ndim, .dtype = dtype, .shape = t->shape};
+    if (c->api && !fill ? make_by_exchange(c, t, name) : make_by_module(c, t, name, fill)) {
+        return fail(c);
+    }
+    return t;
+}
+
+tensor *output(call *c, PyObject *value, const char *name, DLDataType dtype, int ndim,
+               const int64_t *shape)
+{
+    if (!absent(value)) return written_array(c, value, name);
+    return make_array(c, name, dtype, ndim, shape, NULL);
+}
+
+tensor *output_like(call *c, PyObject *value, const char *name, const tensor *like)
+{
+    if (c->failed) return NULL;
+    return output(c, value, name, like->dl.dtype, like->dl.ndim, like->dl.shape);
+}
+
+tensor *filled(call *c, const char *name, DLDataType dtype, int64_t length, PyObject *value)
+{
+    if (c->failed) return NULL;
+    if (c->device.device_type != kDLCPU) return make_array(c, name, dtype, 1, &length, value);
+    tensor *t = add_tensor(c);
+    if (!t) return NULL;
+    t->shape[0] = length;
+    t->dl = (DLTensor){.device = {kDLCPU, 0}, .ndim = 1, .dtype = dtype, .shape = t->shape};
+    const Py_ssize_t bytes = dtype.bits / 8;
+    t->owner = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)length * bytes);
+    char *data = t->owner ? PyBytes_AsString(t->owner) : NULL;
+    if (!data) return fail(c);
+    t->dl.data = data;
+    for (int64_t i = 0; i < length; i++, data += bytes) {
+        char *at = data;
+        if (i)
+            memcpy(data, data - bytes, (size_t)bytes);
+        else if (put_number(value, name, dtype, &at))
+            return fail(c);
+    }
+    return t;
+}
+
+/* ---- calls ---------------------------------------------------------------------------------------- */
+
+int ready_on(call *c, qkv_context *ctx, DLDevice device)
+{
+    if (c->failed) return 0;
+    c->ctx = ctx;
+    if (device.device_type == kDLCUDA && find_stream(c, device.device_id)) c->failed = 1;
+    return !c->failed;
+}
+
+int ready(call *c)
+{
+    if (c->failed) return 0;
+    context_object *ctx =
+        absent(c->ctx_object) ? default_context(c->device) : as_context(c->ctx_object);
+    if (!ctx) return c->failed = 1, 0;
+    return ready_on(c, ctx->ctx, ctx->device);
+}
+
+PyObject *end_call(call *c, tensor *result)
+{
+    PyObject *value = NULL;
+    if (!c->failed) {
+        value = result ? result->object : Py_None;
+        Py_INCREF(value);
+    }
+    for (int i = 0; i < c->num_tensors; i++) {
+        tensor *t = &c->tensors[i];
+        Py_XDECREF(t->owner);
+        if (t->lent && t->lent->deleter) t->lent->deleter(t->lent);
+    }
+    c->num_tensors = 0;
+    return value;
+}
+
+int keep_alive(PyObject *list, tensor *t)
+{
+    if (!t) return 0;
+    if (t->object && PyList_Append(list, t->object)) return -1;
+    return t->owner ? PyList_Append(list, t->owner) : 0;
+}
+
+/* ---- module --------------------------------------------------------------------------------------- */
+
+int add_tensors(PyObject *module)
+{
+    (void)module;
+    if (max_version) return 0;
+    str_exchange_api = PyUnicode_InternFromString("__dlpack_c_exchange_api__");
+    str_dlpack = PyUnicode_InternFromString("__dlpack__");
+    str_dlpack_device = PyUnicode_InternFromString("__dlpack_device__");
+    str_max_version = PyUnicode_InternFromString("max_version");
+    str_stream = PyUnicode_InternFromString("stream");
+    str_requires_grad = PyUnicode_InternFromString("requires_grad");
+    max_version = Py_BuildValue("(ii)", 1, 3);
+    return str_exchange_api && str_dlpack && str_dlpack_device && str_max_version && str_stream &&
+                   str_requires_grad && max_version
+               ? 0
+               : -1;
+}
