@@ -35,6 +35,11 @@ PyObject *raise_error(qkv_status status, const char *format, ...)
     return NULL;
 }
 
+int is_own_error(void)
+{
+    return PyErr_ExceptionMatches(errors[0]);
+}
+
 int add_errors(PyObject *module)
 {
     const struct {

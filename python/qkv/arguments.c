@@ -244,6 +244,9 @@ static const struct {
     {"e5m2", "float8_e5m2", {12, 8, 1}}, {"i8", "int8", {0, 8, 1}},
     {"i32", "int32", {0, 32, 1}},        {"i64", "int64", {0, 64, 1}},
     {"u8", "uint8", {1, 8, 1}},          {"u64", "uint64", {1, 64, 1}},
+    {"f64", "float64", {2, 64, 1}},      {"i16", "int16", {0, 16, 1}},
+    {"u16", "uint16", {1, 16, 1}},       {"u32", "uint32", {1, 32, 1}},
+    {"bool", "bool", {6, 8, 1}},
 };
 enum { NUM_DTYPES = sizeof dtypes / sizeof dtypes[0] };
 
@@ -292,8 +295,7 @@ int read_dtype(PyObject *value, const char *name, DLDataType *out)
     }
     if (!found) {
         raise_error(QKV_ERR_INVALID,
-                    "%s: expected f32, f16, bf16, e4m3, e5m2, i8, i32, i64, u8 or u64, or a "
-                    "framework's dtype of these, got %s",
+                    "%s: expected \"f32\", \"bf16\" or the like, or a framework's dtype, got %s",
                     name, text);
     }
     Py_DECREF(owner);

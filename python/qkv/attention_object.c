@@ -9,6 +9,7 @@
 
 #include <dlfcn.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <string.h>
 
 typedef struct attention_object {
@@ -30,17 +31,18 @@ static PyTypeObject *attention_type;
 /* Is the stream being captured into a graph? Asked of the driver, which is loaded where a GPU is used. */
 static int is_capturing(void *stream)
 {
-    static int (*query)(void *stream, int *status);
-    if (!query) {
+    static _Atomic(void *) found;
+    void *symbol = atomic_load_explicit(&found, memory_order_relaxed);
+    if (!symbol) {
         void *driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD);
-        if (!driver) return 0;
-        void *symbol = dlsym(driver, "cuStreamIsCapturing");
-        memcpy(&query, &symbol, sizeof query);
-        dlclose(driver);
-        if (!query) return 0;
+        symbol = driver ? dlsym(driver, "cuStreamIsCapturing") : NULL;
+        if (driver) dlclose(driver); /* others keep it */
+        if (!symbol) return 0;
+        atomic_store_explicit(&found, symbol, memory_order_relaxed);
     }
-    int status =
-        0; /* CU_STREAM_CAPTURE_STATUS_NONE; a failure is the legacy stream beside a capture */
+    int (*query)(void *stream, int *status);
+    memcpy(&query, &symbol, sizeof query);
+    int status = 0;
     return query(stream, &status) == 0 && status != 0;
 }
 
@@ -102,9 +104,8 @@ static PyObject *attention_new(PyTypeObject *type, PyObject *args, PyObject *kwa
     self->captured = PyList_New(0);
     qkv_status status = QKV_OK;
     if (self->borrowed && self->captured) {
-        Py_BEGIN_ALLOW_THREADS status =
-            qkv_attention_create(op.ctx->ctx, &op.spec, &op.limits, NULL, &self->op);
-        Py_END_ALLOW_THREADS if (status) raise_status(status);
+        UNLOCKED(status = qkv_attention_create(op.ctx->ctx, &op.spec, &op.limits, NULL, &self->op));
+        if (status) raise_status(status);
     }
     if (!self->op || set_params(self, &op)) {
         Py_DECREF((PyObject *)self);
@@ -132,8 +133,7 @@ static void attention_dealloc(PyObject *object)
     PyObject_GC_UnTrack(object);
     if (self->has_run && self->ctx->device.device_type == kDLCUDA &&
         !is_capturing(self->last_stream)) {
-        Py_BEGIN_ALLOW_THREADS(void) qkv_attention_status(self->op, self->last_stream);
-        Py_END_ALLOW_THREADS
+        UNLOCKED(qkv_attention_status(self->op, self->last_stream));
     }
     qkv_attention_destroy(self->op);
     pthread_mutex_destroy(&self->in_use);
@@ -293,9 +293,9 @@ static PyObject *attention_plan(PyObject *object, PyObject *const *args, Py_ssiz
     if (capturing && PyList_Append(self->captured, borrowed)) c.failed = 1;
     if (!c.failed) {
         qkv_status status;
-        Py_BEGIN_ALLOW_THREADS pthread_mutex_lock(&self->in_use);
-        status = qkv_attention_plan(self->op, &batch, c.stream);
-        if (!status) { /* what is released below is no longer in force */
+        UNLOCKED(pthread_mutex_lock(&self->in_use);
+                 status = qkv_attention_plan(self->op, &batch, c.stream));
+        if (!status) { /* under both locks: plan and list change together, out of the collector's sight */
             PyObject *former = self->borrowed;
             self->borrowed = borrowed;
             borrowed = former;
@@ -303,7 +303,7 @@ static PyObject *attention_plan(PyObject *object, PyObject *const *args, Py_ssiz
             self->has_run = 1;
         }
         pthread_mutex_unlock(&self->in_use);
-        Py_END_ALLOW_THREADS if (status) c.failed = 1, raise_status(status);
+        if (status) c.failed = 1, raise_status(status);
     }
     Py_XDECREF(borrowed);
     PyObject *result = end_call(&c, NULL);
@@ -465,18 +465,14 @@ static PyObject *attention_run(PyObject *object, PyObject *const *args, Py_ssize
     io.args = of_variant;
     if (ready_on(&c, self->ctx->ctx, self->ctx->device)) {
         qkv_status status;
-        Py_BEGIN_ALLOW_THREADS pthread_mutex_lock(&self->in_use);
-        status = qkv_attention_run(self->op, &io, c.stream);
+        UNLOCKED(pthread_mutex_lock(&self->in_use);
+                 status = qkv_attention_run(self->op, &io, c.stream);
+                 pthread_mutex_unlock(&self->in_use));
         self->last_stream = c.stream;
-        self->has_run = 1;
-        pthread_mutex_unlock(&self->in_use);
-        Py_END_ALLOW_THREADS if (status) c.failed = 1, raise_status(status);
+        if (status) c.failed = 1, raise_status(status);
     }
     Py_DECREF(ordered);
-    if (!lse) return end_call(&c, o);
-    PyObject *both = c.failed ? NULL : PyTuple_Pack(2, o->object, lse->object);
-    Py_XDECREF(end_call(&c, NULL));
-    return both;
+    return lse ? end_call_pair(&c, o, lse) : end_call(&c, o);
 }
 
 enum { STATUS_STREAM };
@@ -495,10 +491,10 @@ static PyObject *attention_status(PyObject *object, PyObject *const *args, Py_ss
     begin_call(&c, NULL, 0, NULL, v[STATUS_STREAM]);
     if (ready_on(&c, self->ctx->ctx, self->ctx->device)) {
         qkv_status status;
-        Py_BEGIN_ALLOW_THREADS pthread_mutex_lock(&self->in_use);
-        status = qkv_attention_status(self->op, c.stream);
-        pthread_mutex_unlock(&self->in_use);
-        Py_END_ALLOW_THREADS if (status) c.failed = 1, raise_status(status);
+        UNLOCKED(pthread_mutex_lock(&self->in_use);
+                 status = qkv_attention_status(self->op, c.stream);
+                 pthread_mutex_unlock(&self->in_use));
+        if (status) c.failed = 1, raise_status(status);
     }
     return end_call(&c, NULL);
 }
@@ -528,9 +524,9 @@ static PyObject *can_run(PyObject *module, PyObject *const *args, Py_ssize_t nar
     if (!read_operator(v, &op)) {
         char reasons[8192] = "";
         qkv_status status;
-        Py_BEGIN_ALLOW_THREADS status =
-            qkv_attention_can_run(op.ctx->ctx, &op.spec, &op.limits, reasons, sizeof reasons);
-        Py_END_ALLOW_THREADS result = status ? raise_status(status) : PyUnicode_FromString(reasons);
+        UNLOCKED(status = qkv_attention_can_run(op.ctx->ctx, &op.spec, &op.limits, reasons,
+                                                sizeof reasons));
+        result = status ? raise_status(status) : PyUnicode_FromString(reasons);
     }
     free_operator(&op);
     return result;
@@ -551,13 +547,11 @@ static PyObject *workspace_size(PyObject *module, PyObject *const *args, Py_ssiz
     if (!read_operator(v, &op)) {
         qkv_workspace_size size;
         qkv_status status;
-        Py_BEGIN_ALLOW_THREADS status =
-            qkv_attention_workspace_size(op.ctx->ctx, &op.spec, &op.limits, &size);
-        Py_END_ALLOW_THREADS result =
-            status ? raise_status(status)
-                   : Py_BuildValue("(KKK)", (unsigned long long)size.plan_bytes,
-                                   (unsigned long long)size.scratch_bytes,
-                                   (unsigned long long)size.pinned_bytes);
+        UNLOCKED(status = qkv_attention_workspace_size(op.ctx->ctx, &op.spec, &op.limits, &size));
+        result = status ? raise_status(status)
+                        : Py_BuildValue("(KKK)", (unsigned long long)size.plan_bytes,
+                                        (unsigned long long)size.scratch_bytes,
+                                        (unsigned long long)size.pinned_bytes);
     }
     free_operator(&op);
     return result;
@@ -594,7 +588,7 @@ static PyObject *merge(PyObject *module, PyObject *const *args, Py_ssize_t nargs
         read_flag(v[MERGE_BASE_2], "base_2", &base_2)) {
         return NULL;
     }
-    PyObject *o_list = PySequence_Tuple(v[MERGE_O_STATES]), *both = NULL;
+    PyObject *o_list = PySequence_Tuple(v[MERGE_O_STATES]);
     PyObject *lse_list = o_list ? PySequence_Tuple(v[MERGE_LSE_STATES]) : NULL;
     if (!lse_list) {
         Py_XDECREF(o_list);
@@ -624,13 +618,10 @@ static PyObject *merge(PyObject *module, PyObject *const *args, Py_ssize_t nargs
         RUN(&c, qkv_attention_merge(c.ctx, dl(o), dl(lse), o_states, lse_states, (int32_t)num,
                                     base_2 ? QKV_ATTENTION_LSE_BASE_2 : 0, c.stream));
     }
-    if (!c.failed && lse) both = PyTuple_Pack(2, o->object, lse->object);
-    PyObject *alone = end_call(&c, o);
+    PyObject *result = lse ? end_call_pair(&c, o, lse) : end_call(&c, o);
     Py_DECREF(o_list);
     Py_DECREF(lse_list);
-    if (!lse || !alone) return alone;
-    Py_DECREF(alone);
-    return both;
+    return result;
 }
 
 /* ---- module --------------------------------------------------------------------------------------- */

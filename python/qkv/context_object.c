@@ -81,8 +81,8 @@ static PyObject *context_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     self = (context_object *)alloc(type, 0);
     if (!self) goto out;
     qkv_status status;
-    Py_BEGIN_ALLOW_THREADS status = qkv_context_create(&options, &self->ctx);
-    Py_END_ALLOW_THREADS self->device = options.device;
+    UNLOCKED(status = qkv_context_create(&options, &self->ctx));
+    self->device = options.device;
     if (status) {
         raise_status(status);
         Py_DECREF((PyObject *)self);

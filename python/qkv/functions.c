@@ -165,16 +165,13 @@ static PyObject *rope(ARGUMENTS)
     tensor *indptr = optional_array_or_list(&c, v[ROPE_INDPTR], "indptr", QKV_I32);
     tensor *offsets = optional_array_or_list(&c, v[ROPE_OFFSETS], "offsets", QKV_I32);
     tensor *q_out = output_like(&c, v[ROPE_Q_OUT], "q_out", q);
-    tensor *k_out =
-        k ? output_like(&c, v[ROPE_K_OUT], "k_out", k) : written_array(&c, v[ROPE_K_OUT], "k_out");
-    PyObject *result = NULL;
+    tensor *k_out = k ? output_like(&c, v[ROPE_K_OUT], "k_out", k)
+                      : optional_written_array(&c, v[ROPE_K_OUT], "k_out");
     if (ready(&c)) {
         RUN(&c, qkv_rope(c.ctx, &spec, dl(q_out), dl(q), dl(k_out), dl(k), dl(positions),
                          dl(indptr), dl(offsets), c.stream));
     }
-    if (!c.failed) result = PyTuple_Pack(2, q_out->object, k_out ? k_out->object : Py_None);
-    Py_XDECREF(end_call(&c, NULL));
-    return result;
+    return end_call_pair(&c, q_out, k_out);
 }
 
 /* ---- products ------------------------------------------------------------------------------------- */
@@ -275,11 +272,16 @@ static tensor *sampling_parameter(call *c, PyObject *value, const char *name, DL
                                   const tensor *logits)
 {
     if (c->failed || absent(value)) return NULL;
+    const DLDataType made = dtype.bits == 64 && c->device.device_type != kDLCPU ? QKV_I64 : dtype;
     tensor *t;
     if (PyNumber_Check(value) && !is_array(value)) {
-        const int on_gpu = c->device.device_type != kDLCPU;
-        t = filled(c, name, on_gpu && dtype.bits == 64 ? QKV_I64 : dtype, logits->dl.shape[0],
-                   value);
+        PyObject *index = made.bits == 64 ? PyNumber_Index(value) : NULL; /* 2^63 and more wrap */
+        PyObject *number =
+            index ? PyLong_FromLongLong((long long)PyLong_AsUnsignedLongLongMask(index)) : NULL;
+        if (made.bits == 64 && !number) c->failed = 1;
+        t = filled(c, name, made, logits->dl.shape[0], number ? number : value);
+        Py_XDECREF(index);
+        Py_XDECREF(number);
     } else {
         t = array_or_list(c, value, name, dtype);
     }
@@ -382,18 +384,12 @@ static void read_append(call *c, const append_arguments *from, append *a)
     }
     a->k = array(c, from->k, "k"); /* first: outputs are made as k is */
     a->v = array(c, from->v, "v");
-    if (c->failed) return;
-    if (absent(from->k_cache)) {
-        PyErr_SetString(PyExc_TypeError, "k_cache: expected an array, got None");
-        c->failed = 1;
-        return;
-    }
     a->k_cache = written_array(c, from->k_cache, "k_cache");
-    a->v_cache = written_array(c, from->v_cache, "v_cache");
+    a->v_cache = optional_written_array(c, from->v_cache, "v_cache");
     tensor *q = optional_array(c, from->q, "q");
     if (q || !absent(from->q_out)) {
-        a->q_out =
-            q ? output_like(c, from->q_out, "q_out", q) : written_array(c, from->q_out, "q_out");
+        a->q_out = q ? output_like(c, from->q_out, "q_out", q)
+                     : optional_written_array(c, from->q_out, "q_out");
     }
     if (has_rope) a->options.rope = &a->rope;
     a->options.q = dl(q);
@@ -539,12 +535,8 @@ static PyObject *kv_copy_pages(ARGUMENTS)
     call c;
     tensor slots[4];
     begin_call(&c, slots, 4, v[COPY_CTX], v[COPY_STREAM]);
-    if (absent(v[COPY_K_CACHE])) {
-        PyErr_SetString(PyExc_TypeError, "k_cache: expected an array, got None");
-        return NULL;
-    }
     tensor *k_cache = written_array(&c, v[COPY_K_CACHE], "k_cache");
-    tensor *v_cache = written_array(&c, v[COPY_V_CACHE], "v_cache");
+    tensor *v_cache = optional_written_array(&c, v[COPY_V_CACHE], "v_cache");
     tensor *src = array_or_list(&c, v[COPY_SRC], "src", QKV_I32);
     tensor *dst = array_or_list(&c, v[COPY_DST], "dst", QKV_I32);
     if (ready(&c)) {

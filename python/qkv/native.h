@@ -12,6 +12,14 @@
 
 #include "qkv/qkv.h"
 
+/* Runs statements without the interpreter's lock. */
+#define UNLOCKED(...)                                                                              \
+    do {                                                                                           \
+        PyThreadState *state_ = PyEval_SaveThread();                                               \
+        __VA_ARGS__;                                                                               \
+        PyEval_RestoreThread(state_);                                                              \
+    } while (0)
+
 /* Sets the exception of a failed call, with the library's message of this thread. Returns NULL. */
 PyObject *raise_status(qkv_status status);
 
@@ -19,15 +27,15 @@ PyObject *raise_status(qkv_status status);
 PyObject *raise_error(qkv_status status, const char *format, ...)
     __attribute__((format(printf, 2, 3)));
 
+/* Is the exception at hand a qkv.Error, which names its argument already? */
+int is_own_error(void);
+
 /* Each adds its part to the module; -1 with an exception on failure. */
 int add_errors(PyObject *module);
 int add_tensors(PyObject *module);
 int add_context(PyObject *module);
 int add_functions(PyObject *module);
 int add_attention(PyObject *module);
-
-/* Makes a heap type and adds it under the last part of its name. NULL on failure. */
-PyTypeObject *add_type(PyObject *module, PyType_Spec *spec);
 
 /* The release of an object of a heap type: its memory, then its type. */
 void free_object(PyObject *object);

@@ -2,7 +2,7 @@
  *
  * In: the exchange table of the array's type where there is one (torch from 2.10 on: some tens of ns), else
  * __dlpack__. A capsule is not consumed but held for the call: its destructor then releases it.
- * Out: the exchange table, else the framework's own empty().
+ * Out: the exchange table, else the framework's own empty(), else from_dlpack() of filled memory.
  * Nothing waits for a GPU: work goes to the stream that the framework works on, and __dlpack__ is told of
  * it, so that arrays of another stream are ordered before it.
  * SPDX-License-Identifier: Apache-2.0 */
@@ -12,6 +12,7 @@
 #include "context_object.h"
 
 #include <stdatomic.h>
+#include <stdlib.h>
 #include <string.h>
 
 static PyObject *str_exchange_api, *str_dlpack, *str_dlpack_device, *str_max_version, *str_stream,
@@ -34,6 +35,7 @@ static tensor *add_tensor(call *c)
     tensor *t = &c->tensors[c->num_tensors++];
     t->object = t->owner = NULL;
     t->lent = NULL;
+    t->adopted = 0;
     return t;
 }
 
@@ -166,7 +168,8 @@ int is_array(PyObject *value)
 }
 
 /* Gradients do not flow through the library: silence would train the wrong model. Where torch does not
- * record (no_grad, inference_mode) an array may well ask for them: weights do. */
+ * record (no_grad, inference_mode) an array may well ask for them: weights do. Returns whether it does, -1
+ * with an exception if that is refused. */
 static int check_gradient(PyObject *value, const char *name)
 {
     PyObject *wanted = PyObject_GetAttr(value, str_requires_grad);
@@ -180,10 +183,10 @@ static int check_gradient(PyObject *value, const char *name)
     PyObject *recording = torch ? PyObject_CallMethod(torch, "is_grad_enabled", NULL) : NULL;
     if (!recording) {
         PyErr_Clear();
-        return 0;
+        return 1;
     }
     Py_DECREF(recording);
-    if (recording != Py_True) return 0;
+    if (recording != Py_True) return 1;
     raise_error(
         QKV_ERR_INVALID,
         "%s: expected an array outside of autograd, got one that requires grad (detach() it, "
@@ -202,7 +205,7 @@ static int refuse_read_only(uint64_t flags, const char *name)
 
 static int read_exchange(const exchange_api *api, tensor *t, const char *name, int written)
 {
-    if (check_gradient(t->object, name)) return -1;
+    if (check_gradient(t->object, name) < 0) return -1;
     if (api->borrow && !written) return api->borrow(t->object, &t->dl);
     if (api->lend(t->object, &t->lent)) return -1; /* the only way to learn of flags */
     t->dl = t->lent->tensor;
@@ -274,6 +277,11 @@ static int read_protocol(call *c, tensor *t, const char *name, int written)
 {
     DLDevice device;
     if (read_array_device(t->object, &device)) return -1;
+    if (written && comes_from(t->object, "jaxlib")) { /* does not say so itself */
+        raise_error(QKV_ERR_INVALID, "%s: expected an array that can be written, JAX's cannot",
+                    name);
+        return -1;
+    }
     PyObject *stream = NULL;
     if (device.device_type == kDLCUDA || device.device_type == kDLCUDAManaged) {
         if (!c->like) c->like = t->object, c->device = device;
@@ -282,9 +290,39 @@ static int read_protocol(call *c, tensor *t, const char *name, int written)
         stream = PyLong_FromVoidPtr(c->stream ? c->stream : (void *)1);
         if (!stream) return -1;
     }
-    t->owner = ask_capsule(t->object, stream);
+    const int gradient = check_gradient(t->object, name);
+    if (gradient > 0) { /* torch's __dlpack__ would refuse it even under no_grad() */
+        PyObject *detached = PyObject_CallMethod(t->object, "detach", NULL);
+        t->owner = detached ? ask_capsule(detached, stream) : NULL;
+        Py_XDECREF(detached);
+    } else if (gradient == 0) {
+        t->owner = ask_capsule(t->object, stream);
+    }
     Py_XDECREF(stream);
     return t->owner ? read_capsule(t, name, written) : -1;
+}
+
+/* A framework's reason why it lends no array, with the argument's name before it. */
+static void name_argument(const char *name)
+{
+    if (!PyErr_ExceptionMatches(PyExc_Exception) || is_own_error()) return;
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    PyErr_NormalizeException(&type, &value, &trace);
+    if (trace) PyException_SetTraceback(value, trace);
+    PyObject *owner = PyObject_Str(value);
+    const char *text = owner ? PyUnicode_AsUTF8AndSize(owner, NULL) : NULL;
+    if (!text) PyErr_Clear();
+    const int line = text ? (int)strcspn(text, "\n") : 0; /* torch appends a backtrace */
+    raise_error(QKV_ERR_INVALID, "%s: expected an array that DLPack can lend: %.*s", name, line,
+                text ? text : "");
+    Py_XDECREF(owner);
+    Py_XDECREF(type);
+    Py_XDECREF(trace);
+    PyErr_Fetch(&type, &owner, &trace);
+    PyErr_NormalizeException(&type, &owner, &trace);
+    PyException_SetCause(owner, value); /* takes value over */
+    PyErr_Restore(type, owner, trace);
 }
 
 static tensor *read_array(call *c, PyObject *value, const char *name, int written)
@@ -295,11 +333,13 @@ static tensor *read_array(call *c, PyObject *value, const char *name, int writte
     const exchange_api *api = exchange_of(Py_TYPE(value));
     if (!api && !is_array(value)) {
         PyErr_Format(PyExc_TypeError, "%s: expected an array (with __dlpack__), got %R", name,
-                     value);
+                     (PyObject *)Py_TYPE(value));
         return fail(c);
     }
-    if (api ? read_exchange(api, t, name, written) : read_protocol(c, t, name, written))
+    if (api ? read_exchange(api, t, name, written) : read_protocol(c, t, name, written)) {
+        name_argument(name);
         return fail(c);
+    }
     if (!c->api && (!c->like || c->like == value)) {
         c->like = value;
         c->api = api;
@@ -308,20 +348,24 @@ static tensor *read_array(call *c, PyObject *value, const char *name, int writte
     return t;
 }
 
-tensor *optional_array(call *c, PyObject *value, const char *name)
-{
-    return absent(value) ? NULL : read_array(c, value, name, 0);
-}
-
 tensor *array(call *c, PyObject *value, const char *name)
 {
-    if (c->failed) return NULL;
-    return read_array(c, value ? value : Py_None, name, 0);
+    return c->failed ? NULL : read_array(c, value ? value : Py_None, name, 0);
+}
+
+tensor *optional_array(call *c, PyObject *value, const char *name)
+{
+    return absent(value) ? NULL : array(c, value, name);
 }
 
 tensor *written_array(call *c, PyObject *value, const char *name)
 {
-    return absent(value) ? NULL : read_array(c, value, name, 1);
+    return c->failed ? NULL : read_array(c, value ? value : Py_None, name, 1);
+}
+
+tensor *optional_written_array(call *c, PyObject *value, const char *name)
+{
+    return absent(value) ? NULL : written_array(c, value, name);
 }
 
 /* ---- lists in ------------------------------------------------------------------------------------- */
@@ -448,62 +492,122 @@ static int make_by_exchange(call *c, tensor *t, const char *name)
     return 0;
 }
 
-/* By empty(shape, dtype=) of the package that the first array is of. */
-static int make_by_module(call *c, tensor *t, const char *name, PyObject *fill)
+/* The package whose empty() and full() make arrays like the call's first; borrowed, NULL if unknown. */
+static PyObject *making_module(const call *c)
 {
-    PyObject *module = NULL, *shape = NULL, *options = NULL, *dtype = NULL, *args = NULL;
-    int result = -1;
-    const char *const known[] = {"numpy", "torch", "cupy"};
-    for (int i = 0; i < 3 && !module && c->like; i++) {
-        if (comes_from(c->like, known[i])) module = imported(known[i]);
+    static const char *const known[] = {"torch", "numpy", "cupy"};
+    for (int i = 0; i < 3 && c->like; i++) {
+        if (comes_from(c->like, known[i])) return imported(known[i]);
     }
-    if (!module) {
-        raise_error(QKV_ERR_UNSUPPORTED,
-                    "%s: arrays are made for torch, NumPy and CuPy alone: give one", name);
-        return -1;
-    }
-    const int torch = comes_from(c->like, "torch");
-    dtype = PyObject_GetAttrString(module, dtype_name(t->dl.dtype));
-    if (!dtype) goto out;
-    shape = PyTuple_New(t->dl.ndim);
-    options = PyDict_New();
-    if (!shape || !options || PyDict_SetItemString(options, "dtype", dtype)) goto out;
-    for (int i = 0; i < t->dl.ndim; i++) {
+    return NULL;
+}
+
+/* shape and dtype of a new array, and torch's device, as the arguments of empty() or full(). */
+static int making_arguments(const call *c, const tensor *t, PyObject *module, PyObject *fill,
+                            PyObject **args, PyObject **options)
+{
+    PyObject *shape = PyTuple_New(t->dl.ndim);
+    for (int i = 0; shape && i < t->dl.ndim; i++) {
         PyObject *size = PyLong_FromLongLong(t->shape[i]);
-        if (!size || PyTuple_SetItem(shape, i, size)) goto out;
+        if (!size || PyTuple_SetItem(shape, i, size)) break;
     }
-    if (torch) {
-        PyObject *device = PyObject_GetAttrString(c->like, "device");
-        const int bad = !device || PyDict_SetItemString(options, "device", device);
-        Py_XDECREF(device);
-        if (bad) goto out;
+    PyObject *dtype = PyObject_GetAttrString(module, dtype_name(t->dl.dtype));
+    PyObject *device = NULL;
+    if (comes_from(c->like, "torch")) device = PyObject_GetAttrString(c->like, "device");
+    if (!PyErr_Occurred()) {
+        *args = fill ? Py_BuildValue("(OO)", shape, fill) : Py_BuildValue("(O)", shape);
+        *options = device ? Py_BuildValue("{sOsO}", "dtype", dtype, "device", device)
+                          : Py_BuildValue("{sO}", "dtype", dtype);
     }
-    args = fill ? Py_BuildValue("(OO)", shape, fill) : Py_BuildValue("(O)", shape);
-    PyObject *make = args ? PyObject_GetAttrString(module, fill ? "full" : "empty") : NULL;
-    PyObject *made = make ? PyObject_Call(make, args, options) : NULL;
-    Py_XDECREF(make);
-    if (!made) goto out;
-    /* Read as any array is; then made and its capsule are what keeps it. */
-    c->num_tensors--;
-    tensor *read = read_array(c, made, name, 1);
-    if (read && read->owner) {
-        PyObject *both = PyTuple_Pack(2, made, read->owner);
-        Py_DECREF(read->owner);
-        Py_DECREF(made);
-        read->owner = both;
-        result = both ? 0 : -1;
-    } else if (read) {
-        read->owner = made;
-        result = 0;
-    } else {
-        Py_DECREF(made);
-    }
-out:
-    Py_XDECREF(dtype);
     Py_XDECREF(shape);
-    Py_XDECREF(options);
+    Py_XDECREF(dtype);
+    Py_XDECREF(device);
+    return *args && *options ? 0 : -1;
+}
+
+static tensor *make_by_module(call *c, PyObject *module, const char *name, PyObject *fill)
+{
+    tensor *t = &c->tensors[c->num_tensors - 1];
+    PyObject *args = NULL, *options = NULL, *make = NULL, *made = NULL;
+    if (!making_arguments(c, t, module, fill, &args, &options)) {
+        make = PyObject_GetAttrString(module, fill ? "full" : "empty");
+        if (make) made = PyObject_Call(make, args, options);
+    }
     Py_XDECREF(args);
-    return result;
+    Py_XDECREF(options);
+    Py_XDECREF(make);
+    if (!made) return fail(c);
+    c->num_tensors--; /* read into the same place, as any array is */
+    t = read_array(c, made, name, 1);
+    if (!t || !t->owner) {
+        if (t)
+            t->owner = made;
+        else
+            Py_DECREF(made);
+        return t;
+    }
+    PyObject *both = PyTuple_Pack(2, made, t->owner);
+    Py_DECREF(made);
+    Py_DECREF(t->owner);
+    t->owner = both;
+    return both ? t : fail(c);
+}
+
+/* On the CPU, of memory that becomes an array at the end of the call. */
+typedef struct block {
+    DLManagedTensor managed;
+    int64_t shape[MAX_DIMS];
+} block;
+
+static void free_block(DLManagedTensor *managed)
+{
+    free(managed->dl_tensor.data);
+    free(managed);
+}
+
+static void free_capsule(PyObject *capsule)
+{
+    if (!PyCapsule_IsValid(capsule, "dltensor")) return; /* consumed */
+    free_block(PyCapsule_GetPointer(capsule, "dltensor"));
+}
+
+static tensor *make_block(call *c, tensor *t)
+{
+    size_t bytes = (size_t)t->dl.dtype.bits / 8;
+    for (int i = 0; i < t->dl.ndim; i++) bytes *= (size_t)t->shape[i];
+    block *b = malloc(sizeof *b);
+    void *data = aligned_alloc(64, (bytes / 64 + 1) * 64); /* JAX copies what is aligned to less */
+    if (!b || !data) {
+        free(b);
+        free(data);
+        PyErr_NoMemory();
+        return fail(c);
+    }
+    memcpy(b->shape, t->shape, sizeof b->shape);
+    b->managed = (DLManagedTensor){.dl_tensor = t->dl, .deleter = free_block};
+    b->managed.dl_tensor.data = data;
+    b->managed.dl_tensor.shape = b->shape;
+    t->dl.data = data;
+    t->adopted = 1;
+    t->owner = PyCapsule_New(&b->managed, "dltensor", free_capsule);
+    if (t->owner) return t;
+    free_block(&b->managed);
+    return fail(c);
+}
+
+/* A new reference to the array of a tensor, None for NULL. */
+static PyObject *array_of(const call *c, const tensor *t)
+{
+    if (t && t->adopted) {
+        PyObject *module = PyImport_ImportModule("qkv._adopt");
+        PyObject *array =
+            module ? PyObject_CallMethod(module, "adopt", "OO", c->like, t->owner) : NULL;
+        Py_XDECREF(module);
+        return array;
+    }
+    PyObject *object = t ? t->object : Py_None;
+    Py_INCREF(object);
+    return object;
 }
 
 static tensor *make_array(call *c, const char *name, DLDataType dtype, int ndim,
@@ -512,15 +616,22 @@ static tensor *make_array(call *c, const char *name, DLDataType dtype, int ndim,
     tensor *t = add_tensor(c);
     if (!t) return NULL;
     if (!dtype_name(dtype) || ndim > MAX_DIMS) {
-        raise_error(QKV_ERR_INVALID, "%s: cannot be made, give an array", name);
+        raise_error(QKV_ERR_INVALID, "%s: expected an array where its dtype or %d axes are unusual",
+                    name, ndim);
         return fail(c);
     }
     for (int i = 0; i < ndim; i++) t->shape[i] = shape[i];
     t->dl = (DLTensor){.device = c->device, .ndim = ndim, .dtype = dtype, .shape = t->shape};
-    if (c->api && !fill ? make_by_exchange(c, t, name) : make_by_module(c, t, name, fill)) {
-        return fail(c);
+    if (c->api && !fill) return make_by_exchange(c, t, name) ? fail(c) : t;
+    PyObject *module = making_module(c);
+    if (module) return make_by_module(c, module, name, fill);
+    if (c->like && !fill && c->device.device_type == kDLCPU &&
+        PyObject_HasAttrString(c->like, "__array_namespace__")) {
+        return make_block(c, t);
     }
-    return t;
+    raise_error(QKV_ERR_UNSUPPORTED, "%s: expected an array, since none can be made like %s", name,
+                c->device.device_type == kDLCPU ? "those given" : "those given on this device");
+    return fail(c);
 }
 
 tensor *output(call *c, PyObject *value, const char *name, DLDataType dtype, int ndim,
@@ -578,20 +689,32 @@ int ready(call *c)
     return ready_on(c, ctx->ctx, ctx->device);
 }
 
-PyObject *end_call(call *c, tensor *result)
+static void release_tensors(call *c)
 {
-    PyObject *value = NULL;
-    if (!c->failed) {
-        value = result ? result->object : Py_None;
-        Py_INCREF(value);
-    }
     for (int i = 0; i < c->num_tensors; i++) {
         tensor *t = &c->tensors[i];
         Py_XDECREF(t->owner);
         if (t->lent && t->lent->deleter) t->lent->deleter(t->lent);
     }
     c->num_tensors = 0;
+}
+
+PyObject *end_call(call *c, tensor *result)
+{
+    PyObject *value = c->failed ? NULL : array_of(c, result);
+    release_tensors(c);
     return value;
+}
+
+PyObject *end_call_pair(call *c, tensor *first, tensor *second)
+{
+    PyObject *a = c->failed ? NULL : array_of(c, first);
+    PyObject *b = a ? array_of(c, second) : NULL;
+    PyObject *pair = b ? PyTuple_Pack(2, a, b) : NULL;
+    Py_XDECREF(a);
+    Py_XDECREF(b);
+    release_tensors(c);
+    return pair;
 }
 
 int keep_alive(PyObject *list, tensor *t)

@@ -23,6 +23,7 @@ typedef struct tensor {
     PyObject *object; /* borrowed from the caller; made here: owned by owner */
     PyObject *owner;  /* what else must live as long as dl: a capsule, a list's elements, or NULL */
     managed_tensor *lent;    /* the same, from an exchange table */
+    int adopted;             /* owner becomes an array only when it has been filled */
     int64_t shape[MAX_DIMS]; /* of a list, or of an array made here */
 } tensor;
 
@@ -52,8 +53,9 @@ tensor *optional_array(call *c, PyObject *value, const char *name);
 tensor *array_or_list(call *c, PyObject *value, const char *name, DLDataType dtype);
 tensor *optional_array_or_list(call *c, PyObject *value, const char *name, DLDataType dtype);
 
-/* One that is written to: refused if it is read-only. NULL if absent. */
+/* The same of arrays that are written to: read-only ones are refused. */
 tensor *written_array(call *c, PyObject *value, const char *name);
+tensor *optional_written_array(call *c, PyObject *value, const char *name);
 
 /* An output: value if given, else a new array of the call's framework and device. */
 tensor *output(call *c, PyObject *value, const char *name, DLDataType dtype, int ndim,
@@ -79,13 +81,16 @@ int ready_on(call *c, qkv_context *ctx, DLDevice device);
 #define RUN(c, expression)                                                                         \
     do {                                                                                           \
         qkv_status status_;                                                                        \
-        Py_BEGIN_ALLOW_THREADS status_ = (expression);                                             \
-        Py_END_ALLOW_THREADS if (status_)(c)->failed = 1, raise_status(status_);                   \
+        UNLOCKED(status_ = (expression));                                                          \
+        if (status_) (c)->failed = 1, raise_status(status_);                                       \
     } while (0)
 
 /* Releases what was read. Returns the array behind result (NULL: None) as a new reference, or NULL if the
  * call failed. */
 PyObject *end_call(call *c, tensor *result);
+
+/* The same with a tuple of two results. */
+PyObject *end_call_pair(call *c, tensor *first, tensor *second);
 
 /* Adds what must live as long as the memory of t to a list; nothing if t is NULL. */
 int keep_alive(PyObject *list, tensor *t);
