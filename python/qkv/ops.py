@@ -210,41 +210,39 @@ def _lookup(number: int) -> qkv.attention.Attention:
         ) from None
 
 
-def _attention_run(number, q, k, v=None, *, window=None, **options):
-    if window is not None:
-        options["window"] = tuple(window)
-    return _lookup(number).run(q, k, v, **options)
+def _attention_run(number, q, k, v=None, *, dtype=None, **options):
+    o = _lookup(number).run(q, k, v, **options)
+    _expect(o, dtype or q.dtype)
+    return o
 
 
-def _attention_run_lse(number, q, k, v=None, *, window=None, **options):
-    if window is not None:
-        options["window"] = tuple(window)
-    return _lookup(number).run(q, k, v, lse=True, **options)
+def _attention_run_lse(number, q, k, v=None, *, dtype=None, **options):
+    o, lse = _lookup(number).run(q, k, v, lse=True, **options)
+    _expect(o, dtype or q.dtype)
+    return o, lse
 
 
-def _attention_fake(number, q, k, v=None, **options):
-    attention = _lookup(int(number))
-    dtype = _DTYPES[attention.dtype_o]
-    return q.new_empty((q.shape[0], q.shape[1], attention.head_dim_vo), dtype=dtype)
+def _expect(o: torch.Tensor, dtype: torch.dtype) -> None:
+    """What was traced is what comes."""
+    if o.dtype != dtype:
+        raise ValueError(f"dtype: expected {o.dtype}, the operator's dtype_o, got {dtype}")
 
 
-def _attention_lse_fake(number, q, k, v=None, **options):
-    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-    return _attention_fake(number, q, k, v), lse
+def _attention_fake(number, q, k, v=None, *, dtype=None, **options):
+    dim = (k if v is None else v).shape[-1]
+    return q.new_empty((q.shape[0], q.shape[1], dim), dtype=dtype or q.dtype)
 
 
-_DTYPES = {
-    "f32": torch.float32,
-    "f16": torch.float16,
-    "bf16": torch.bfloat16,
-    "e4m3": torch.float8_e4m3fn,
-    "e5m2": torch.float8_e5m2,
-}
+def _attention_lse_fake(number, q, *args, **options):
+    return _attention_fake(number, q, *args, **options), q.new_empty(q.shape[:2], dtype=torch.float32)
 
+
+# dtype is that of the output, dtype_o of the operator; None is that of q.
 _RUN = (
-    "(int handle, Tensor q, Tensor k, Tensor? v=None, *, float sm_scale=0.0, "
-    "float logits_soft_cap=0.0, int[]? window=None, Tensor? q_scale=None, Tensor? k_scale=None, "
-    "Tensor? v_scale=None, Tensor? o_scale=None, Tensor? sink=None, Tensor? alibi_slopes=None) -> "
+    "(int handle, Tensor q, Tensor k, Tensor? v=None, *, ScalarType? dtype=None, "
+    "float sm_scale=0.0, float logits_soft_cap=0.0, int[]? window=None, Tensor? q_scale=None, "
+    "Tensor? k_scale=None, Tensor? v_scale=None, Tensor? o_scale=None, Tensor? sink=None, "
+    "Tensor? alibi_slopes=None) -> "
 )
 attention_run = _define(f"attention_run{_RUN}Tensor", _attention_run, _attention_fake)
 attention_run_lse = _define(

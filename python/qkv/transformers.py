@@ -125,7 +125,10 @@ def attention_mask(
         kept = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
         if kept is not None:
             kept = kept[:, kv_offset : kv_offset + kv_length]
-        q_pos = torch.as_tensor(q_offset - kv_offset, dtype=torch.int32, device=device)
+        q_pos = q_offset - kv_offset
+        if not isinstance(q_pos, torch.Tensor):  # full, as a copy to a GPU would wait
+            q_pos = torch.full((), q_pos, device=device)
+        q_pos = q_pos.to(device, torch.int32).reshape(())
         bounds = _bounds(pattern, batch_size, q_length, kv_length, q_pos, kept)
         if bounds is not None:
             return bounds
@@ -199,10 +202,9 @@ def attention_forward(
     """
     if dropout:
         raise NotImplementedError(f"dropout: expected 0, got {dropout}")
-    if module.training and torch.is_grad_enabled() and query.requires_grad:
-        raise NotImplementedError(f"attn_implementation={NAME!r}: gradients are not offered")
     for name in ("output_attentions", "position_bias"):
-        if kwargs.get(name) not in (None, False):
+        given = kwargs.get(name)
+        if given is not None and given is not False:
             raise NotImplementedError(f"{name}: not offered by attn_implementation={NAME!r}")
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     window = sliding_window - 1 if sliding_window else -1
@@ -220,12 +222,16 @@ def attention_forward(
         window,
         query.shape[3] ** -0.5 if scaling is None else scaling,
         softcap or 0.0,
-        s_aux,
+        None if s_aux is None else s_aux.detach().to(torch.float32),
     )
+    # The operators of torch take twice the time of what they call, and serve tracing and autograd.
+    direct = not (torch.compiler.is_compiling() or torch.is_grad_enabled())
     if kwargs.get("cu_seq_lens_q") is None:
-        return _attend(query, key, value, attention_mask, *options), None
-    offsets = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
-    return _attend_packed(query, key, value, *offsets, kwargs["max_length_q"], *options), None
+        attend = _attend_impl if direct else _attend
+        return attend(query, key, value, attention_mask, *options), None
+    attend = _attend_packed_impl if direct else _attend_packed
+    packed = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"], kwargs["max_length_q"]
+    return attend(query, key, value, *packed, *options), None
 
 
 def _fake(q, k, v, *args):
@@ -248,11 +254,12 @@ def _attend_impl(q, k, v, mask, causal, window, scale, softcap, sink):
     operator.plan(
         [] if mask is None else [mask],
         (batch, q_len, kv_len, step),
+        batch * q_len,
         lambda: _batch_arrays(mask, dense, batch, q_len, kv_len, step, q.device),
         reusable=not (dense and mask.is_inference()),
     )
     rows = q.transpose(1, 2).reshape(batch * q_len, heads, q.shape[3])
-    o = operator.run(rows, k, v, None, scale, sink)
+    o = operator.attention.run(rows, k, v, sm_scale=scale, sink=sink)
     return o.view(batch, q_len, heads, v.shape[2])
 
 
@@ -268,10 +275,10 @@ def _attend_packed_impl(q, k, v, cu_q, cu_k, max_q_len, causal, window, scale, s
     operator.plan(
         [cu_q, cu_k],
         (tokens,),
-        lambda: {"qo_indptr": cu_q.to(torch.int32), "kv_indptr": cu_k.to(torch.int32)}
-        | _rows_on_gpu(tokens, q.device),
+        tokens,
+        lambda: {"qo_indptr": cu_q.to(torch.int32), "kv_indptr": cu_k.to(torch.int32)},
     )
-    operator.run(q[0].transpose(0, 1), k, v, o, scale, sink)
+    operator.attention.run(q[0].transpose(0, 1), k, v, o=o, sm_scale=scale, sink=sink)
     return o[None]
 
 
@@ -288,6 +295,15 @@ _attend_packed = _define(
     _attend_packed_impl,
     _fake,
 )
+
+
+
+def _refuse_gradient(ctx, *gradients):
+    raise NotImplementedError(f"backward: no gradients through attn_implementation={NAME!r}")
+
+
+for _operation in (_attend, _attend_packed):
+    torch.library.register_autograd(_operation, _refuse_gradient)
 
 
 # --- The index arrays of a batch
@@ -347,17 +363,12 @@ def _batch_arrays(
         each = each.long() * bits.shape[1]
         arrays["mask_bits"] = bits.flatten()
         arrays["mask_indptr"] = _begins_and_ends(each, each + bits.shape[1])
-    return arrays | _rows_on_gpu(batch * q_len, device)
+    return arrays
 
 
 def _begins_and_ends(begin: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
     """[begin[0], end[0], begin[1], end[1], ...]: request 2i is the i-th, request 2i + 1 the gap."""
     return torch.stack([begin, end], dim=1).flatten()
-
-
-def _rows_on_gpu(rows: int, device: torch.device) -> dict[str, int]:
-    """plan cannot look into arrays on a GPU."""
-    return {} if device.type == "cpu" else {"max_tokens": rows}
 
 
 def _bits(mask: torch.Tensor, batch: int, q_len: int, kv_len: int) -> torch.Tensor:
@@ -376,8 +387,8 @@ def _bits(mask: torch.Tensor, batch: int, q_len: int, kv_len: int) -> torch.Tens
         mask = seen
     flat = mask[:, 0, :, :kv_len].expand(batch, q_len, kv_len).reshape(batch, -1)
     flat = torch.nn.functional.pad(flat, (0, -flat.shape[1] % 8)).view(batch, -1, 8)
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
-    return (flat * weights).sum(2, dtype=torch.uint8)
+    places = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (flat.to(torch.uint8) << places).sum(2, dtype=torch.uint8)
 
 
 # --- Operators
@@ -394,6 +405,7 @@ class _Operator:
             max_kv_len=2**30,  # costs nothing
         )
         self.requests, self.tokens = requests, tokens
+        self.on_gpu = spec["device"] != "cpu"
         self.planned: tuple | None = None
         self.held: tuple = ()
         self.in_graph = False
@@ -402,34 +414,31 @@ class _Operator:
         self,
         sources: list[torch.Tensor],
         shape: tuple[int, ...],
+        rows: int,
         make: Callable[[], dict[str, Any]],
         reusable: bool = True,
     ) -> None:
-        """Plan make(), unless the plan in force was made of the same tensors, unchanged since then.
+        """Plan make() for rows of q, unless the plan in force was made of the same tensors, unchanged
+        since then, and shape.
 
-        The tensors are held, so an address says which one it is. Whatever is captured has its plan in
-        the graph too, as a replay finds others in force and leaves its own behind.
+        The tensors are held, so an id says which one it is. What is captured has its plan in the graph
+        too, since a replay finds other plans in force, and leaves its own behind.
         """
-        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         versions = [0 if t.is_inference() else t._version for t in sources]
         planned = (shape, [id(t) for t in sources], versions)
         if planned == self.planned:
             return
         self.planned = None
         arrays = make()
+        if self.on_gpu:  # where plan cannot look into the arrays
+            arrays["max_tokens"] = rows
         self.attention.plan(**arrays)
-        if capturing and not self.in_graph:
+        if self.on_gpu and not self.in_graph and torch.cuda.is_current_stream_capturing():
             self.in_graph = True
             _in_graphs.append(self)
         self.held = (sources, arrays)
         if reusable and not self.in_graph:
             self.planned = planned
-
-    def run(self, q, k, v, o, scale, sink):
-        if sink is not None:
-            sink = sink.detach().to(torch.float32)
-        return self.attention.run(q, k, v, o=o, sm_scale=scale, sink=sink)
-
 
 # Graphs use the memory of their operators for as long as they live, which is not known here.
 _in_graphs: list[_Operator] = []
@@ -486,14 +495,12 @@ def _operator(
     }
     operators = _of_thread.operators
     on_gpu = q.device.type == "cuda"
-    stream = torch.cuda.current_stream(q.device) if on_gpu else None
-    key = (*spec.values(), stream.cuda_stream if on_gpu else 0)
+    stream = torch.cuda.current_stream(q.device).cuda_stream if on_gpu else 0
+    key = (*spec.values(), stream)
     found = operators.get(key)
     if found is None or requests > found.requests or tokens > found.tokens:
         if found is not None:
             requests, tokens = max(requests, found.requests), max(tokens, found.tokens)
-            if on_gpu:
-                stream.synchronize()  # what the former one has enqueued
         found = operators[key] = _Operator(
             spec, 1 << (requests - 1).bit_length(), 1 << (tokens - 1).bit_length()
         )

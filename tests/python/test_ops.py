@@ -13,16 +13,11 @@ from qkv import ops  # noqa: E402
 HEADS, KV_HEADS, DIM, PAGE, HIDDEN, INNER = 4, 2, 16, 4, 64, 96
 EPS, THETA = 1e-5, 10000.0
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
-
 
 @pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
+def no_gradients():
     with torch.no_grad():
         yield
-    torch.compiler.reset()
 
 
 def i32(values, device="cpu"):
@@ -177,7 +172,6 @@ BACKENDS = [
 ]
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_decoder_layer_compiles_as_one_graph_and_equals_eager(backend, device):
     attention = make_attention(device)
@@ -204,7 +198,7 @@ def test_dynamo_finds_no_graph_break():
     assert explained.graph_count == 1 and explained.graph_break_count == 0
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_a_decoder_layer_is_captured_in_a_cuda_graph():
     attention = make_attention("cuda")
     layer = Layer(ops.handle(attention)).to("cuda")
@@ -229,7 +223,7 @@ def test_a_decoder_layer_is_captured_in_a_cuda_graph():
     torch.testing.assert_close(arguments[1].double(), residual, rtol=1e-3, atol=1e-3)
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_reduce_overhead_puts_the_layer_into_a_cuda_graph():
     attention = make_attention("cuda")
     layer = Layer(ops.handle(attention)).to("cuda")
@@ -315,7 +309,6 @@ def cases(device):
     }
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", sorted(cases("cpu")))
 def test_torch_finds_each_operator_in_order(name, device):
     operator, args, kwargs = cases(device)[name]
@@ -332,6 +325,9 @@ def test_fake_outputs_are_as_the_real_ones(name):
     to_fake = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, (args, kwargs))
     with mode:
         fake = operator(*to_fake[0], **to_fake[1])
+    if real is None:
+        assert fake is None
+        return
     for a, b in zip(torch.utils._pytree.tree_leaves(real), torch.utils._pytree.tree_leaves(fake)):
         assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
 
@@ -342,10 +338,12 @@ def test_attention_output_has_the_dtype_of_the_operator():
     q = torch.randn(1, HEADS, DIM, dtype=torch.bfloat16)
     k, v = torch.randn(1, PAGE, KV_HEADS, DIM), torch.randn(1, PAGE, KV_HEADS, 8)
     args = (ops.handle(attention), q, k, v)
-    torch.library.opcheck(ops.attention_run, args)
-    out = ops.attention_run(*args)
+    torch.library.opcheck(ops.attention_run, args, dict(dtype=torch.float32))
+    out = ops.attention_run(*args, dtype=torch.float32)
     assert out.dtype == torch.float32 and out.shape == (1, HEADS, 8)
     torch.testing.assert_close(out[0], v[0, 0].repeat_interleave(HEADS // KV_HEADS, dim=0))
+    with pytest.raises(ValueError, match="dtype"):  # what was traced would be of q's dtype
+        ops.attention_run(*args)
 
 
 # --- Values of the operators that the layer above does not use

@@ -8,6 +8,7 @@ transformers = pytest.importorskip("transformers", minversion="5.24")
 import qkv.transformers as integration  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
+    ContinuousBatchingConfig,
     Gemma2Config,
     GenerationConfig,
     GptOssConfig,
@@ -16,15 +17,13 @@ from transformers import (  # noqa: E402
     masking_utils,
 )
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
-WINDOW = 6
+WINDOW, NEW_TOKENS = 6, 8
 
 COMMON = dict(
     vocab_size=99,
     hidden_size=64,
     intermediate_size=80,
-    num_hidden_layers=4,
+    num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=16,
@@ -37,7 +36,7 @@ COMMON = dict(
 CONFIGS = {
     "llama": lambda: LlamaConfig(**COMMON),
     "qwen3": lambda: Qwen3Config(
-        **COMMON, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2
+        **COMMON, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
     ),
     "gemma2": lambda: Gemma2Config(
         **COMMON, sliding_window=WINDOW, attn_logit_softcapping=2.0, query_pre_attn_scalar=40
@@ -49,11 +48,15 @@ CONFIGS = {
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def small_steps():
+    """One seed, as greedy tokens differ where two logits happen to be equal within rounding; no gradients;
+    no threads that wait for each other over tiny products."""
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with torch.no_grad():
         yield
-    torch.compiler.reset()
+    torch.set_num_threads(threads)
 
 
 def tiny(name, device="cpu"):
@@ -82,7 +85,7 @@ def generate(model, ids, mask, **options):
     return model.generate(
         ids,
         attention_mask=mask,
-        max_new_tokens=12,
+        max_new_tokens=NEW_TOKENS,
         do_sample=False,
         output_logits=True,
         return_dict_in_generate=True,
@@ -110,7 +113,6 @@ def bounds_only(monkeypatch):
     monkeypatch.setattr(masking_utils, "sdpa_mask", refuse)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_generation_of_padded_prompts_equals_eager(name, device):
     model = tiny(name, device)
@@ -130,7 +132,6 @@ def test_greedy_generation_makes_no_mask(name, bounds_only):
     generate(model, *prompts("cpu", "left"))
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_one_forward_over_padding_equals_eager(name, side, device):
@@ -139,8 +140,8 @@ def test_one_forward_over_padding_equals_eager(name, side, device):
     assert_same(model, lambda m: [m(input_ids=ids, attention_mask=mask).logits[mask.bool()]])
 
 
-@pytest.mark.parametrize("lengths", [(1,), (5,), (1, 1), (WINDOW, WINDOW), (WINDOW + 1,), (20, 20)])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("lengths", [(1,), (WINDOW - 1,), (WINDOW, WINDOW), (WINDOW + 1,), (20, 20)])
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
 def test_no_padding_and_lengths_about_the_window(name, lengths):
     model = tiny(name)
     ids, mask = prompts("cpu", "left", lengths)
@@ -152,7 +153,6 @@ def test_no_padding_and_lengths_about_the_window(name, lengths):
     assert_same(model, run)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_a_static_cache_equals_eager(name, device):
     model = tiny(name, device)
@@ -229,14 +229,9 @@ def test_half_precision_is_near_float32():
 # --- The paged cache of continuous batching
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", CONFIGS)
-def test_continuous_batching_equals_generate(name, device):
-    from transformers import ContinuousBatchingConfig
-
+def assert_batches_as_generate(name, device, **options):
     model = tiny(name, device)
-    lengths = (7, 1, 12, 4, 30)
-    inputs = [torch.randint(3, 99, (n,)).tolist() for n in lengths]
+    inputs = [torch.randint(3, 99, (n,)).tolist() for n in (7, 1, 12, 4, 30)]
     expected = []
     for prompt in inputs:
         ids = torch.tensor([prompt], device=device)
@@ -245,15 +240,29 @@ def test_continuous_batching_equals_generate(name, device):
     model.set_attn_implementation("qkv")
     results = model.generate_batch(
         inputs=inputs,
-        generation_config=GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=-1),
+        generation_config=GenerationConfig(
+            max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1
+        ),
         continuous_batching_config=ContinuousBatchingConfig(
-            page_size=8, num_blocks=64, max_batch_tokens=16, use_cuda_graph=False
+            page_size=8, num_blocks=64, max_batch_tokens=16, **options
         ),
         progress_bar=False,
     )
     assert model.config._attn_implementation == "qkv"
     generated = [results[key].generated_tokens for key in sorted(results, key=_request_number)]
     assert generated == expected
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_continuous_batching_equals_generate(name, device):
+    """Five requests, the longest in two chunks."""
+    assert_batches_as_generate(name, device, use_cuda_graph=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_continuous_batching_in_cuda_graphs_equals_generate(name):
+    assert_batches_as_generate(name, "cuda", use_cuda_graph=True)
 
 
 def _request_number(key):
@@ -282,6 +291,7 @@ def test_a_model_compiles_as_one_graph_and_equals_eager():
     model.set_attn_implementation("qkv")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(run(compiled), expected, rtol=2e-4, atol=2e-4)
+    torch.compiler.reset()
 
 
 # --- Strides, bounds, refusals
@@ -414,7 +424,16 @@ def test_what_is_not_offered_is_named():
     q = q.double()
     with pytest.raises(NotImplementedError, match="query.*float64"):
         forward()
-    q = torch.randn(1, 2, 4, 8, requires_grad=True)
-    module.train()
-    with torch.enable_grad(), pytest.raises(NotImplementedError, match="gradients"):
-        forward()
+
+
+def test_a_forward_may_record_gradients_but_there_is_no_backward():
+    model = tiny("gpt_oss")
+    ids, mask = prompts("cpu", "left")
+
+    def run(model):
+        return [model(input_ids=ids, attention_mask=mask).logits[mask.bool()]]
+
+    with torch.enable_grad():
+        assert_same(model, run)
+        with pytest.raises(NotImplementedError, match="backward"):
+            run(model)[0].sum().backward()
