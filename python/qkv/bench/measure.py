@@ -83,7 +83,7 @@ class Bench:
         """Normal random values; on the CPU the same BLOCK of them over and over."""
         if self.gpu:
             return torch.randn(shape, dtype=DTYPES[dtype], device=self.device)
-        block = torch.randn(BLOCK).to(DTYPES[dtype])
+        block = torch.randn(min(BLOCK, math.prod(shape))).to(DTYPES[dtype])
         out = torch.empty(shape, dtype=DTYPES[dtype])
         for part in out.view(-1).split(BLOCK):
             part.copy_(block[: part.numel()])
