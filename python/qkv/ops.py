@@ -18,9 +18,10 @@ names of this module are those operators::
     attention.plan(...)                        # once per step, outside of it
     block(x, ...)
 
-Arguments and shapes are those of the functions of the same names in ``qkv``, which take arrays of any
-framework and cost some 3 us less a call; here every array is a torch tensor and every output is new
-but the caches and the residual, which are written in place. None of them has a gradient.
+Arguments and shapes are those of the functions of the same names in ``qkv``. Those take arrays of any
+framework and cost some 3 us less a call: outside of torch.compile they are the better choice. Here every
+array and every scale is a torch tensor, and every output is new but the caches and the residual, which are
+written in place. None of the operators has a gradient.
 """
 
 from __future__ import annotations
@@ -50,15 +51,18 @@ __all__ = [
     "sample",
 ]
 
-# Library.define and impl rather than torch.library.custom_op: 3 us a call instead of 10
-# (python/qkv/bench measures it), since the latter wraps each dispatch key in Python.
+# Library.define and impl rather than torch.library.custom_op, which wraps each dispatch key in Python:
+# rmsnorm of [4, 64] takes 1.9 us called directly, 4.8 as an operator of this library and 13 as a custom
+# one (8 under inference_mode), on an AMD EPYC with torch 2.15.
 _library = torch.library.Library("qkv", "DEF")
 
 
-def _define(schema: str, implementation: Callable, fake: Callable) -> torch._ops.OpOverload:
+def _define(
+    schema: str, implementation: Callable, fake: Callable, tags: tuple = ()
+) -> torch._ops.OpOverload:
     """One operator; the overload itself is returned, since looking it up by name costs too."""
     name = schema[: schema.index("(")]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     for key in ("CPU", "CUDA"):
         _library.impl(name, implementation, key)
     torch.library.register_fake(f"qkv::{name}", fake, lib=_library)

@@ -238,7 +238,7 @@ def _fake(q, k, v, *args):
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
 
 
-def _attend_impl(q, k, v, mask, causal, window, scale, softcap, sink):
+def _attend_impl(q, k, v, mask, causal, window, scale, softcap, sink, traced=False):
     batch, heads, q_len, _ = q.shape
     if q.numel() == 0:
         return _fake(q, k, v)
@@ -256,14 +256,16 @@ def _attend_impl(q, k, v, mask, causal, window, scale, softcap, sink):
         (batch, q_len, kv_len, step),
         batch * q_len,
         lambda: _batch_arrays(mask, dense, batch, q_len, kv_len, step, q.device),
-        reusable=not (dense and mask.is_inference()),
+        reusable=not traced and not (dense and mask.is_inference()),
     )
     rows = q.transpose(1, 2).reshape(batch * q_len, heads, q.shape[3])
     o = operator.attention.run(rows, k, v, sm_scale=scale, sink=sink)
     return o.view(batch, q_len, heads, v.shape[2])
 
 
-def _attend_packed_impl(q, k, v, cu_q, cu_k, max_q_len, causal, window, scale, softcap, sink):
+def _attend_packed_impl(
+    q, k, v, cu_q, cu_k, max_q_len, causal, window, scale, softcap, sink, traced=False
+):
     """Requests one behind another in a batch of 1, as continuous batching hands them over."""
     tokens = q.shape[2]
     # Rows of no request are padding of the step's size: not written, and not to become NaN later.
@@ -277,25 +279,30 @@ def _attend_packed_impl(q, k, v, cu_q, cu_k, max_q_len, causal, window, scale, s
         (tokens,),
         tokens,
         lambda: {"qo_indptr": cu_q.to(torch.int32), "kv_indptr": cu_k.to(torch.int32)},
+        reusable=not traced,
     )
     operator.attention.run(q[0].transpose(0, 1), k, v, o=o, sm_scale=scale, sink=sink)
     return o[None]
 
 
-# Operators of torch, so that a traced model has each layer's attention as one node.
+# Operators of torch, so that a traced model has each layer's attention as one node. Each plans anew, since
+# compiled code writes into tensors that it no longer needs without telling; and what a plan holds must not
+# lie in the memory of reduce-overhead, whose graphs therefore leave them out.
+_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 _OPTIONS = "bool causal, int window, float scale, float softcap, Tensor? sink) -> Tensor"
 _attend = _define(
     f"transformers_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, {_OPTIONS}",
-    _attend_impl,
+    functools.partial(_attend_impl, traced=True),
     _fake,
+    _TAGS,
 )
 _attend_packed = _define(
     "transformers_packed_attention(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, "
     f"int max_q_len, {_OPTIONS}",
-    _attend_packed_impl,
+    functools.partial(_attend_packed_impl, traced=True),
     _fake,
+    _TAGS,
 )
-
 
 
 def _refuse_gradient(ctx, *gradients):
@@ -416,14 +423,18 @@ class _Operator:
         shape: tuple[int, ...],
         rows: int,
         make: Callable[[], dict[str, Any]],
-        reusable: bool = True,
+        reusable: bool,
     ) -> None:
         """Plan make() for rows of q, unless the plan in force was made of the same tensors, unchanged
         since then, and shape.
 
-        The tensors are held, so an id says which one it is. What is captured has its plan in the graph
-        too, since a replay finds other plans in force, and leaves its own behind.
+        The tensors are held, so an id says which one it is. reusable: their versions say whether they have
+        changed. What is captured has its plan in the graph too, since a replay finds other plans in
+        force, and leaves its own behind.
         """
+        if self.on_gpu and not self.in_graph and torch.cuda.is_current_stream_capturing():
+            self.in_graph, self.planned = True, None
+            _in_graphs.append(self)
         versions = [0 if t.is_inference() else t._version for t in sources]
         planned = (shape, [id(t) for t in sources], versions)
         if planned == self.planned:
@@ -433,16 +444,13 @@ class _Operator:
         if self.on_gpu:  # where plan cannot look into the arrays
             arrays["max_tokens"] = rows
         self.attention.plan(**arrays)
-        if self.on_gpu and not self.in_graph and torch.cuda.is_current_stream_capturing():
-            self.in_graph = True
-            _in_graphs.append(self)
         self.held = (sources, arrays)
         if reusable and not self.in_graph:
             self.planned = planned
 
+
 # Graphs use the memory of their operators for as long as they live, which is not known here.
 _in_graphs: list[_Operator] = []
-
 
 
 class _OfThread(threading.local):
@@ -499,6 +507,10 @@ def _operator(
     key = (*spec.values(), stream)
     found = operators.get(key)
     if found is None or requests > found.requests or tokens > found.tokens:
+        if on_gpu and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "stream: expected a step of this size before its capture, on the stream that is captured"
+            )
         if found is not None:
             requests, tokens = max(requests, found.requests), max(tokens, found.tokens)
         found = operators[key] = _Operator(

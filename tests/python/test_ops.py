@@ -1,6 +1,7 @@
 """qkv.ops: the torch operators against eager torch in float64, under torch.compile and CUDA graphs."""
 
 import shutil
+import sys
 
 import pytest
 
@@ -253,6 +254,8 @@ def cases(device):
     attention.plan(qo_indptr=i32([0, 2, 3]), block_table=i32([[3, 1], [5, 0]]), kv_lens=i32([6, 2]))
     handle = ops.handle(attention)
     pages = x(6, PAGE, KV_HEADS, DIM), x(6, PAGE, KV_HEADS, DIM)
+    rich = make_attention(device, window_left=3, window_right=0, sink=True, logits_soft_cap=5.0)
+    rich.plan(qo_indptr=i32([0, 2, 3]), block_table=i32([[3, 1], [5, 0]]), kv_lens=i32([6, 2]))
     seed = torch.arange(3, device=device).to(torch.uint64)
     csr = dict(
         qo_indptr=i32([0, 2, 3]),
@@ -300,6 +303,16 @@ def cases(device):
             ops.attention_run_lse,
             (handle, x(3, HEADS, DIM), *pages),
             dict(sm_scale=0.1, k_scale=scale),
+        ),
+        "attention_run_options": (
+            ops.attention_run,
+            (ops.handle(rich), x(3, HEADS, DIM), *pages),
+            dict(logits_soft_cap=2.0, window=[2, 0], sink=x(HEADS), v_scale=scale),
+        ),
+        "attention_run_combined": (
+            ops.attention_run,
+            (handle, x(3, HEADS, DIM), x(6, 2, PAGE, KV_HEADS, DIM)),
+            {},
         ),
         "merge": (
             ops.merge,
@@ -367,6 +380,17 @@ def test_merge_of_two_halves_is_the_whole():
     torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
 
 
+def test_options_of_attention_reach_the_operator():
+    operator, (number, *arrays), options = cases("cpu")["attention_run_options"]
+    options = dict(options, sm_scale=0.2, k_scale=torch.tensor([2.0]))
+    expected = ops._lookup(number).run(*arrays, **options)
+    assert torch.equal(operator(number, *arrays, **options), expected)
+    for name in options:
+        if name != "sink":  # which the operator insists on
+            less = {key: value for key, value in options.items() if key != name}
+            assert not torch.equal(operator(number, *arrays, **less), expected), name
+
+
 def test_argmax_and_cold_sampling_take_the_largest():
     logits = torch.randn(5, 100)
     best = logits.argmax(-1).to(torch.int32)
@@ -380,23 +404,14 @@ def test_argmax_and_cold_sampling_take_the_largest():
 
 
 def test_a_handle_keeps_the_operator_and_is_one_for_one():
-    import gc
-    import weakref
-
     attention = make_attention("cpu")
+    references = sys.getrefcount(attention)
     number = ops.handle(attention)
+    assert sys.getrefcount(attention) == references + 1
     assert ops.handle(attention) == number
     assert ops.handle(make_attention("cpu")) != number
-    try:
-        alive = weakref.ref(attention)
-    except TypeError:
-        alive = None  # not weakly referable: what follows still holds
-    del attention
-    gc.collect()
-    assert alive is None or alive() is not None
     ops.release(number)
-    gc.collect()
-    assert alive is None or alive() is None
+    assert sys.getrefcount(attention) == references
 
 
 def test_a_wrong_handle_is_refused_by_name():

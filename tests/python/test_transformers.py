@@ -8,10 +8,13 @@ transformers = pytest.importorskip("transformers", minversion="5.24")
 import qkv.transformers as integration  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
     ContinuousBatchingConfig,
     Gemma2Config,
     GenerationConfig,
     GptOssConfig,
+    Llama4TextConfig,
     LlamaConfig,
     Qwen3Config,
     masking_utils,
@@ -216,6 +219,38 @@ def test_packed_sequences_equal_eager():
     )
 
 
+def test_beam_search_equals_eager():
+    model = tiny("llama")
+    ids, mask = prompts("cpu", "left")
+    assert_same(model, lambda m: [generate(m, ids, mask, num_beams=3).sequences])
+
+
+def test_an_encoder_equals_eager():
+    """Rows see later keys too, up to the padding."""
+    config = BertConfig(
+        vocab_size=99,
+        hidden_size=64,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.3,
+    )
+    model = BertModel(config, add_pooling_layer=False).eval()
+    ids, mask = prompts("cpu", "right")
+    seen = mask.bool()
+    assert_same(model, lambda m: [m(ids, attention_mask=mask).last_hidden_state[seen]])
+
+
+def test_chunked_attention_equals_eager():
+    """A pattern that is not known here."""
+    config = Llama4TextConfig(
+        **COMMON, intermediate_size_mlp=80, num_local_experts=2, attention_chunk_size=4
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    ids, mask = prompts("cpu", "left")
+    assert_same(model, lambda m: [m(ids, attention_mask=mask).logits[mask.bool()]])
+
+
 def test_half_precision_is_near_float32():
     model = tiny("llama")
     ids, mask = prompts("cpu", "left")
@@ -400,6 +435,31 @@ def test_a_changed_mask_is_planned_again():
         torch.testing.assert_close(*both())
 
 
+@pytest.mark.gpu
+def test_a_captured_layer_has_its_plan_in_the_graph():
+    """Other steps use the operator between the capture and the replay, one of the same mask before both."""
+    module = torch.nn.Module().eval()
+    q, k, v = (torch.randn(2, 4, 5, 64, device="cuda") for _ in range(3))
+    padding = torch.ones(2, 5, dtype=torch.bool, device="cuda")
+    padding[0, :2] = False
+    step = dict(batch_size=2, q_length=5, kv_length=5, device="cuda")
+    mask, other = (integration.attention_mask(**step, attention_mask=m) for m in (padding, None))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected, _ = integration.attention_forward(module, q, k, v, mask)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            out, _ = integration.attention_forward(module, q, k, v, mask)
+        unpadded, _ = integration.attention_forward(module, q, k, v, other)
+        out.zero_()
+        graph.replay()
+        again, _ = integration.attention_forward(module, q, k, v, other)
+    torch.cuda.synchronize()
+    assert torch.equal(out, expected)
+    assert torch.equal(again, unpadded) and not torch.equal(again, expected)
+
+
 def test_what_is_not_offered_is_named():
     module = torch.nn.Module().eval()
     q, k, v = (torch.randn(1, 2, 4, 8) for _ in range(3))
@@ -437,3 +497,15 @@ def test_a_forward_may_record_gradients_but_there_is_no_backward():
         assert_same(model, run)
         with pytest.raises(NotImplementedError, match="backward"):
             run(model)[0].sum().backward()
+
+
+def test_torch_finds_the_operators_in_order():
+    q, k, v = torch.randn(2, 4, 3, 16), torch.randn(2, 2, 5, 16), torch.randn(2, 2, 5, 8)
+    options = (True, -1, 0.25, 0.0, None)
+    mask = torch.rand(2, 1, 3, 5) < 0.5
+    bounds = integration.attention_mask(2, 3, 5, q_offset=2)
+    for given in (None, mask, bounds):
+        torch.library.opcheck(integration._attend, (q, k, v, given, *options))
+    q, k, v = torch.randn(1, 4, 5, 16), torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9, 8)
+    offsets = (torch.tensor(t, dtype=torch.int32) for t in ([0, 2, 2, 4], [0, 6, 6, 9]))
+    torch.library.opcheck(integration._attend_packed, (q, k, v, *offsets, 2, *options))
