@@ -44,6 +44,7 @@ check_tree() {
     check "${kernels[@]}" -- "kern/.*|$op/[a-z_]+((_params|_tile|\\.cpu)\\.h|\\.cuh)|$op/(lanes|planner|schedule|strips|tiles)\\.h|$op/(groups|schedule)\\.c|qi_variant\\.h"
     check "${hosts[@]}" -- "qkv/[a-z_]+\\.h|base/.*|core/launch\\.h|kern/(abi|plan|kv_view|rope|rope_turns|scale)\\.h|$op/.*"
   done
+  check python/qkv/*.[ch] -- 'qkv/[a-z_]+\.h|[a-z_]+\.h'
   check tools/*.[ch] examples/*.c examples/*/*.[ch] -- 'qkv/[a-z_]+\.h|[a-z_]+\.h'
 }
 

@@ -1,20 +1,22 @@
 """Types of the extension; help(qkv.rmsnorm) and the like say what the arguments mean."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias, TypeVar, overload
+from typing import Any, Literal, TypeAlias, TypeVar, final, overload
+
+from typing_extensions import Self
 
 from . import Rope, Variant
 
 # An array of any framework that speaks DLPack (with __dlpack__ and __dlpack_device__).
-Array: TypeAlias = Any
-A = TypeVar("A")
+_Array: TypeAlias = Any
+_A = TypeVar("_A")
 # Index arrays may be nested lists too, on the host.
-Index: TypeAlias = Array | Sequence[Any]
-Scale: TypeAlias = float | Array | Sequence[float]
+_Index: TypeAlias = _Array | Sequence[Any]
+_Scale: TypeAlias = float | _Array | Sequence[float]
 # "bf16", or a framework's own dtype.
-DType: TypeAlias = Any
-Layout: TypeAlias = Literal["NHD", "HND"]
-Mask: TypeAlias = Literal["none", "causal", "custom"]
+_DType: TypeAlias = Any
+_Layout: TypeAlias = Literal["NHD", "HND"]
+_Mask: TypeAlias = Literal["none", "causal", "custom"]
 
 class Error(Exception):
     status: int
@@ -27,9 +29,10 @@ class DeviceError(Error): ...
 class CommError(Error): ...
 class InternalError(Error): ...
 
+@final
 class Context:
-    def __init__(
-        self,
+    def __new__(
+        cls,
         device: Any = "cpu",
         *,
         num_threads: int = 0,
@@ -38,7 +41,7 @@ class Context:
         batch_invariant: bool = False,
         cache_dir: str | None = None,
         compiler: str | None = None,
-    ) -> None: ...
+    ) -> Self: ...
     @property
     def device_name(self) -> str: ...
     @property
@@ -48,31 +51,31 @@ class Context:
 
 def version() -> tuple[int, int, int]: ...
 def context(device: Any) -> Context: ...
-def empty_like(x: A, shape: int | Sequence[int] | None = None, dtype: DType | None = None) -> A: ...
+def empty_like(x: _A, shape: int | Sequence[int] | None = None, dtype: _DType | None = None) -> _A: ...
 def rmsnorm(
-    x: A, weight: Array, eps: float = 1e-6, weight_bias: float = 0.0, *, out: A | None = None, ctx: Context | None = None, stream: int | None = None
-) -> A: ...
+    x: _A, weight: _Array, eps: float = 1e-6, weight_bias: float = 0.0, *, out: _A | None = None, ctx: Context | None = None, stream: int | None = None
+) -> _A: ...
 def add_rmsnorm(
-    x: A,
-    residual: Array,
-    weight: Array,
+    x: _A,
+    residual: _Array,
+    weight: _Array,
     eps: float = 1e-6,
     weight_bias: float = 0.0,
     *,
-    out: A | None = None,
+    out: _A | None = None,
     ctx: Context | None = None,
     stream: int | None = None,
-) -> A: ...
+) -> _A: ...
 def gated_activation(
-    gate: A, up: Array, kind: Literal["silu", "gelu", "gelu_tanh"] = "silu", *, out: A | None = None, ctx: Context | None = None, stream: int | None = None
-) -> A: ...
+    gate: _A, up: _Array, kind: Literal["silu", "gelu", "gelu_tanh"] = "silu", *, out: _A | None = None, ctx: Context | None = None, stream: int | None = None
+) -> _A: ...
 def rope(
-    q: A,
-    k: A | None = None,
+    q: _A,
+    k: _A | None = None,
     *,
-    positions: Index | None = None,
-    indptr: Index | None = None,
-    offsets: Index | None = None,
+    positions: _Index | None = None,
+    indptr: _Index | None = None,
+    offsets: _Index | None = None,
     rotary_dim: int = 0,
     interleaved: bool = False,
     theta: float = 10000.0,
@@ -80,88 +83,89 @@ def rope(
     low_freq: float = 0.0,
     high_freq: float = 0.0,
     old_context: float = 0.0,
-    q_out: A | None = None,
-    k_out: A | None = None,
+    q_out: _A | None = None,
+    k_out: _A | None = None,
     ctx: Context | None = None,
     stream: int | None = None,
-) -> tuple[A, A | None]: ...
-def gemm(x: A, w: Array, *, out: A | None = None, ctx: Context | None = None, stream: int | None = None) -> A: ...
+) -> tuple[_A, _A | None]: ...
+def gemm(x: _A, w: _Array, *, out: _A | None = None, ctx: Context | None = None, stream: int | None = None) -> _A: ...
 def gemm_quantized(
-    x: A, w: Array, format: Literal["q8_0", "q4_0", "q4_1"], *, out: A | None = None, ctx: Context | None = None, stream: int | None = None
-) -> A: ...
-def argmax(logits: A, *, out: A | None = None, ctx: Context | None = None, stream: int | None = None) -> A: ...
+    x: _A, w: _Array, format: Literal["q8_0", "q4_0", "q4_1"], *, out: _A | None = None, ctx: Context | None = None, stream: int | None = None
+) -> _A: ...
+def argmax(logits: _A, *, out: _A | None = None, ctx: Context | None = None, stream: int | None = None) -> _A: ...
 def sample(
-    logits: A,
+    logits: _A,
     *,
-    seed: int | Index,
-    offset: int | Index | None = None,
-    temperature: Scale | None = None,
-    top_k: int | Index | None = None,
-    top_p: Scale | None = None,
-    min_p: Scale | None = None,
-    out: A | None = None,
+    seed: int | _Index,
+    offset: int | _Index | None = None,
+    temperature: _Scale | None = None,
+    top_k: int | _Index | None = None,
+    top_p: _Scale | None = None,
+    min_p: _Scale | None = None,
+    out: _A | None = None,
     ctx: Context | None = None,
     stream: int | None = None,
-) -> A: ...
+) -> _A: ...
 def kv_append(
-    k_cache: Array,
-    v_cache: Array | None,
-    k: Array,
-    v: Array,
+    k_cache: _Array,
+    v_cache: _Array | None,
+    k: _Array,
+    v: _Array,
     *,
-    qo_indptr: Index,
-    kv_indptr: Index | None = None,
-    kv_indices: Index | None = None,
-    kv_last_page_len: Index | None = None,
-    block_table: Index | None = None,
-    kv_lens: Index | None = None,
-    kv_layout: Layout = "NHD",
-    positions: Index | None = None,
-    k_scale: Scale | None = None,
-    v_scale: Scale | None = None,
+    qo_indptr: _Index,
+    kv_indptr: _Index | None = None,
+    kv_indices: _Index | None = None,
+    kv_last_page_len: _Index | None = None,
+    block_table: _Index | None = None,
+    kv_lens: _Index | None = None,
+    kv_layout: _Layout = "NHD",
+    positions: _Index | None = None,
+    k_scale: _Scale | None = None,
+    v_scale: _Scale | None = None,
     rope: Rope | None = None,
-    q: A | None = None,
-    q_out: A | None = None,
-    q_scale: Scale | None = None,
+    q: _A | None = None,
+    q_out: _A | None = None,
+    q_scale: _Scale | None = None,
     ctx: Context | None = None,
     stream: int | None = None,
-) -> A | None: ...
+) -> _A | None: ...
 def kv_append_slots(
-    k_cache: Array,
-    v_cache: Array | None,
-    k: Array,
-    v: Array,
-    slot_mapping: Index,
+    k_cache: _Array,
+    v_cache: _Array | None,
+    k: _Array,
+    v: _Array,
+    slot_mapping: _Index,
     *,
-    kv_layout: Layout = "NHD",
-    positions: Index | None = None,
-    k_scale: Scale | None = None,
-    v_scale: Scale | None = None,
+    kv_layout: _Layout = "NHD",
+    positions: _Index | None = None,
+    k_scale: _Scale | None = None,
+    v_scale: _Scale | None = None,
     rope: Rope | None = None,
-    q: A | None = None,
-    q_out: A | None = None,
-    q_scale: Scale | None = None,
+    q: _A | None = None,
+    q_out: _A | None = None,
+    q_scale: _Scale | None = None,
     ctx: Context | None = None,
     stream: int | None = None,
-) -> A | None: ...
+) -> _A | None: ...
 def kv_copy_pages(
-    k_cache: Array, v_cache: Array | None, src: Index, dst: Index, *, ctx: Context | None = None, stream: int | None = None
+    k_cache: _Array, v_cache: _Array | None, src: _Index, dst: _Index, *, ctx: Context | None = None, stream: int | None = None
 ) -> None: ...
 
+@final
 class Attention:
-    def __init__(
-        self,
+    def __new__(
+        cls,
         *,
         num_qo_heads: int,
         num_kv_heads: int,
         head_dim_qk: int,
         head_dim_vo: int | None = None,
         page_size: int = 0,
-        kv_layout: Layout = "NHD",
-        mask: Mask = "causal",
-        dtype_q: DType = "bf16",
-        dtype_kv: DType | None = None,
-        dtype_o: DType | None = None,
+        kv_layout: _Layout = "NHD",
+        mask: _Mask = "causal",
+        dtype_q: _DType = "bf16",
+        dtype_kv: _DType | None = None,
+        dtype_o: _DType | None = None,
         sm_scale: float | None = None,
         logits_soft_cap: float = 0.0,
         window_left: int = -1,
@@ -185,27 +189,27 @@ class Attention:
         plans_in_flight: int = 0,
         ctx: Context | None = None,
         device: Any = "cpu",
-    ) -> None: ...
+    ) -> Self: ...
     @property
     def ctx(self) -> Context: ...
     def plan(
         self,
         *,
-        qo_indptr: Index | None = None,
-        kv_indptr: Index | None = None,
-        kv_indices: Index | None = None,
-        kv_last_page_len: Index | None = None,
-        block_table: Index | None = None,
-        kv_lens: Index | None = None,
+        qo_indptr: _Index | None = None,
+        kv_indptr: _Index | None = None,
+        kv_indices: _Index | None = None,
+        kv_last_page_len: _Index | None = None,
+        block_table: _Index | None = None,
+        kv_lens: _Index | None = None,
         bsr_rows: int = 0,
         bsr_cols: int = 0,
-        bsr_indptr: Index | None = None,
-        bsr_indices: Index | None = None,
-        bsr_mask: Index | None = None,
+        bsr_indptr: _Index | None = None,
+        bsr_indices: _Index | None = None,
+        bsr_mask: _Index | None = None,
         levels: Sequence[Mapping[str, Any]] | None = None,
-        qo_pos: Index | None = None,
-        mask_bits: Index | None = None,
-        mask_indptr: Index | None = None,
+        qo_pos: _Index | None = None,
+        mask_bits: _Index | None = None,
+        mask_indptr: _Index | None = None,
         detect_shared_prefix: bool = False,
         max_tokens: int = 0,
         stream: int | None = None,
@@ -213,45 +217,45 @@ class Attention:
     @overload
     def run(
         self,
-        q: A,
-        k: Array,
-        v: Array | None = None,
+        q: _A,
+        k: _Array,
+        v: _Array | None = None,
         *,
-        o: A | None = None,
+        o: _A | None = None,
         lse: None = None,
         sm_scale: float = 0.0,
         logits_soft_cap: float = 0.0,
         window: tuple[int, int] | None = None,
-        q_scale: Scale | None = None,
-        k_scale: Scale | None = None,
-        v_scale: Scale | None = None,
-        o_scale: Scale | None = None,
-        sink: Index | None = None,
-        alibi_slopes: Index | None = None,
+        q_scale: _Scale | None = None,
+        k_scale: _Scale | None = None,
+        v_scale: _Scale | None = None,
+        o_scale: _Scale | None = None,
+        sink: _Index | None = None,
+        alibi_slopes: _Index | None = None,
         args: Sequence[Any] | Mapping[str, Any] = (),
         stream: int | None = None,
-    ) -> A: ...
+    ) -> _A: ...
     @overload
     def run(
         self,
-        q: A,
-        k: Array,
-        v: Array | None = None,
+        q: _A,
+        k: _Array,
+        v: _Array | None = None,
         *,
-        o: A | None = None,
-        lse: Literal[True] | A,
+        o: _A | None = None,
+        lse: Literal[True] | _A,
         sm_scale: float = 0.0,
         logits_soft_cap: float = 0.0,
         window: tuple[int, int] | None = None,
-        q_scale: Scale | None = None,
-        k_scale: Scale | None = None,
-        v_scale: Scale | None = None,
-        o_scale: Scale | None = None,
-        sink: Index | None = None,
-        alibi_slopes: Index | None = None,
+        q_scale: _Scale | None = None,
+        k_scale: _Scale | None = None,
+        v_scale: _Scale | None = None,
+        o_scale: _Scale | None = None,
+        sink: _Index | None = None,
+        alibi_slopes: _Index | None = None,
         args: Sequence[Any] | Mapping[str, Any] = (),
         stream: int | None = None,
-    ) -> tuple[A, A]: ...
+    ) -> tuple[_A, _A]: ...
     def status(self, stream: int | None = None) -> None: ...
 
 def can_run(
@@ -259,26 +263,78 @@ def can_run(
     num_qo_heads: int,
     num_kv_heads: int,
     head_dim_qk: int,
+    head_dim_vo: int | None = None,
+    page_size: int = 0,
+    kv_layout: _Layout = "NHD",
+    mask: _Mask = "causal",
+    dtype_q: _DType = "bf16",
+    dtype_kv: _DType | None = None,
+    dtype_o: _DType | None = None,
+    sm_scale: float | None = None,
+    logits_soft_cap: float = 0.0,
+    window_left: int = -1,
+    window_right: int = -1,
+    alibi: bool = False,
+    sink: bool = False,
+    rope: Rope | None = None,
+    variant: Variant | None = None,
+    batch_invariant: bool = False,
+    lse_base_2: bool = False,
     max_requests: int,
     max_tokens: int,
+    max_qo_len: int = 0,
     max_kv_len: int,
-    **others: Any,
+    max_pages: int = 0,
+    max_workers: int = 0,
+    max_split_rows: int = 0,
+    pool_pages: int = 0,
+    max_levels: int = 1,
+    max_row_blocks: int = 0,
+    plans_in_flight: int = 0,
+    ctx: Context | None = None,
+    device: Any = "cpu",
 ) -> str: ...
 def workspace_size(
     *,
     num_qo_heads: int,
     num_kv_heads: int,
     head_dim_qk: int,
+    head_dim_vo: int | None = None,
+    page_size: int = 0,
+    kv_layout: _Layout = "NHD",
+    mask: _Mask = "causal",
+    dtype_q: _DType = "bf16",
+    dtype_kv: _DType | None = None,
+    dtype_o: _DType | None = None,
+    sm_scale: float | None = None,
+    logits_soft_cap: float = 0.0,
+    window_left: int = -1,
+    window_right: int = -1,
+    alibi: bool = False,
+    sink: bool = False,
+    rope: Rope | None = None,
+    variant: Variant | None = None,
+    batch_invariant: bool = False,
+    lse_base_2: bool = False,
     max_requests: int,
     max_tokens: int,
+    max_qo_len: int = 0,
     max_kv_len: int,
-    **others: Any,
+    max_pages: int = 0,
+    max_workers: int = 0,
+    max_split_rows: int = 0,
+    pool_pages: int = 0,
+    max_levels: int = 1,
+    max_row_blocks: int = 0,
+    plans_in_flight: int = 0,
+    ctx: Context | None = None,
+    device: Any = "cpu",
 ) -> tuple[int, int, int]: ...
 @overload
 def merge(
-    o_states: Sequence[A], lse_states: Sequence[A], *, base_2: bool = False, o: A | None = None, lse: None = None, ctx: Context | None = None, stream: int | None = None
-) -> A: ...
+    o_states: Sequence[_A], lse_states: Sequence[_A], *, base_2: bool = False, o: _A | None = None, lse: None = None, ctx: Context | None = None, stream: int | None = None
+) -> _A: ...
 @overload
 def merge(
-    o_states: Sequence[A], lse_states: Sequence[A], *, base_2: bool = False, o: A | None = None, lse: Literal[True] | A, ctx: Context | None = None, stream: int | None = None
-) -> tuple[A, A]: ...
+    o_states: Sequence[_A], lse_states: Sequence[_A], *, base_2: bool = False, o: _A | None = None, lse: Literal[True] | _A, ctx: Context | None = None, stream: int | None = None
+) -> tuple[_A, _A]: ...

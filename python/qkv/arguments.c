@@ -289,7 +289,8 @@ int read_dtype(PyObject *value, const char *name, DLDataType *out)
     const char *last = dot ? dot + 1 : text;
     int found = 0;
     for (int i = 0; i < NUM_DTYPES && !found; i++) {
-        if (strcmp(last, dtypes[i].short_name) && strcmp(last, dtypes[i].long_name)) continue;
+        if (strcmp(last, dtypes[i].short_name) != 0 && strcmp(last, dtypes[i].long_name) != 0)
+            continue;
         *out = dtypes[i].dtype;
         found = 1;
     }

@@ -251,12 +251,12 @@ static PyObject *attention_plan(PyObject *object, PyObject *const *args, Py_ssiz
     const int capacity = batch.num_levels * LEVEL_ARRAYS + 3;
     tensor one[LEVEL_ARRAYS + 3], *slots = one;
     qkv_kv_index one_index, *indices = &one_index;
-    level_tensors one_level, *tensors = &one_level;
+    level_tensors one_level = {{NULL}}, *tensors = &one_level;
     void *memory = NULL;
     if (batch.num_levels > 1) {
         const size_t bytes = (size_t)capacity * sizeof *slots +
                              (size_t)batch.num_levels * (sizeof *indices + sizeof *tensors);
-        slots = memory = PyMem_Malloc(bytes);
+        slots = memory = PyMem_Calloc(1, bytes);
         if (!memory) {
             Py_XDECREF(levels);
             return PyErr_NoMemory();

@@ -96,17 +96,39 @@ static PyObject *imported(const char *name)
     return modules ? PyDict_GetItemString(modules, name) : NULL;
 }
 
-/* cupy.cuda.get_current_stream().ptr; 0 if it has none, -1 with an exception. */
-static int cupy_stream(PyObject *cupy, void **out)
+/* The handle of module.cuda.<method>(...).<field>. -1 with an exception. */
+static int module_stream(PyObject *module, const char *method, const char *field, void **out)
 {
-    PyObject *cuda = PyObject_GetAttrString(cupy, "cuda");
-    PyObject *stream = cuda ? PyObject_CallMethod(cuda, "get_current_stream", NULL) : NULL;
-    PyObject *handle = stream ? PyObject_GetAttrString(stream, "ptr") : NULL;
+    PyObject *cuda = PyObject_GetAttrString(module, "cuda");
+    PyObject *stream = cuda ? PyObject_CallMethod(cuda, method, NULL) : NULL;
+    PyObject *handle = stream ? PyObject_GetAttrString(stream, field) : NULL;
     *out = handle ? PyLong_AsVoidPtr(handle) : NULL;
     Py_XDECREF(cuda);
     Py_XDECREF(stream);
     Py_XDECREF(handle);
     return PyErr_Occurred() ? -1 : 0;
+}
+
+/* The current stream of torch: by its exchange table, which older ones lack. */
+static int torch_stream(PyObject *torch, int32_t device_id, void **out)
+{
+    PyObject *type = PyObject_GetAttrString(torch, "Tensor");
+    if (!type) return -1;
+    const exchange_api *api = PyType_Check(type) ? exchange_of((PyTypeObject *)type) : NULL;
+    Py_DECREF(type);
+    if (api) return api->current_stream(kDLCUDA, device_id, out);
+    return module_stream(torch, "current_stream", "cuda_stream", out);
+}
+
+/* Has torch used a GPU? Before, and in its builds for the CPU, it must not be asked for a stream. */
+static int torch_uses_cuda(PyObject *torch)
+{
+    PyObject *cuda = PyObject_GetAttrString(torch, "cuda");
+    PyObject *answer = cuda ? PyObject_CallMethod(cuda, "is_initialized", NULL) : NULL;
+    Py_XDECREF(cuda);
+    Py_XDECREF(answer);
+    if (!answer) PyErr_Clear();
+    return answer == Py_True;
 }
 
 /* The name of the package that a type comes from: "torch", "numpy", "cupy", "jaxlib". */
@@ -122,38 +144,37 @@ static int comes_from(PyObject *object, const char *package)
     return same;
 }
 
-/* Sets the stream of a call on a GPU: the one given, else the current one of the arrays' framework, else
- * of a framework that is imported (plans of plain lists), else the legacy default stream. */
+/* The stream that a framework works on: that of the arrays where they are on the GPU, else (plans of
+ * arrays on the host) of one that has used it; the legacy default stream for others. */
+static int framework_stream(const call *c, int32_t device_id, void **out)
+{
+    PyObject *torch = imported("torch"), *cupy = imported("cupy");
+    if (c->like && c->device.device_type == kDLCUDA) {
+        if (c->api) return c->api->current_stream(kDLCUDA, device_id, out);
+        if (torch && comes_from(c->like, "torch")) return torch_stream(torch, device_id, out);
+        if (!cupy || !comes_from(c->like, "cupy")) return 0;
+    } else if (torch && torch_uses_cuda(torch)) {
+        return torch_stream(torch, device_id, out);
+    }
+    return cupy ? module_stream(cupy, "get_current_stream", "ptr", out) : 0;
+}
+
+/* Sets the stream of a call on a GPU. */
 static int find_stream(call *c, int32_t device_id)
 {
     if (c->has_stream) return 0;
     c->has_stream = 1;
-    if (!absent(c->stream_object)) {
-        PyObject *index = PyNumber_Index(c->stream_object);
-        if (!index) {
-            PyErr_Clear();
-            PyErr_Format(PyExc_TypeError, "stream: expected the handle of a CUDA stream, got %R",
-                         c->stream_object);
-            return -1;
-        }
-        c->stream = PyLong_AsVoidPtr(index);
-        Py_DECREF(index);
-        return c->stream || !PyErr_Occurred() ? 0 : -1;
+    if (absent(c->stream_object)) return framework_stream(c, device_id, &c->stream);
+    PyObject *index = PyNumber_Index(c->stream_object);
+    if (!index) {
+        PyErr_Clear();
+        PyErr_Format(PyExc_TypeError, "stream: expected the handle of a CUDA stream, got %R",
+                     c->stream_object);
+        return -1;
     }
-    const exchange_api *api = c->api;
-    PyObject *module;
-    if (!api && c->like && comes_from(c->like, "cupy") && (module = imported("cupy"))) {
-        return cupy_stream(module, &c->stream);
-    }
-    if (!api && !(c->like && c->device.device_type == kDLCUDA) && (module = imported("torch"))) {
-        PyObject *type = PyObject_GetAttrString(module, "Tensor");
-        if (!type) return -1;
-        if (PyType_Check(type)) api = exchange_of((PyTypeObject *)type);
-        Py_DECREF(type);
-    }
-    if (api) return api->current_stream(kDLCUDA, device_id, &c->stream);
-    if (!c->like && (module = imported("cupy"))) return cupy_stream(module, &c->stream);
-    return 0;
+    c->stream = PyLong_AsVoidPtr(index);
+    Py_DECREF(index);
+    return c->stream || !PyErr_Occurred() ? 0 : -1;
 }
 
 /* ---- arrays in ------------------------------------------------------------------------------------ */

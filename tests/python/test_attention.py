@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import close, i32
+from conftest import close
 from test_native import rope_reference
 
 import qkv
@@ -99,6 +99,7 @@ def test_paged(form, layout, dtype, device):
         index = {name: array.tolist() for name, array in index.items()}
     elif form == "on the device":
         index = {name: array.to(device) for name, array in index.items()}
+        index |= dict(max_tokens=len(batch.q) if device == "cuda" else 0)
     attention.plan(**index)
     expected = lambda i: batch.reference(i, allowed=causal(*batch.lengths[i]))
     got = attention.run(batch.q, batch.pool[:, 0], batch.pool[:, 1], lse=True)
@@ -420,7 +421,7 @@ def test_rows_after_the_last_request_are_not_written():
 def test_a_step_in_a_cuda_graph():
     batch = Batch(dtype=torch.bfloat16, device="cuda")
     attention = Attention(**BASE | dict(dtype_q="bf16"), page_size=PAGE, device="cuda")
-    index = {name: array.cuda() for name, array in batch.index("table").items()}
+    index = {name: array.cuda() for name, array in batch.index("table").items()} | dict(max_tokens=len(batch.q))
     o, lse = torch.empty_like(batch.q), torch.empty(batch.q.shape[:2], device="cuda")
     graph = torch.cuda.CUDAGraph()
     attention.plan(**index)

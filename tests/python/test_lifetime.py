@@ -161,16 +161,16 @@ def test_arrays_of_captured_plans_stay():
     cache = torch.randn(8, 2, 2, 1, 8, device="cuda").half()
     q = torch.randn(1, 2, 8, device="cuda").half()
     arrays = dict(qo_indptr=i32(0, 1).cuda(), block_table=torch.tensor([[3, 5]], dtype=torch.int32, device="cuda"), kv_lens=i32(3).cuda())
-    attention.plan(**arrays)
+    attention.plan(**arrays, max_tokens=1)
     o = attention.run(q, cache)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        attention.plan(**arrays)
+        attention.plan(**arrays, max_tokens=1)
         attention.run(q, cache, o=o)
     table = weakref.ref(arrays["block_table"])
     lens = arrays["kv_lens"]
     del arrays
-    attention.plan(qo_indptr=i32(0, 1).cuda(), block_table=torch.zeros(1, 2, dtype=torch.int32, device="cuda"), kv_lens=i32(1).cuda())
+    attention.plan(qo_indptr=i32(0, 1).cuda(), block_table=torch.zeros(1, 2, dtype=torch.int32, device="cuda"), kv_lens=i32(1).cuda(), max_tokens=1)
     assert table() is not None
     lens.fill_(1)
     graph.replay()

@@ -1,0 +1,98 @@
+"""Streams, plans and captured graphs on an emulated GPU; test_emulated_gpu.py runs it with the driver in place."""
+
+import ctypes
+import gc
+import weakref
+
+import numpy
+from test_dlpack import Array
+
+import qkv
+from qkv.attention import Attention
+
+cuda = ctypes.CDLL("libcuda.so.1")
+handle = ctypes.c_void_p()
+assert not cuda.cuInit(0) and not cuda.cuDevicePrimaryCtxRetain(ctypes.byref(handle), 0) and not cuda.cuCtxSetCurrent(handle)
+
+
+def on_gpu(values):
+    """An array of a framework nobody knows; memory that the host can look into stays allocated."""
+    memory = ctypes.c_void_p()
+    assert not cuda.cuMemHostAlloc(ctypes.byref(memory), ctypes.c_size_t(values.nbytes), 0)
+    view = numpy.frombuffer((ctypes.c_char * values.nbytes).from_address(memory.value), values.dtype).reshape(values.shape)
+    view[...] = values
+    return Array(view, device=(2, 0))
+
+
+stream, graph, replay = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
+assert not cuda.cuStreamCreate(ctypes.byref(stream), 1)
+
+# The protocol is told of the stream: 1 is the legacy default one.
+x, w = numpy.random.randn(3, 64).astype("f2"), numpy.random.randn(64).astype("f2")
+expected = x.astype("f8") / numpy.sqrt((x.astype("f8") ** 2).mean(-1, keepdims=True) + 1e-6) * w
+for given, asked in ((None, 1), (stream.value, stream.value)):
+    dx, dw, out = on_gpu(x), on_gpu(w), on_gpu(x * 0)
+    assert qkv.rmsnorm(dx, dw, out=out, stream=given) is out
+    assert not cuda.cuCtxSynchronize()
+    numpy.testing.assert_allclose(out.values, expected, atol=4e-3)
+    assert [a.asked[0]["stream"] for a in (dx, dw, out)] == [asked] * 3
+for call, message in (
+    (lambda: qkv.rmsnorm(dx, w, out=out), "weight: expected a tensor on CUDA device 0"),
+    (lambda: qkv.rmsnorm(dx, dw), "out: expected an array"),
+    (lambda: qkv.sample(dx, seed=1), "seed: expected an array"),
+):
+    try:
+        call()
+    except qkv.Error as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(message)
+
+# Plans of the host, of the device, and in a graph, which keeps the arrays of its plans.
+attention = Attention(num_qo_heads=2, num_kv_heads=1, head_dim_qk=64, page_size=2, dtype_q="f16", max_requests=4, max_tokens=16, max_kv_len=64, max_pages=64, device="cuda")
+pool, q = numpy.random.randn(8, 2, 2, 1, 64).astype("f2"), numpy.random.randn(1, 2, 64).astype("f2")
+cache, queries, o = on_gpu(pool), on_gpu(q), on_gpu(q * 0)
+
+
+def check(pages, keys):
+    k, v = (pool[pages, half].reshape(-1, 64)[:keys].astype("f8") for half in (0, 1))
+    weights = numpy.exp(q[0].astype("f8") @ k.T / 8)
+    numpy.testing.assert_allclose(o.values[0], weights / weights.sum(-1, keepdims=True) @ v, atol=4e-3)
+    o.values[...] = 0
+
+
+attention.plan(qo_indptr=[0, 1], block_table=[[3, 5]], kv_lens=[3])
+attention.run(queries, cache, o=o)
+attention.status()
+check([3, 5], 3)
+
+arrays = {name: on_gpu(numpy.array(values, "i4")) for name, values in dict(qo_indptr=[0, 1], block_table=[[2, 6]], kv_lens=[4]).items()}
+attention.plan(**arrays, max_tokens=1)
+attention.run(queries, cache, o=o)
+attention.status()
+check([2, 6], 4)
+
+assert not cuda.cuStreamBeginCapture_v2(stream, 2)
+attention.plan(**arrays, max_tokens=1, stream=stream.value)
+attention.run(queries, cache, o=o, stream=stream.value)
+try:
+    attention.plan(qo_indptr=[0, 1], block_table=[[3, 5]], kv_lens=[3], stream=stream.value)
+except qkv.InvalidError as error:
+    assert "captured" in str(error)
+else:
+    raise AssertionError("a host plan was captured")
+assert not cuda.cuStreamEndCapture(stream, ctypes.byref(graph))
+assert not cuda.cuGraphInstantiateWithFlags(ctypes.byref(replay), graph, ctypes.c_ulonglong(0))
+
+table, lens = weakref.ref(arrays["block_table"]), arrays["kv_lens"]
+del arrays
+attention.plan(qo_indptr=[0, 1], block_table=[[3, 5]], kv_lens=[3])
+gc.collect()
+assert table() is not None
+lens.values[0] = 3
+assert not cuda.cuGraphLaunch(replay, stream) and not cuda.cuStreamSynchronize(stream)
+check([2, 6], 3)
+assert not cuda.cuGraphExecDestroy(replay)
+del attention
+gc.collect()
+assert table() is None
