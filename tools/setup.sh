@@ -11,7 +11,7 @@ build="cc:gcc cmake:cmake make:make /usr/include/dlpack/dlpack.h:libdlpack-dev
 demo="$build python3-pip:python3-pip"
 check="$build /usr/include/cmocka.h:libcmocka-dev clang:clang clang-format:clang-format
        clang-tidy:clang-tidy c++:g++ pkg-config:pkg-config doxygen:doxygen git:git
-       python3-numpy:python3-numpy python3-pip:python3-pip"
+       python3-numpy:python3-numpy python3-pip:python3-pip python3-venv:python3-venv python3-dev:python3-dev"
 case $(uname -m) in
 x86_64) check="$check aarch64-linux-gnu-gcc:gcc-aarch64-linux-gnu aarch64-linux-gnu-ld:libc6-dev-arm64-cross
          qemu-aarch64:qemu-user" ;;
@@ -29,6 +29,8 @@ have() {
   case $1 in
   /*) [ -e "$1" ] ;;
   python3-pip) python3 -m pip --version >/dev/null 2>&1 ;;
+  python3-venv) python3 -c 'import ensurepip, venv' 2>/dev/null ;;
+  python3-dev) [ -e "$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] ;;
   python3-numpy) python3 -c 'import numpy' 2>/dev/null || /usr/bin/python3 -c 'import numpy' 2>/dev/null ;;
   openblas) ldconfig -p | grep -q libopenblas ;;
   *) command -v "$1" >/dev/null ;;

@@ -499,7 +499,8 @@ tensor *optional_array_or_list(call *c, PyObject *value, const char *name, DLDat
 static void set_exchange_error(void *user, const char *kind, const char *message)
 {
     (void)kind;
-    PyErr_Format(PyExc_MemoryError, "%s: %s", (const char *)user, message);
+    raise_error(QKV_ERR_MEMORY, "%s: %.*s", (const char *)user, (int)strcspn(message, "\n"),
+                message);
 }
 
 static int make_by_exchange(call *c, tensor *t, const char *name)

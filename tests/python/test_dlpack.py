@@ -198,6 +198,13 @@ def test_outputs_of_a_framework_nobody_knows_must_be_given():
     assert (out.values == expected).all()
 
 
+def test_outputs_that_do_not_fit_in_memory():
+    with pytest.raises(qkv.OutOfMemoryError, match="out: "):
+        qkv.empty_like(torch.zeros(1), 1 << 50)
+    with pytest.raises(MemoryError):
+        qkv.empty_like(x, 1 << 50)
+
+
 def test_subclasses_of_tensors_are_tensors():
     class Mine(torch.Tensor):
         pass

@@ -23,7 +23,7 @@ enum {
     Q_OF_THREAD = (Q_UNITS + THREADS - 1) / THREADS,
 };
 
-/* A work item and what its group says. A prefill tile has no keys here. */
+/* A work item and what its group says. A prefill tile has no rows and no keys here. */
 typedef struct decode_item {
     int kv_begin, kv_end;          /* keys of the group's list */
     int block, kv_offset, kv_head; /* of the list */
@@ -87,7 +87,7 @@ QI_INLINE void decode_put_item(const attention_params *p, const qi_work *w, cons
     i.kv_offset = g->kv_offset;
     i.kv_head = w->kv_head;
     i.row_begin = w->row_begin;
-    i.count = w->num_rows * GROUP_SIZE;
+    i.count = w->flags == QI_TILE_DECODE ? w->num_rows * GROUP_SIZE : 0;
     i.request = g->request;
     i.position = (int)g->pos_first + (w->row_begin - g->row_begin);
     i.slot = w->slot;

@@ -160,7 +160,7 @@ QI_INLINE void load_prefill_queries(const attention_cuda_params *c, const qi_wor
  * a copy to shared memory is not to be waited for by what looks the next one up there. */
 QI_INLINE void load_prefill_queries(const attention_cuda_params *c, const qi_work *w, char *shared)
 {
-    enum { BATCH = 8, PIECES = PREFILL_QK / 8, COUNT = PREFILL_ROWS * PIECES };
+    enum { BATCH = 4, PIECES = PREFILL_QK / 8, COUNT = PREFILL_ROWS * PIECES };
     const attention_params *p = &c->at;
     const int all = w->num_rows * GROUP_SIZE, first_head = w->kv_head * GROUP_SIZE;
     const int size = qi_size_of(DTYPE_Q), unit = size == 2 ? 16 : 8;

@@ -1,5 +1,5 @@
 /* prefill_store.cuh - what a warp holds of a prefill tile on GPUs with mma.sync, and how its rows are finished
- * and written: partial ones from registers, others through shared memory, in pieces of 8 dims.
+ * and written: through shared memory, in pieces of 8 dims.
  * SPDX-License-Identifier: Apache-2.0 */
 #ifndef QI_ATTENTION_PREFILL_STORE_CUH
 #define QI_ATTENTION_PREFILL_STORE_CUH
@@ -11,13 +11,6 @@ enum {
     PREFILL_S = PREFILL_N / 8,              /* columns of 8 that scores and o have */
     PREFILL_O = PREFILL_VO / 8,
     PREFILL_STAGE_PITCH = PREFILL_STAGED_PITCH(HEAD_DIM_VO),
-    PREFILL_PACK_PITCH = PREFILL_VO * 2 + 16,
-#ifdef VARIANT_OUTPUT
-    PREFILL_PACKED = 0,
-#else
-    /* Are results staged as they are written, 16 bits an element, not as f32? */
-    PREFILL_PACKED = DTYPE_O == QI_F16 || DTYPE_O == QI_BF16,
-#endif
 };
 
 /* The maximum of a row that has seen no key: -infinity - it is -infinity. */
@@ -42,10 +35,9 @@ QI_INLINE float2 *prefill_results(char *shared)
 _Static_assert(PREFILL_ROWS * sizeof(float2) <= 4 * 8 * PREFILL_KEYS_MOST, "fits");
 
 /* Completes the warp's rows but for o: in the place of its sum a row has then what multiplies its weighted
- * sum of v. aligned: rows of o are. */
+ * sum of v. */
 QI_INLINE void finish_prefill_rows(const attention_cuda_params *c, const prefill_of_rows max,
-                                   const prefill_of_rows sum, int aligned, char *shared,
-                                   const int tiles)
+                                   const prefill_of_rows sum, char *shared, const int tiles)
 {
     const attention_params *p = &c->at;
     const qi_work *w = &prefill_noted(shared)->work;
@@ -66,9 +58,7 @@ QI_INLINE void finish_prefill_rows(const attention_cuda_params *c, const prefill
         const int seen = r.y > 0.f || r.y != r.y;
         float norm = !SOFTMAX ? 1.f : seen ? 1.f / r.y : 0.f;
         if (w->slot < 0)
-            norm = finish_row(c, prefill_rows_of(shared)[m].row, prefill_head(w, m), r.x, r.y, 1) *
-                   (PREFILL_PACKED && aligned ? 1.f / qi_scale_at(&c->o_scale, prefill_head(w, m))
-                                              : 1.f);
+            norm = finish_row(c, prefill_rows_of(shared)[m].row, prefill_head(w, m), r.x, r.y, 1);
         else
             p->plan.lse_partial[(i64)w->slot + m] = seen ? r.x + log2f(r.y) : -QI_INFINITY;
         results[m].y = norm;
@@ -118,99 +108,27 @@ QI_INLINE void store_piece(const attention_cuda_params *c, const prefill_row *r,
     qi_store(qi_to(p->o, DTYPE_O, at), x, DTYPE_O, 8);
 }
 
-/* The staged 16 rows of the warp's tile t, to o. */
+/* The staged 16 rows of the warp's tile t: to o, or to partial rows. */
 QI_INLINE void store_staged(const attention_cuda_params *c, const char *shared, const char *stage,
-                            int aligned, int t)
+                            int t)
 {
     const qi_work *w = &prefill_noted(shared)->work;
+    const attention_params *p = &c->at;
     const int all = w->num_rows * GROUP_SIZE, pieces = HEAD_DIM_VO / 8;
+    const int size = qi_size_of(DTYPE_O), unit = size == 1 ? 8 : 16;
+    const int aligned =
+        (((i64)p->o | p->o_stride[0] * size | p->o_stride[1] * size) & (unit - 1)) == 0;
     const int tid = tid_x();
-#pragma unroll 1
     for (int i = tid % WARP; i < 16 * pieces; i += WARP) {
         const int row = i / pieces, d = i % pieces * 8;
         const int m = t * 64 + tid / WARP * 16 + row;
         if (m >= all) break;
         float x[8];
         qi_load(x, stage + row * PREFILL_STAGE_PITCH + d * 4, QI_F32, 8);
-        store_piece(c, prefill_rows_of(shared) + m, prefill_head(w, m), d, x, aligned);
-    }
-}
-
-/* The lane's part of the warp's tile t of o, multiplied, in the type of o. */
-QI_INLINE void pack_output(const float o[PREFILL_O][4], const float2 *results, char *stage, int t)
-{
-    const int lane = tid_x() % WARP;
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        char *row = stage + (lane / 4 + 8 * h) * PREFILL_PACK_PITCH;
-        const float norm = results[prefill_row_index(t, h)].y;
-#pragma unroll
-        for (int n = 0; n < PREFILL_O; n += 2) {
-            const float *even = &o[n][2 * h], *odd = &o[n + 1][2 * h];
-            const float first[4] = {even[0] * norm, even[1] * norm, odd[0] * norm, odd[1] * norm};
-            const float turn[4] = {first[0], first[2], first[1], first[3]};
-            if (KV_BYTES == 1) {
-                qi_store(row + (n * 8 + lane % 4 * 4) * 2, turn, DTYPE_O, 4);
-            } else {
-                qi_store(row + (n * 8 + lane % 4 * 2) * 2, first, DTYPE_O, 2);
-                qi_store(row + (n * 8 + 8 + lane % 4 * 2) * 2, first + 2, DTYPE_O, 2);
-            }
-        }
-    }
-}
-
-/* The packed 16 rows of the warp's tile t, to o; addresses and data first, since stores would be waited for. */
-QI_INLINE void store_packed(const attention_cuda_params *c, const char *shared, const char *stage,
-                            int t)
-{
-    enum { PIECES = HEAD_DIM_VO / 8, BATCH = 4 };
-    const qi_work *w = &prefill_noted(shared)->work;
-    const attention_params *p = &c->at;
-    const int all = w->num_rows * GROUP_SIZE, first_head = w->kv_head * GROUP_SIZE;
-    const int first_row = t * 64 + tid_x() / WARP * 16;
-#pragma unroll 1
-    for (int begin = tid_x() % WARP; begin < 16 * PIECES; begin += BATCH * WARP) {
-        uint4 x[BATCH];
-        i64 at[BATCH];
-#pragma unroll
-        for (int j = 0; j < BATCH; j++) {
-            const int i = begin + j * WARP, row = i / PIECES, d = i % PIECES * 8;
-            const int m = first_row + row;
-            at[j] = -1;
-            if (i >= 16 * PIECES || m >= all) continue;
-            x[j] = *(const uint4 *)(stage + row * PREFILL_PACK_PITCH + d * 2);
-            at[j] = prefill_rows_of(shared)[m].row.token * p->o_stride[0] +
-                    (first_head + m % GROUP_SIZE) * p->o_stride[1] + d;
-        }
-#pragma unroll
-        for (int j = 0; j < BATCH; j++)
-            if (at[j] >= 0) *(uint4 *)qi_to(p->o, DTYPE_O, at[j]) = x[j];
-    }
-}
-
-/* Partial rows of the warp's tile t, straight from registers: four lanes fill a sector. */
-QI_INLINE void store_partial(const attention_cuda_params *c, const float o[PREFILL_O][4],
-                             const char *shared, int t)
-{
-    const qi_work *w = &prefill_noted(shared)->work;
-    const int lane = tid_x() % WARP;
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        const int m = prefill_row_index(t, h);
-        const float norm = prefill_results((char *)shared)[m].y;
-        float *to = c->at.plan.o_partial + ((i64)w->slot + m) * HEAD_DIM_VO;
-        if (m >= w->num_rows * GROUP_SIZE) continue;
-#pragma unroll
-        for (int n = 0; n < PREFILL_O; n += 2) {
-            const float *even = &o[n][2 * h], *odd = &o[n + 1][2 * h];
-            const int d = n * 8 + lane % 4 * (KV_BYTES == 1 ? 4 : 2);
-            if (KV_BYTES == 1 && d < HEAD_DIM_VO)
-                *(float4 *)(to + d) =
-                    make_float4(even[0] * norm, odd[0] * norm, even[1] * norm, odd[1] * norm);
-            if (KV_BYTES == 2) *(float2 *)(to + d) = make_float2(even[0] * norm, even[1] * norm);
-            if (KV_BYTES == 2 && d + 8 < HEAD_DIM_VO)
-                *(float2 *)(to + d + 8) = make_float2(odd[0] * norm, odd[1] * norm);
-        }
+        if (w->slot < 0)
+            store_piece(c, prefill_rows_of(shared) + m, prefill_head(w, m), d, x, aligned);
+        else
+            qi_store(p->plan.o_partial + ((i64)w->slot + m) * HEAD_DIM_VO + d, x, QI_F32, 8);
     }
 }
 
@@ -219,27 +137,14 @@ QI_INLINE void store_prefill_rows(const attention_cuda_params *c, const prefill_
                                   const prefill_of_rows max, const prefill_of_rows sum,
                                   char *shared, const int tiles)
 {
-    const attention_params *p = &c->at;
-    const int size = qi_size_of(DTYPE_O), unit = size == 1 ? 8 : 16;
-    const int aligned =
-        (((i64)p->o | p->o_stride[0] * size | p->o_stride[1] * size) & (unit - 1)) == 0;
     char *stage = shared + PREFILL_Q_AT + tid_x() / WARP * 16 * PREFILL_STAGE_PITCH;
-    finish_prefill_rows(c, max, sum, aligned, shared, tiles);
+    finish_prefill_rows(c, max, sum, shared, tiles);
 #pragma unroll
     for (int t = 0; t < tiles; t++) {
-        if (prefill_noted(shared)->work.slot >= 0) {
-            store_partial(c, o[t], shared, t);
-        } else if (PREFILL_PACKED && aligned) {
-            char *packed = stage + t * 16 * PREFILL_PACK_PITCH;
-            pack_output(o[t], prefill_results(shared), packed, t);
-            __syncwarp();
-            store_packed(c, shared, packed, t);
-        } else {
-            stage_output(o[t], prefill_results(shared), stage, t);
-            __syncwarp();
-            store_staged(c, shared, stage, aligned, t);
-            __syncwarp();
-        }
+        stage_output(o[t], prefill_results(shared), stage, t);
+        __syncwarp();
+        store_staged(c, shared, stage, t);
+        __syncwarp();
     }
 }
 
