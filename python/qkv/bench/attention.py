@@ -47,7 +47,7 @@ class Requests:
         self.qo_indptr, self.kv_indptr = indptr(qo_lens), indptr(kv_lens)
         num_pages = [-(-n // PAGE) for n in kv_lens]
         self.page_indptr = indptr(num_pages)
-        self.page_indices = torch.randperm(sum(num_pages), dtype=torch.int32)
+        self.page_indices = bench.pages(sum(num_pages))
         self.last_page_len = i32([n - (p - 1) * PAGE for n, p in zip(kv_lens, num_pages)])
         slots = (sum(num_pages), PAGE) if paged else (sum(kv_lens),)
         size = torch.empty((), dtype=torch.float32 if dtype == "f32" else torch.float16).itemsize

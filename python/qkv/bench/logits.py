@@ -44,8 +44,8 @@ def gemm_problem(bench, m, n, k, dtype):
 # ---- sampling ------------------------------------------------------------------------------------
 
 TEMPERATURE, TOP_K, TOP_P = 0.8, 50, 0.9
-# That many draws from one row of so few tokens: their shares are off by some 0.03 all together.
-DRAWS, FEW, SHARE = 8192, 64, 0.08
+# That many draws from one row of so few tokens: their shares are off by some 0.06 all together.
+DRAWS, FEW, SHARE = 8192, 64, 0.12
 
 
 def sampling(bench):
@@ -101,14 +101,15 @@ def sample_problem(bench, batch, vocab, filtered):
     """Rows of their own; or DRAWS times the same one, so that shares can be counted."""
     sets = bench.num_sets(batch * vocab * 4)
     rows = 1 if batch == DRAWS else batch
-    x = (bench.filled((sets, rows, vocab), "f32") * 3).expand(sets, batch, vocab).contiguous()
+    x = bench.filled((sets, rows, vocab), "f32") * (1 if rows < batch else 3)  # none alone likely
+    x = x.expand(sets, batch, vocab).contiguous()
     exact, wider = kept_probabilities(x[0, :rows], filtered)
 
     def check(tokens):
         tokens = tokens.flatten().long()
         if not (wider.expand(batch, vocab).gather(1, tokens[:, None]) > 0).all():
             return "a token is not among those that are kept"
-        if rows == 1 and batch > 1:
+        if rows < batch:
             shares = torch.bincount(tokens, minlength=vocab).double() / batch
             off = (shares - exact[0]).abs().sum().item()
             if off > SHARE:

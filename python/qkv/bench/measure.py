@@ -73,7 +73,9 @@ class Bench:
             self.rotate_bytes = (16 << 20) if quick else min(2 * last_level_cache(), 256 << 20)
         self.seconds = 0.02 if quick else 0.24
         self.ctx = qkv.Context(str(self.device), num_threads=0 if self.gpu else self.threads)
-        torch.manual_seed(7)
+        # Of their own, so that inputs do not depend on how often a peer drew random numbers.
+        self.random = torch.Generator(self.device).manual_seed(7)
+        self.random_on_host = torch.Generator().manual_seed(7)
 
     def num_sets(self, set_bytes):
         """How many sets of inputs push each other out of the caches."""
@@ -82,12 +84,16 @@ class Bench:
     def filled(self, shape, dtype):
         """Normal random values; on the CPU the same BLOCK of them over and over."""
         if self.gpu:
-            return torch.randn(shape, dtype=DTYPES[dtype], device=self.device)
-        block = torch.randn(min(BLOCK, math.prod(shape))).to(DTYPES[dtype])
+            return torch.randn(shape, dtype=DTYPES[dtype], device=self.device, generator=self.random)
+        block = torch.randn(min(BLOCK, math.prod(shape)), generator=self.random).to(DTYPES[dtype])
         out = torch.empty(shape, dtype=DTYPES[dtype])
         for part in out.view(-1).split(BLOCK):
             part.copy_(block[: part.numel()])
         return out
+
+    def pages(self, count):
+        """The numbers of so many pages in random order: i32 on the host."""
+        return torch.randperm(count, dtype=torch.int32, generator=self.random_on_host)
 
     def empty(self, shape, dtype):
         return torch.empty(shape, dtype=DTYPES[dtype], device=self.device)

@@ -199,7 +199,7 @@ def append(bench):
 def append_problem(bench, requests, new, old, heads, dim, dtype):
     columns = -(-(old + new) // PAGE)
     pages = requests * columns
-    table = torch.randperm(pages, dtype=torch.int32).view(requests, columns)
+    table = bench.pages(pages).view(requests, columns)
     rows = requests * new
     k, v = (bench.filled((rows, heads, dim), dtype) for _ in range(2))
     pool_bytes = 2 * pages * PAGE * heads * dim * itemsize(k)
