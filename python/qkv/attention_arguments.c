@@ -176,7 +176,20 @@ void free_operator(operator_spec *op)
 
 /* ---- levels --------------------------------------------------------------------------------------- */
 
-void read_level(call *c, PyObject *const *values, qkv_kv_index *out, level_tensors *tensors)
+/* Memory that the host pinned is a GPU's too, which frameworks do not say when they lend it. */
+static void share_pinned(tensor *t)
+{
+    if (!t || !t->object || t->dl.device.device_type != kDLCPU) return;
+    PyObject *pinned = PyObject_CallMethod(t->object, "is_pinned", NULL);
+    if (!pinned)
+        PyErr_Clear(); /* of a framework that pins nothing */
+    else if (PyObject_IsTrue(pinned) == 1)
+        t->dl.device.device_type = kDLCUDAHost;
+    Py_XDECREF(pinned);
+}
+
+void read_level(call *c, DLDevice device, PyObject *const *values, qkv_kv_index *out,
+                level_tensors *tensors)
 {
     static const char *const names[NUM_LEVEL] = {
         "qo_indptr", "kv_indptr", "kv_indices", "kv_last_page_len", "block_table", "kv_lens",
@@ -199,6 +212,10 @@ void read_level(call *c, PyObject *const *values, qkv_kv_index *out, level_tenso
                           .bsr_indices = dl(of[LEVEL_BSR_INDICES]),
                           .bsr_mask = dl(of[LEVEL_BSR_MASK])};
     if (c->failed) return;
+    if (device.device_type == kDLCUDA) {
+        share_pinned(of[LEVEL_BSR_INDICES]);
+        share_pinned(of[LEVEL_BSR_MASK]);
+    }
     c->failed = read_i32(values[LEVEL_BSR_ROWS], names[LEVEL_BSR_ROWS], &out->bsr_rows) ||
                 read_i32(values[LEVEL_BSR_COLS], names[LEVEL_BSR_COLS], &out->bsr_cols);
 }

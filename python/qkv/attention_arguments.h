@@ -94,6 +94,7 @@ typedef struct level_tensors {
     tensor *of[NUM_LEVEL]; /* NULL where absent */
 } level_tensors;
 
-void read_level(call *c, PyObject *const *values, qkv_kv_index *out, level_tensors *tensors);
+void read_level(call *c, DLDevice device, PyObject *const *values, qkv_kv_index *out,
+                level_tensors *tensors);
 
 #endif

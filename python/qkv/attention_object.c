@@ -276,7 +276,8 @@ static PyObject *attention_plan(PyObject *object, PyObject *const *args, Py_ssiz
                 c.failed = read_call_dict(&level_signature, NULL, level, of_level);
             }
         }
-        if (!c.failed) read_level(&c, levels ? of_level : v, &indices[i], &tensors[i]);
+        if (!c.failed)
+            read_level(&c, self->ctx->device, levels ? of_level : v, &indices[i], &tensors[i]);
     }
     batch.levels = indices;
     batch.qo_pos = dl(optional_array_or_list(&c, v[PLAN_QO_POS], "qo_pos", QKV_I32));

@@ -258,12 +258,16 @@ def cases(device):
     rich.plan(qo_indptr=i32([0, 2, 3]), block_table=i32([[3, 1], [5, 0]]), kv_lens=i32([6, 2]))
     seed = torch.arange(3, device=device).to(torch.uint64)
     csr = dict(
-        qo_indptr=i32([0, 2, 3]),
-        kv_indptr=i32([0, 2, 3]),
-        kv_indices=i32([3, 1, 5]),
-        kv_last_page_len=i32([2, 2]),
+        qo_indptr=i32([0, 2, 3], device),
+        kv_indptr=i32([0, 2, 3], device),
+        kv_indices=i32([3, 1, 5], device),
+        kv_last_page_len=i32([2, 2], device),
     )
-    table = dict(qo_indptr=i32([0, 2, 3]), block_table=i32([[3, 1], [5, 0]]), kv_lens=i32([6, 2]))
+    table = dict(
+        qo_indptr=i32([0, 2, 3], device),
+        block_table=i32([[3, 1], [5, 0]], device),
+        kv_lens=i32([6, 2], device),
+    )
     scale = torch.tensor([0.5], device=device)
     return {
         "rmsnorm": (ops.rmsnorm, (x(3, 32), x(32), 1e-5, 1.0), {}),
