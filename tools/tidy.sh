@@ -4,7 +4,7 @@
 # SPDX-License-Identifier: Apache-2.0
 set -euo pipefail
 cd "$(dirname "$0")/.."
-cmake -S . -B "$1" -DCMAKE_C_COMPILER=clang >/dev/null
+cmake -S . -B "$1" -DCMAKE_C_COMPILER=clang -DQKV_BUILD_PYTHON=ON >/dev/null
 # A kernel stands in the compilation database once per level; clang-tidy would read it each time.
 python3 - "$1/compile_commands.json" <<'PYTHON'
 import json, sys
@@ -14,5 +14,5 @@ for command in json.load(open(path)):
     first.setdefault(command["file"], command)
 json.dump(list(first.values()), open(path, "w"))
 PYTHON
-git ls-files --cached --others --exclude-standard 'src/*.c' 'tools/*.c' 'examples/*.c' |
+git ls-files --cached --others --exclude-standard 'src/*.c' 'tools/*.c' 'examples/*.c' 'python/qkv/*.c' |
   xargs -P "$2" -n 1 clang-tidy --quiet --warnings-as-errors='*' -p "$1" 2> >(grep -vE ' warnings? (generated|treated)' >&2)
