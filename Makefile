@@ -29,7 +29,7 @@ demo: build ## a real model answers a batch of prompts; MODEL=file.gguf takes an
 	@tools/demo.sh $(BUILD)/qkv-generate "$(DEVICE)" "$(MODEL)"
 
 .PHONY: check
-check: lint check-clang check-aarch64 check-asan check-tsan check-fuzz check-python docs ## all of it; the tests' summary comes last
+check: begin-python-env lint check-clang check-aarch64 check-asan check-tsan check-fuzz check-python docs ## all of it; the tests' summary comes last
 	$(call configure_and_build,$(BUILD),-DQKV_BUILD_TESTS=ON)
 	@$(CTEST) $(BUILD)
 
@@ -71,6 +71,10 @@ check-aarch64: setup-check ## compiles for AArch64 with NEON, and runs what an e
 .PHONY: check-fuzz
 check-fuzz: setup-check ## 15 seconds of each fuzzer
 	@tools/fuzz.sh $(BUILD)-fuzz 15
+
+.PHONY: begin-python-env
+begin-python-env: setup-check # its downloads are under way while other things compile
+	@(tools/python_env.sh >/dev/null 2>&1 &)
 
 .PHONY: check-python
 check-python: setup-check ## the Python package, in an environment with torch that is made once

@@ -18,6 +18,9 @@ fi
 key=$(printf '%s' "$(python3 -V) $torch $packages" | sha256sum | cut -c1-12)
 folder=${XDG_CACHE_HOME:-$HOME/.cache}/qkv/python-$key
 python=$folder/bin/python
+mkdir -p "$(dirname "$folder")"
+exec 9>"$folder.lock"
+flock 9 # one makes it, others wait
 if [ ! -e "$folder/complete" ]; then
   echo "Making a Python environment with torch $torch in $folder: minutes, once" >&2
   rm -rf "$folder"
