@@ -15,7 +15,7 @@ if [ -n "${QKV_TEST_PYTHON:-}" ]; then
   echo "$QKV_TEST_PYTHON"
   exit 0
 fi
-key=$(printf '%s' "$(python3 -V) $torch $packages" | sha256sum | cut -c1-12)
+key=$(printf '%s' "$(python3 -V) $torch $packages $pure $parts" | sha256sum | cut -c1-12)
 folder=${XDG_CACHE_HOME:-$HOME/.cache}/qkv/python-$key
 python=$folder/bin/python
 mkdir -p "$(dirname "$folder")"

@@ -8,7 +8,6 @@
 
 #include <pthread.h>
 #include <sched.h>
-#include <signal.h>
 #include <stdatomic.h>
 #include <string.h>
 #if defined(__x86_64__)
@@ -19,6 +18,7 @@
 
 #include "base/log.h"
 #include "base/status.h"
+#include "base/thread.h"
 
 /* ---- levels ------------------------------------------------------------------------------- */
 
@@ -255,27 +255,17 @@ static int32_t available_cpus(void)
     return n < 1 ? 1 : n < MAX_THREADS ? n : MAX_THREADS;
 }
 
-/* Starts the pool's threads. They inherit a mask that blocks all signals, so that none of the
- * program's handlers runs on them; but not those of faults, which would kill without a report. */
+/* Starts the pool's threads. */
 static qkv_status start_threads(qi_threads *threads)
 {
-    sigset_t blocked, before;
-    sigfillset(&blocked);
-    const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
-    for (size_t i = 0; i < sizeof faults / sizeof faults[0]; i++) sigdelset(&blocked, faults[i]);
-    pthread_sigmask(SIG_SETMASK, &blocked, &before);
-    int error = 0;
     for (; threads->num_started < threads->count - 1; threads->num_started++) {
         thread_start start = {.threads = threads, .index = threads->num_started + 1};
         atomic_store(&threads->running, 1);
-        error = pthread_create(&threads->thread[threads->num_started], NULL, thread_main, &start);
-        if (error) break;
+        if (qi_thread_start(&threads->thread[threads->num_started], thread_main, &start))
+            QI_FAIL(QKV_ERR_DEVICE, "num_threads: expected to start %d threads, got %d",
+                    (int)threads->count - 1, (int)threads->num_started);
         wait_for_threads(threads);
     }
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (error)
-        QI_FAIL(QKV_ERR_DEVICE, "num_threads: expected to start %d threads, got %d",
-                (int)threads->count - 1, (int)threads->num_started);
     return QKV_OK;
 }
 

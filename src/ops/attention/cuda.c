@@ -7,6 +7,7 @@
 
 #include "base/arena.h"
 #include "base/status.h"
+#include "base/thread.h"
 #include "ops/attention/attention.h"
 #include "ops/attention/plan_params.h"
 
@@ -139,7 +140,7 @@ qkv_status qi_attention_cuda_compile(qkv_attention *a)
 {
     planner_job job = {.a = a};
     pthread_t thread;
-    const int beside = pthread_create(&thread, NULL, run_planner_job, &job) == 0;
+    const int beside = qi_thread_start(&thread, run_planner_job, &job) == 0;
     const qkv_status status = compile_kernels(a);
     if (beside)
         pthread_join(thread, NULL);
