@@ -21,23 +21,12 @@ static void lanes_sync(qi_lanes lanes)
     pthread_barrier_wait(&lanes_barrier);
 }
 
-static void put_words(void *to, u64 a, u64 b, u64 c, u64 d)
-{
-    const u64 words[] = {a, b, c, d};
-    memcpy(to, words, sizeof words);
-}
-
-static i64 quotient(i64 a, i64 b)
-{
-    return a / b;
-}
-
 static i64 lanes_min(qi_lanes lanes, i64 value);
 
 static void lanes_add(qi_lanes lanes, i64 *sums, i64 *totals, i64 *most)
 {
-    for (int k = 0; k < 2; k++) most[k] = -lanes_min(lanes, -most[k]);
-    for (int k = 0; k < 4; k++) {
+    for (int k = 0; k < NUM_MOST; k++) most[k] = -lanes_min(lanes, -most[k]);
+    for (int k = 0; k < NUM_SUMS; k++) {
         lanes_values[lanes.id] = sums[k];
         lanes_sync(lanes);
         sums[k] = totals[k] = 0;

@@ -7,6 +7,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "folder.h"
 #include "heap.h"
 
 /* ---- one call, each of its allocations failing ------------------------------------------------ */
@@ -209,7 +210,7 @@ static void out_of_memory_does_not_matter_to_stateless_calls(void **state)
 /* A kernel stays loaded for the life of a process, so each fault has a process of its own. */
 enum { DIM = 8, NO_FAULT = 0, GOOD = 1, BAD = 2 };
 
-static char folder[200], cache[300], script[300], kernel[300];
+static char folder[256], cache[300], script[300], kernel[300];
 
 static const qkv_variant doubled = {
     QKV_VARIANT_INIT, .name = "doubled",
@@ -316,9 +317,8 @@ static int in_child(int32_t policy, const char *compiler, const char *cache_dir,
 static int prepare(void **state)
 {
     (void)state;
-    const char *root = getenv("TMPDIR");
-    snprintf(folder, sizeof folder, "%s/qkv-test-XXXXXX", root ? root : "/tmp");
-    if (!mkdtemp(folder) || setenv("TMPDIR", folder, 1) != 0) return -1;
+    folder_new(folder);
+    if (setenv("TMPDIR", folder, 1) != 0) return -1;
     snprintf(cache, sizeof cache, "%s/cache", folder);
     snprintf(script, sizeof script, "%s/cc", folder);
     snprintf(kernel, sizeof kernel, "%s/kernel.so", folder);

@@ -350,7 +350,7 @@ QI_INLINE void decode_finish(const attention_cuda_params *c, const decode_item *
 
 /* ---- a strip -------------------------------------------------------------------------------- */
 
-/* The first `count` items in shared memory. q: this thread's part of the first one's. */
+/* The first `count` items in shared memory. */
 QI_INLINE void decode_chunk(const attention_cuda_params *c, int count, int one_level,
                             const decode_guess *guess, char *ring, decode_shared *t)
 {
@@ -388,13 +388,12 @@ QI_INLINE void decode_chunk(const attention_cuda_params *c, int count, int one_l
         if (place < tiles) decode_put(&state, place, slots + used * SLOT_BYTES, t);
         if (threadIdx.x == 0) t->ticket = ticket;
         __syncthreads();
-        if (n < count && of->is_decode)
-            decode_finish(c, of, t->row[warp], min(tiles, DECODE_WARPS), t);
+        if (n < count) decode_finish(c, of, t->row[warp], min(tiles, DECODE_WARPS), t);
         if (n + 1 < count) decode_put_query(q, t);
         if (drawn && t->ticket == before->cut.num_pieces - 1)
             merge_tile(c, &before->cut, before->merge);
         __syncthreads();
-        drawn = n < count && of->is_decode && of->slot >= 0 && one_level;
+        drawn = n < count && of->count > 0 && of->slot >= 0 && one_level;
         if (drawn && threadIdx.x == 0) ticket = draw_ticket(p, of->merge);
         first = (first + tiles) % DECODE_WARPS;
     }

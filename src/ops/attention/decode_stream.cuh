@@ -29,7 +29,7 @@ typedef struct decode_item {
     int block, kv_offset, kv_head; /* of the list */
     int row_begin, count;          /* rows of q: tokens times heads of the group */
     int request, position;         /* of its first row; MIXED groups: of none */
-    int slot, merge, is_decode, flags;
+    int slot, merge, flags;
     qi_merge cut; /* its tile, where that is cut */
     i64 list;     /* where it begins, of plan.pages or of tokens */
     const qi_group *group;
@@ -37,7 +37,6 @@ typedef struct decode_item {
 
 /* What the warps of a block share beside the rings. */
 typedef struct decode_shared {
-    int is_last;
     int ticket; /* how many pieces of a tile were done */
     tile_row row[DECODE_WARPS][DECODE_ROWS];
     float max[DECODE_WARPS][DECODE_ROWS], sum[DECODE_WARPS][DECODE_ROWS];
@@ -79,15 +78,15 @@ QI_INLINE void decode_put_item(const attention_params *p, const qi_work *w, cons
                                const qi_group *g, const qi_merge *cut, decode_item *to)
 {
     decode_item i;
-    i.is_decode = w->flags == QI_TILE_DECODE;
+    const int is_decode = w->flags == QI_TILE_DECODE;
     i.kv_begin = w->kv_begin;
-    i.kv_end = i.is_decode ? w->kv_end : w->kv_begin;
+    i.kv_end = is_decode ? w->kv_end : w->kv_begin;
     i.list = g->kv_begin;
     i.block = g->block_begin;
     i.kv_offset = g->kv_offset;
     i.kv_head = w->kv_head;
     i.row_begin = w->row_begin;
-    i.count = w->flags == QI_TILE_DECODE ? w->num_rows * GROUP_SIZE : 0;
+    i.count = is_decode ? w->num_rows * GROUP_SIZE : 0;
     i.request = g->request;
     i.position = (int)g->pos_first + (w->row_begin - g->row_begin);
     i.slot = w->slot;

@@ -61,6 +61,21 @@ void qi_groups_by_prefix(const batch_view *batch, const qi_limits *limits, i32 m
 void qi_copy_requests(qi_lanes lanes, const batch_view *batch, const qi_plan *out,
                       i64 *mask_indptr);
 
+/* What the scheduler is to cut, with room for its notes. */
+static inline qi_lengths qi_lengths_of(const batch_view *batch, const group_list *list,
+                                       qi_span *spans, qi_strip *strips)
+{
+    const qi_kv_view *last = &batch->level[batch->num_levels - 1];
+    const qi_lengths lengths = {.groups = list->groups,
+                                .num_groups = list->num_groups,
+                                .num_requests = (i32)last->num_requests,
+                                .num_tokens = last->qo_indptr[last->num_requests],
+                                .num_levels = list->num_levels,
+                                .spans = spans,
+                                .strips = strips};
+    return lengths;
+}
+
 /* Position of a request's row 0. */
 static inline i64 qi_first_position(const batch_view *batch, i64 request, i64 kv_len, i64 qo_len)
 {

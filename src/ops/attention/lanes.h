@@ -2,18 +2,17 @@
  * runs them as one lane and a block of a GPU as its threads, with the same bytes in the end. Text of the
  * subset that C11 and NVRTC share, as all that includes it.
  *
- * Who runs more than one lane defines QI_LANES and brings these functions itself (plan.cu, the tests).
- * All but quotient and the last three are collective: each lane calls them in the same order, and sees what every lane
- * wrote before.
+ * Who runs more than one lane defines QI_LANES and brings those functions itself (plan.cu, the tests). All but the
+ * last three are collective: each lane calls them in the same order, and sees what every lane wrote before.
  * SPDX-License-Identifier: Apache-2.0 */
 #ifndef QI_ATTENTION_LANES_H
 #define QI_ATTENTION_LANES_H
 
-#ifndef QI_LANES
+#include "kern/plan.h"
+
+#ifndef __CUDACC_RTC__
 #include <string.h>
 #endif
-
-#include "kern/plan.h"
 
 /* Before a loop of the planner's text: on a GPU it runs once, from cold instruction caches, where short code
  * is fast code. And before a function that a batch of single rows seldom or never calls. */
@@ -23,24 +22,6 @@
 #else
 #define QI_ROLLED
 #define QI_OUTLINED static
-#endif
-
-typedef struct qi_lanes {
-    i32 id, count;
-} qi_lanes;
-
-#ifndef QI_LANES
-/* Each of the four values becomes the sum over lower lanes, totals that over all; and each of the two numbers
- * in most, not negative, the largest in any lane. */
-static inline void lanes_add(qi_lanes lanes, i64 *values, i64 *totals,
-                             i64 *most) /* NOLINT(readability-non-const-parameter) */
-{
-    (void)lanes, (void)most;
-    for (int i = 0; i < 4; i++) {
-        totals[i] = values[i];
-        values[i] = 0;
-    }
-}
 
 /* Writes 32 bytes, in wide stores. */
 static inline void put_words(void *to, u64 a, u64 b, u64 c, u64 d)
@@ -55,6 +36,26 @@ static inline void put_words(void *to, u64 a, u64 b, u64 c, u64 d)
 static inline i64 quotient(i64 a, i64 b)
 {
     return a / b;
+}
+#endif
+
+typedef struct qi_lanes {
+    i32 id, count;
+} qi_lanes;
+
+enum { NUM_SUMS = 4, NUM_MOST = 2 };
+
+#ifndef QI_LANES
+/* Each of NUM_SUMS values becomes the sum over lower lanes, totals that over all; and each of NUM_MOST numbers,
+ * not negative, the largest in any lane. */
+static inline void lanes_add(qi_lanes lanes, i64 *values, i64 *totals,
+                             i64 *most) /* NOLINT(readability-non-const-parameter) */
+{
+    (void)lanes, (void)most;
+    for (int i = 0; i < NUM_SUMS; i++) {
+        totals[i] = values[i];
+        values[i] = 0;
+    }
 }
 
 /* Is it so in any lane? */

@@ -9,19 +9,6 @@ static const qi_lanes one_lane = {.id = 0, .count = 1};
 
 /* ---- the plan ----------------------------------------------------------------------------- */
 
-static qi_lengths lengths_of(const qkv_attention *a, const batch_view *batch,
-                             const group_list *list)
-{
-    const qi_kv_view *last = &batch->level[batch->num_levels - 1];
-    return (qi_lengths){.groups = list->groups,
-                        .num_groups = list->num_groups,
-                        .num_requests = (i32)last->num_requests,
-                        .num_tokens = last->qo_indptr[last->num_requests],
-                        .num_levels = list->num_levels,
-                        .spans = a->spans,
-                        .strips = a->strips};
-}
-
 /* Groups of the batch in the spare halves; no shared ones where their partial rows would not fit. */
 static qkv_status make_groups(qkv_attention *a, const batch_view *batch, group_list *list)
 {
@@ -33,7 +20,7 @@ static qkv_status make_groups(qkv_attention *a, const batch_view *batch, group_l
     else
         qi_groups_by_level(one_lane, batch, list);
     if (list->num_levels == 1 && !a->schedule.fixed_cuts) return QKV_OK;
-    const qi_lengths lengths = lengths_of(a, batch, list);
+    const qi_lengths lengths = qi_lengths_of(batch, list, a->spans, a->strips);
     const i64 needed = qi_schedule_rows_needed(&lengths, &a->schedule);
     if (needed <= a->limits.max_split_rows) return QKV_OK;
     if (batch->detect_shared_prefix) {
@@ -121,7 +108,7 @@ static qkv_status plan_on_host(qkv_attention *a, const batch_view *batch, void *
     a->planned = 0;
     swap_spare(a);
     copy_batch(a, batch);
-    const qi_lengths lengths = lengths_of(a, batch, &list);
+    const qi_lengths lengths = qi_lengths_of(batch, &list, a->spans, a->strips);
     qi_schedule(one_lane, &lengths, &a->schedule, &a->plan);
     a->on_device = 0;
     if (cuda) QI_TRY(qi_attention_cuda_upload(a, &lengths, stream));

@@ -9,8 +9,8 @@
 #define QI_LANES
 #include "ops/attention/lanes.h"
 
-enum { WARPS = THREADS / WARP, NUM_SUMMED = 4, NUM_MOST = 2 };
-_Static_assert(WARPS >= NUM_SUMMED + NUM_MOST && WARPS <= WARP, "a warp finishes a number of all");
+enum { WARPS = THREADS / WARP };
+_Static_assert(WARPS >= NUM_SUMS + NUM_MOST && WARPS <= WARP, "a warp finishes a number of all");
 
 /* Sums up to this lane of the warp. Many are of zeros, as those of partial rows where none is needed. */
 QI_INLINE i64 warp_scan(i64 x)
@@ -41,13 +41,13 @@ QI_INLINE void lanes_sync(qi_lanes lanes)
  * in the caches then. */
 static __device__ __noinline__ void lanes_add(qi_lanes lanes, i64 *values, i64 *totals, i64 *most)
 {
-    __shared__ i64 sums[NUM_SUMMED + NUM_MOST][WARP + 1]; /* before each warp; of all */
+    __shared__ i64 sums[NUM_SUMS + NUM_MOST][WARP + 1]; /* before each warp; of all */
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    i64 own[NUM_SUMMED], below[NUM_SUMMED];
+    i64 own[NUM_SUMS], below[NUM_SUMS];
 #pragma unroll
-    for (int k = 0; k < NUM_SUMMED; k++) own[k] = values[k];
+    for (int k = 0; k < NUM_SUMS; k++) own[k] = values[k];
 #pragma unroll
-    for (int k = 0; k < NUM_SUMMED; k++) {
+    for (int k = 0; k < NUM_SUMS; k++) {
         const i64 through = warp_scan(own[k]);
         if (lane == WARP - 1) sums[k][warp] = through;
         below[k] = through - own[k];
@@ -55,24 +55,24 @@ static __device__ __noinline__ void lanes_add(qi_lanes lanes, i64 *values, i64 *
 #pragma unroll
     for (int k = 0; k < NUM_MOST; k++) {
         const i64 largest = warp_most(most[k]);
-        if (lane == 0) sums[NUM_SUMMED + k][warp] = largest;
+        if (lane == 0) sums[NUM_SUMS + k][warp] = largest;
     }
     __syncthreads();
-    if (warp < NUM_SUMMED + NUM_MOST) {
+    if (warp < NUM_SUMS + NUM_MOST) {
         const i64 of_warp = lane < WARPS ? sums[warp][lane] : 0;
-        const i64 all = warp < NUM_SUMMED ? warp_scan(of_warp) : warp_most(of_warp);
+        const i64 all = warp < NUM_SUMS ? warp_scan(of_warp) : warp_most(of_warp);
         __syncwarp();
         sums[warp][lane] = all - of_warp;
         if (lane == WARP - 1) sums[warp][WARP] = all;
     }
     __syncthreads();
 #pragma unroll
-    for (int k = 0; k < NUM_SUMMED; k++) {
+    for (int k = 0; k < NUM_SUMS; k++) {
         values[k] = below[k] + sums[k][warp];
         totals[k] = sums[k][WARP];
     }
 #pragma unroll
-    for (int k = 0; k < NUM_MOST; k++) most[k] = sums[NUM_SUMMED + k][WARP];
+    for (int k = 0; k < NUM_MOST; k++) most[k] = sums[NUM_SUMS + k][WARP];
     __syncthreads();
 }
 
@@ -98,7 +98,7 @@ QI_INLINE i64 lanes_sum(qi_lanes lanes, i64 value)
 /* Complemented, the smallest is the largest. */
 QI_INLINE i64 lanes_min(qi_lanes lanes, i64 value)
 {
-    i64 none[NUM_SUMMED] = {0, 0, 0, 0}, totals[NUM_SUMMED];
+    i64 none[NUM_SUMS] = {0, 0, 0, 0}, totals[NUM_SUMS];
     i64 most[NUM_MOST] = {0x7fffffffffffffffLL - value, 0};
     lanes_add(lanes, none, totals, most);
     return 0x7fffffffffffffffLL - most[0];

@@ -67,18 +67,10 @@ static i32 check_mask(const plan_params *p, const qi_kv_view *view, i64 r)
 /* The end of a group must be that of a group of the next level. */
 static i32 check_end(const qi_kv_view *view, const qi_kv_view *inner, i64 g)
 {
-    const i32 row = view->qo_indptr[g + 1], n = (i32)inner->num_requests;
-    if (g + 1 == view->num_requests && row != inner->qo_indptr[n]) return QI_PLAN_NESTING;
-    i32 low = 0, high = n; /* the first entry that is not less */
-    QI_ROLLED
-    while (low < high) {
-        const i32 middle = low + (high - low) / 2;
-        if (inner->qo_indptr[middle] < row)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    return inner->qo_indptr[low] == row ? QI_PLAN_OK : QI_PLAN_NESTING;
+    const i32 *ends = inner->qo_indptr, row = view->qo_indptr[g + 1];
+    if (row == ends[inner->num_requests]) return QI_PLAN_OK;
+    if (g + 1 == view->num_requests) return QI_PLAN_NESTING;
+    return ends[group_of(inner, 0, row)] == row ? QI_PLAN_OK : QI_PLAN_NESTING;
 }
 
 /* All that is to be seen of one group. */
@@ -160,20 +152,13 @@ static void device_plan(qi_lanes lanes, const plan_params *p, const plan_room *n
                             request == 0x7fffffff ? -1 : request, &p->plan);
         return;
     }
-    const qi_kv_view *last = &p->batch.level[p->batch.num_levels - 1];
     group_list list = {.groups = near->groups, .rows = p->plan.rows};
     qi_groups_by_level(lanes, &p->batch, &list);
     QI_ROLLED
     for (i32 g = lanes.id; near->groups != p->plan.groups && g < list.num_groups; g += lanes.count)
         p->plan.groups[g] = near->groups[g];
     qi_copy_requests(lanes, &p->batch, &p->plan, p->mask_indptr);
-    const qi_lengths lengths = {.groups = list.groups,
-                                .num_groups = list.num_groups,
-                                .num_requests = (i32)last->num_requests,
-                                .num_tokens = last->qo_indptr[last->num_requests],
-                                .num_levels = list.num_levels,
-                                .spans = near->spans,
-                                .strips = near->strips};
+    const qi_lengths lengths = qi_lengths_of(&p->batch, &list, near->spans, near->strips);
     qi_schedule(lanes, &lengths, &p->limits, &p->plan);
 }
 

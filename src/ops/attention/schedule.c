@@ -117,7 +117,7 @@ static void cut_tiles(qi_lanes lanes, const strips *s, const qi_lengths *in,
                       const qi_limits *limits, i64 spare, i64 *totals)
 {
     const share own = share_of(lanes, s->last - 1); /* and 1 more: strip 0 begins with the line */
-    i64 sums[NUM_SUMS] = {0, 0, 0, 0}, most[NUM_KINDS] = {0, 0};
+    i64 sums[NUM_SUMS] = {0, 0, 0, 0}, most[NUM_MOST] = {0, 0};
     QI_ROLLED
     for (i32 w = own.begin + 1; w <= own.end; w++) find_tile(s, in, limits, w);
     lanes_sync(lanes);
@@ -367,7 +367,7 @@ i64 qi_schedule_split_rows(const qi_limits *limits, i64 max_rows)
 
 i64 qi_schedule_rows_needed(const qi_lengths *in, const qi_limits *limits)
 {
-    i64 sums[NUM_SUMS] = {0, 0, 0, 0}, most[NUM_KINDS] = {0, 0};
+    i64 sums[NUM_SUMS] = {0, 0, 0, 0}, most[NUM_MOST] = {0, 0};
     qi_span span;
     QI_ROLLED
     for (i32 g = 0; g < in->num_groups; g++) measure(limits, &in->groups[g], &span, sums, most);
@@ -433,7 +433,7 @@ static void finish(qi_lanes lanes, const strips *s, const qi_lengths *in, const 
 void qi_schedule(qi_lanes lanes, const qi_lengths *in, const qi_limits *limits, const qi_plan *out)
 {
     const share groups = share_of(lanes, in->num_groups);
-    i64 sums[NUM_SUMS] = {0, 0, 0, 0}, totals[NUM_SUMS], cuts[NUM_SUMS], most[NUM_KINDS] = {0, 0};
+    i64 sums[NUM_SUMS] = {0, 0, 0, 0}, totals[NUM_SUMS], cuts[NUM_SUMS], most[NUM_MOST] = {0, 0};
     clear_row_merge(lanes, in, limits, out);
     QI_ROLLED
     for (i32 g = groups.begin; g < groups.end; g++)

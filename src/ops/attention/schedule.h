@@ -91,8 +91,8 @@ void qi_schedule_nothing(qi_lanes lanes, const qi_limits *limits, i32 status, i3
  * qi_schedule - fill header, work_indptr, work, merge, row_merge and clear the tickets of *out. Collective.
  *
  * A group of n rows is one decode tile over its KV heads if n <= decode_rows (with split_heads one for
- * each head), else for each head ceil(n / tile_rows) prefill tiles, head by head. The tiles, in that order, form a line of integer
- * costs
+ * each head), else for each head ceil(n / tile_rows) prefill tiles, head by head. The tiles, in that order,
+ * form a line of integer costs
  *
  *   cost = cost_visit + heads * keys * (cost_key + rows * group_size * cost_pair)
  *
@@ -101,8 +101,8 @@ void qi_schedule_nothing(qi_lanes lanes, const qi_limits *limits, i32 status, i3
  * the tile's pieces are merged later; it ends at the nearer end of the tile instead if a piece
  * would be shorter than cut_align keys, if the partial rows do not suffice, or if no prefill tile
  * exceeds 1/8 of a strip (then cutting one gains less than its merge costs). At most num_workers -
- * 1 extra pieces and merges arise; no heap, O((groups + strips + tiles) /
- * lanes), and log tiles for a strip that begins in a prefill group.
+ * 1 extra pieces and merges arise; no heap, O((groups + strips + tiles) / lanes), and log tiles for a strip
+ * that begins in a prefill group.
  *
  * A batch that needs more than max_split_rows partial rows gets no work, and header.status says so.
  *

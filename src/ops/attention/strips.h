@@ -25,13 +25,8 @@ typedef struct mark {
 static i64 strip_from(const strips *s, i64 position)
 {
     const i64 split = s->longer * (s->size + 1);
-    i64 w;
-    if (position <= split)
-        w = quotient(position + s->size, s->size + 1);
-    else if (s->size == 0)
-        w = s->count;
-    else
-        w = s->longer + quotient(position - split + s->size - 1, s->size);
+    const i64 w = position <= split ? quotient(position + s->size, s->size + 1)
+                                    : s->longer + quotient(position - split + s->size - 1, s->size);
     return w < 1 ? 1 : w;
 }
 
@@ -90,8 +85,8 @@ static i32 fixed_pieces(const qi_limits *limits, const tile *t)
 /* ---- groups along the line ------------------------------------------------------------------ */
 
 /* Sums over groups: cost, and of the plan what there is without a cut at a strip's begin. */
-enum { COST, WORK, MERGES, SLOTS, NUM_SUMS };
-enum { PREFILL, DECODE, NUM_KINDS };
+enum { COST, WORK, MERGES, SLOTS };
+enum { PREFILL, DECODE };
 
 /* Fills the group's span, adds it to sums and raises most[] to the cost of its largest tile. */
 static void measure(const qi_limits *limits, const qi_group *g, qi_span *span, i64 *sums, i64 *most)
