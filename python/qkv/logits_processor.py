@@ -349,6 +349,9 @@ class LogitsPipe:
         ends = isinstance(self.stages[-1], (Sample, Greedy))
         count = len(self.stages)
         self._first = count if not ends else _first_fused(self.stages) if compile else count - 1
+        fused = self.stages[self._first :]
+        self._is_greedy = bool(fused) and isinstance(fused[-1], Greedy)
+        self._fused_names = [name for stage in fused for name in stage.parameters]
 
     def __repr__(self):
         parts = [repr(stage) for stage in self.stages[: self._first]]
@@ -372,40 +375,41 @@ class LogitsPipe:
 
         Returns tokens, i32 [batch], or what the last stage gives, f32 [batch, vocab].
         """
-        values = self._complete(values)
+        self._complete(values)
         if len(logits.shape) != 2:
             raise ValueError(f"logits: expected [batch, vocab], got {tuple(logits.shape)}")
         if str(logits.dtype).rpartition(".")[2] not in ("float32", "float16", "bfloat16"):
             raise ValueError(f"logits: expected f32, f16 or bf16, got {logits.dtype}")
-        fused = self.stages[self._first :]
-        if out is not None and not fused:
+        ends = self._first < len(self.stages)  # in a token
+        if out is not None and not ends:
             raise ValueError("out: expected None, since the pipe does not end in a token")
         x = logits
         if self._first > 0:
             x = self._run_stages(x, values)
-        if not fused:
+        if not ends:
             return x
-        if isinstance(fused[-1], Greedy):
+        if self._is_greedy:
             return qkv.argmax(x, out=out, ctx=ctx, stream=stream)
         if self._kinds[self._first] is PROBS:
             with _quiet(x):
                 x = _framework(x).log(_f32(x))
-        arguments = {n: values[n] for stage in fused for n in stage.parameters if n in values}
+        arguments = {name: values[name] for name in self._fused_names if name in values}
         arguments["seed"] = _seeds(x, arguments["seed"])
         return qkv.sample(x, out=out, ctx=ctx, stream=stream, **arguments)
 
     def _complete(self, values):
-        """The call's values over the stages' own; every parameter has one."""
+        """Adds the stages' own to the call's values, so that every parameter has one."""
         for name in values:
             if name not in self._owner:
                 raise ValueError(f"{name}: no stage of {self!r} has this parameter")
-        complete = {}
         for name, stage in self._owner.items():
-            value = values.get(name)
-            complete[name] = stage.values.get(name) if value is None else value
-            if complete[name] is None and name != "offset":
-                raise ValueError(f"{name}: expected a value here or in {type(stage).__name__}(...)")
-        return {name: value for name, value in complete.items() if value is not None}
+            if values.get(name) is None:
+                if name in stage.values:
+                    values[name] = stage.values[name]
+                elif name != "offset":
+                    raise ValueError(
+                        f"{name}: expected a value here or in {type(stage).__name__}(...)"
+                    )
 
     def _run_stages(self, x, values):
         """The stages that are not fused."""

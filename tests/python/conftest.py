@@ -54,5 +54,12 @@ def close(got, expected, dtype=None, scale=1.0):
     torch.testing.assert_close(got.double().cpu(), expected.double().cpu(), rtol=eps, atol=eps)
 
 
+def refused(text, call, kind=ValueError):
+    """call() raises an exception of this kind with this text in its message."""
+    with pytest.raises(kind) as error:
+        call()
+    assert text in str(error.value), str(error.value)
+
+
 def i32(*values):
     return torch.tensor(values, dtype=torch.int32)

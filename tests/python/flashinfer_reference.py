@@ -4,18 +4,10 @@ import math
 
 import numpy as np
 import torch
+from reference import attention, visible
 
 
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 2e-2, torch.float32: 2e-4}
-
-
-def rotate(x, positions, scale=1.0, theta=1e4):
-    """NeoX halves of x [n, heads, dim]."""
-    half = x.shape[-1] // 2
-    freq = theta ** (-torch.arange(half, dtype=torch.float64) / half) / scale
-    angle = positions.double()[:, None, None] * freq
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
 
 
 def reference(
@@ -32,30 +24,13 @@ def reference(
     rope=None,
 ):
     """q [n, Hq, D], k [m, Hk, D], v [m, Hk, Dv]: o [n, Hq, Dv] and the base-2 lse [n, Hq]."""
-    q, k, v = (x.detach().cpu().double() for x in (q, k, v))
-    n, m, group = q.shape[0], k.shape[0], q.shape[1] // k.shape[1]
-    pos, key = torch.arange(n) + m - n, torch.arange(m)
-    if rope is not None:
-        q, k = rotate(q, pos, *rope), rotate(k, key, *rope)
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    x = torch.einsum("nhd,mhd->nhm", q, k) * (sm_scale or 1 / math.sqrt(q.shape[-1]))
-    if logits_soft_cap:
-        x = logits_soft_cap * torch.tanh(x / logits_soft_cap)
-    if slopes is not None:
-        x = x + slopes.cpu().double()[None, :, None] * (key - pos[:, None])[:, None]
-    keep = torch.ones(n, m, dtype=torch.bool)
+    allowed = visible(q.shape[0], k.shape[0], window_left, 0 if causal and mask is None else -1)
     if mask is not None:
-        keep &= mask.cpu().bool()
-    elif causal:
-        keep &= key <= pos[:, None]
-    if window_left >= 0:
-        keep &= key >= pos[:, None] - window_left
-    x = x.masked_fill(~keep[:, None], -math.inf)
-    if sink is not None:
-        x = torch.cat([x, sink.cpu().double()[None, :, None].expand(n, -1, 1)], -1)
-    lse = torch.logsumexp(x, -1)
-    p = torch.exp(x - lse[..., None]).nan_to_num(0.0)[..., :m]
-    return torch.einsum("nhm,mhd->nhd", p, v), lse / math.log(2)
+        allowed &= mask.cpu().bool()
+    o, lse = attention(
+        q, k, v, allowed=allowed, sm_scale=sm_scale, soft_cap=logits_soft_cap, rope=rope, slopes=slopes, sink=sink
+    )
+    return o, lse / math.log(2)
 
 
 def close(got, expected, dtype=None):

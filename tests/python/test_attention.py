@@ -1,6 +1,9 @@
 """Attention through Python against float64: index forms, masks, levels, blocks, variants, and what else a run takes."""
 
+import functools
+
 import pytest
+import reference
 import torch
 from conftest import close
 from test_native import rope_reference
@@ -16,27 +19,7 @@ BASE = dict(
 LENGTHS = [(0, 5), (1, 1), (3, PAGE), (2, PAGE + 1), (4, 2), (7, 41)]
 
 
-def reference(q, k, v, *, bias=None, allowed=None, sm_scale=DIM**-0.5, soft_cap=0.0, sink=None):
-    """One request in float64: q [rows, HEADS, DIM], k and v [keys, KV_HEADS, DIM]; allowed, bias [rows, keys] or
-    [HEADS, rows, keys]. Returns o, lse."""
-    q, k, v = (x.double().cpu().transpose(0, 1) for x in (q, k, v))
-    k, v = (x.repeat_interleave(HEADS // KV_HEADS, 0) for x in (k, v))
-    logits = q @ k.transpose(1, 2) * sm_scale
-    if soft_cap:
-        logits = soft_cap * (logits / soft_cap).tanh()
-    if bias is not None:
-        logits = logits + bias
-    if allowed is not None:
-        logits = logits.masked_fill(~allowed, -torch.inf)
-    every = logits if sink is None else torch.cat([logits, sink.double().cpu()[:, None, None].expand(HEADS, q.shape[1], 1)], -1)
-    lse = every.logsumexp(-1) if every.shape[-1] else torch.full(every.shape[:2], -torch.inf).double()
-    weights = (logits - lse[..., None]).exp().nan_to_num(0.0)
-    return (weights @ v).transpose(0, 1), lse.transpose(0, 1)
-
-
-def causal(rows, keys, left=-1, right=0):
-    at = torch.arange(keys) - (torch.arange(rows)[:, None] + keys - rows)
-    return (at <= right) & (at >= -left if left >= 0 else torch.ones_like(at, dtype=torch.bool))
+causal = functools.partial(reference.visible, right=0)
 
 
 class Batch:
@@ -84,7 +67,7 @@ class Batch:
 
     def reference(self, i, q=None, k=None, v=None, **options):
         rows = slice(self.qo_indptr[i], self.qo_indptr[i + 1])
-        return reference((self.q if q is None else q)[rows], (self.k if k is None else k)[i], (self.v if v is None else v)[i], **options)
+        return reference.attention((self.q if q is None else q)[rows], (self.k if k is None else k)[i], (self.v if v is None else v)[i], **options)
 
 
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
@@ -157,9 +140,7 @@ def test_alibi_sink_and_base_2():
     o, lse = attention.run(batch.q, batch.pool, lse=True, alibi_slopes=slopes, sink=sink.tolist())
 
     def expected(i):
-        rows, keys = LENGTHS[i]
-        distance = torch.arange(keys) - (torch.arange(rows)[:, None] + keys - rows)
-        return batch.reference(i, allowed=causal(rows, keys), bias=slopes.double()[:, None, None] * distance, sink=sink)
+        return batch.reference(i, allowed=causal(*LENGTHS[i]), slopes=slopes, sink=sink)
 
     batch.check((o, lse * torch.log(torch.tensor(2.0))), expected)
     with pytest.raises(qkv.InvalidError, match="sink"):
@@ -238,7 +219,7 @@ def test_levels_and_detection_of_a_shared_prefix():
 
     def check(got):
         for rows, kv in ((slice(0, 1), keys[0]), (slice(1, 3), keys[1])):
-            o, lse = reference(q[rows], kv[0], kv[1], allowed=causal(len(q[rows]), kv.shape[1]))
+            o, lse = reference.attention(q[rows], kv[0], kv[1], allowed=causal(len(q[rows]), kv.shape[1]))
             close(got[0][rows], o, scale=4)
             close(got[1][rows], lse, scale=4)
 
@@ -291,7 +272,7 @@ def test_variant_and_its_arguments(cached_ctx):
 
     def expected(i):
         rows, keys = LENGTHS[i]
-        return batch.reference(i, allowed=causal(rows, keys), sm_scale=0.5 * DIM**-0.5, bias=table.double()[torch.arange(keys) % 3])
+        return batch.reference(i, allowed=causal(rows, keys), sm_scale=0.5 * DIM**-0.5, logit=lambda x, _: x + table.double()[torch.arange(keys) % 3])
 
     for args in ((0.5, 3, table), dict(table=table, factor=0.5, period=3)):
         batch.check(attention.run(batch.q, batch.pool, lse=True, args=args), expected)
@@ -345,9 +326,9 @@ def test_scales_and_8_bit_caches(form):
 def test_merge_of_parts_is_attention_over_all():
     q, (k, v) = torch.randn(3, HEADS, DIM), torch.randn(2, 20, KV_HEADS, DIM)
     cuts = [0, 1, 7, 20]
-    parts = [reference(q, k[a:b], v[a:b]) for a, b in zip(cuts, cuts[1:])]
+    parts = [reference.attention(q, k[a:b], v[a:b]) for a, b in zip(cuts, cuts[1:])]
     o_states, lse_states = ([x.float().contiguous() for x in xs] for xs in zip(*parts))
-    o_ref, lse_ref = reference(q, k, v)
+    o_ref, lse_ref = reference.attention(q, k, v)
     o, lse = merge(o_states, lse_states, lse=True)
     close(o, o_ref, scale=4)
     close(lse, lse_ref, scale=4)
@@ -442,4 +423,4 @@ def test_a_step_in_a_cuda_graph():
     i = len(batch.lengths) - 1
     rows, keys = batch.lengths[i]
     part = slice(batch.qo_indptr[i], batch.qo_indptr[i + 1])
-    close(o[part], reference(batch.q[part], batch.k[i][:-1], batch.v[i][:-1], allowed=causal(rows, keys - 1))[0])
+    close(o[part], reference.attention(batch.q[part], batch.k[i][:-1], batch.v[i][:-1], allowed=causal(rows, keys - 1))[0])

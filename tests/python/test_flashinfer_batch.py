@@ -380,7 +380,7 @@ def test_position_encodings(device, mode):
     if mode == "ALIBI":
         options, expected = {}, {"slopes": torch.tensor(slopes)}
     else:
-        options, expected = {"rope_scale": 2.0, "rope_theta": 5e3}, {"rope": (2.0, 5e3)}
+        options, expected = {"rope_scale": 2.0, "rope_theta": 5e3}, {"rope": (5e3, 2.0)}
     wrapper = fi.BatchPrefillWithPagedKVCacheWrapper(workspace(device))
     wrapper.plan(indptr([2, 4]), *paged.table, 6, 2, 64, 4, causal=True, pos_encoding_mode=mode, **options)
     found = wrapper.run(q, paged.cache, return_lse=True)

@@ -14,12 +14,10 @@ import pytest
 np = pytest.importorskip("numpy")
 torch = pytest.importorskip("torch")
 
-from conftest import SEED
+from conftest import SEED, refused
 from qkv.logits_processor import (
     Greedy, LogitsPipe, LogitsProcessor, MinP, Sample, Softmax, Temperature, TensorType, TopK, TopP,
 )
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def expected(x, names, values, is_probs=False):
@@ -315,12 +313,6 @@ def test_a_stage_of_ones_own():
     assert torch.equal(pipe(x, seed=1), LogitsPipe([Softmax(), Sample()])(x, seed=1))
 
 
-def refused(text, call):
-    with pytest.raises(ValueError) as error:
-        call()
-    assert text in str(error.value), str(error.value)
-
-
 def test_a_wrong_order_is_refused_when_the_pipe_is_made():
     for stages, text in (
         ([], "stages: expected one or more"),
@@ -366,7 +358,6 @@ def test_values_out_of_range_name_the_row(compile, framework):
         pipe(x, **{**good, "top_p": as_array([0.5, 0.5, 0.5])})
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_on_a_device_the_tokens_are_those_of_the_cpu(device):
     x = torch.from_numpy(random_logits(13, 64, 1000))
     for compile in (True, False):

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qkv.attention import Attention
 
-from .measure import Candidate, Problem
+from .measure import DTYPES, Candidate, Problem, flashinfer_candidate
 
 PAGE = 16
 SDPA = {"math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION,
@@ -50,7 +50,7 @@ class Requests:
         self.page_indices = bench.pages(sum(num_pages))
         self.last_page_len = i32([n - (p - 1) * PAGE for n, p in zip(kv_lens, num_pages)])
         slots = (sum(num_pages), PAGE) if paged else (sum(kv_lens),)
-        size = torch.empty((), dtype=torch.float32 if dtype == "f32" else torch.float16).itemsize
+        size = DTYPES[dtype].itemsize
         self.rows, keys = sum(qo_lens), sum(kv_lens)
         row_bytes = self.qo_heads * self.dim * size
         self.bytes = 2 * keys * self.kv_heads * self.dim * size + 2 * self.rows * row_bytes
@@ -253,8 +253,8 @@ def flashinfer_decode(rs):
             return lambda i: op.run(rs.q[i], (rs.k[i], rs.v[i]))
         return make
 
-    return [Candidate("flashinfer", with_option(True), "tensor cores"),
-            Candidate("flashinfer", with_option(False), "cuda cores")]
+    return [*flashinfer_candidate(rs.bench, with_option(True), "tensor cores"),
+            *flashinfer_candidate(rs.bench, with_option(False), "cuda cores")]
 
 
 def flashinfer_prefill(rs):
@@ -273,7 +273,7 @@ def flashinfer_prefill(rs):
         op.plan(rs.qo_indptr, rs.kv_indptr, *heads, causal=True, **dtypes)
         return lambda i: op.run(rs.q[i], rs.k[i], rs.v[i])
 
-    return [Candidate("flashinfer", make)]
+    return flashinfer_candidate(rs.bench, make)
 
 
 # ---- problems ------------------------------------------------------------------------------------
@@ -288,8 +288,7 @@ def problem(family, label, rs, candidates, *, flops=0, bytes=0):
 
 def decode_problem(bench, label, kv_lens, heads, dtype):
     rs = Requests(bench, [1] * len(kv_lens), kv_lens, heads, dtype, paged=True)
-    peers = sdpa_decode(rs) + (flashinfer_decode(rs) if bench.gpu else [])
-    return problem("decode", label, rs, peers, bytes=rs.bytes)
+    return problem("decode", label, rs, sdpa_decode(rs) + flashinfer_decode(rs), bytes=rs.bytes)
 
 
 def decode(bench):
@@ -313,9 +312,9 @@ def decode(bench):
 def prefill_problem(bench, label, qo_lens, kv_lens, heads, dtype, paged):
     rs = Requests(bench, qo_lens, kv_lens, heads, dtype, paged)
     mixed = len(set(qo_lens)) > 1
-    peers = sdpa_ragged(rs) if mixed else sdpa_prefill(rs)
-    if bench.gpu:
-        peers += flashinfer_prefill(rs) + ([] if paged else [varlen_candidate(rs)])
+    peers = (sdpa_ragged(rs) if mixed else sdpa_prefill(rs)) + flashinfer_prefill(rs)
+    if bench.gpu and not paged:
+        peers.append(varlen_candidate(rs))
     return problem("prefill", label, rs, peers, flops=rs.flops)
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import qkv
 
-from .measure import DTYPES, Candidate, Problem
+from .measure import DTYPES, Candidate, Problem, flashinfer_candidate
 
 # ---- GEMM ----------------------------------------------------------------------------------------
 
@@ -151,7 +151,7 @@ def sample_problem(bench, batch, vocab, filtered):
             return lambda i: theirs.top_k_top_p_sampling_from_logits(x[i] / TEMPERATURE, top_k, top_p)
         return lambda i: theirs.sampling_from_logits(x[i] / TEMPERATURE)
 
-    candidates = [Candidate("qkv", ours), Candidate("torch", plain)]
-    candidates += [Candidate("flashinfer", flashinfer)] if bench.gpu else []
+    candidates = [Candidate("qkv", ours), Candidate("torch", plain),
+                  *flashinfer_candidate(bench, flashinfer)]
     label = "top-k, top-p" if filtered else "sample"
     return logits_problem(bench, label, x, candidates, check)

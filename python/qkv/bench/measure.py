@@ -113,6 +113,11 @@ class Candidate:
         self.library, self.make, self.form, self.within = library, make, form, within
 
 
+def flashinfer_candidate(bench, make, form=""):
+    """A list with FlashInfer's way, which has none on a CPU."""
+    return [Candidate("flashinfer", make, form)] if bench.gpu else []
+
+
 class Problem:
     """params: what is written to the record, "dtype" among them. bytes, flops: of one call, 0 where they
     do not say anything. check(result): pairs (got, wanted) of tensors of set 0, wanted in float64; or

@@ -9,13 +9,9 @@ import torch.nn.functional as F
 import qkv
 
 from .attention import PAGE, i32, indptr
-from .measure import Candidate, Problem
+from .measure import DTYPES, Candidate, Problem, flashinfer_candidate
 
 EPS = 1e-6
-
-
-def itemsize(tensor):
-    return tensor.dtype.itemsize
 
 
 def shapes(bench, width):
@@ -42,7 +38,7 @@ def rmsnorm(bench):
 
 def rmsnorm_problem(bench, tokens, width, dtype):
     weight, out = bench.filled((width,), dtype), bench.empty((tokens, width), dtype)
-    moved = 2 * tokens * width * itemsize(out)
+    moved = 2 * tokens * width * out.itemsize
     sets = bench.num_sets(moved // 2)
     x = bench.filled((sets, tokens, width), dtype)
 
@@ -54,7 +50,8 @@ def rmsnorm_problem(bench, tokens, width, dtype):
     candidates = [
         Candidate("qkv", lambda: lambda i: qkv.rmsnorm(x[i], weight, EPS, out=out, ctx=bench.ctx)),
         Candidate("torch", lambda: lambda i: F.rms_norm(x[i], (width,), weight, EPS)),
-    ] + ([Candidate("flashinfer", flashinfer)] if bench.gpu else [])
+        *flashinfer_candidate(bench, flashinfer),
+    ]
     return Problem("rmsnorm", f"{tokens} x {width}", {"dtype": dtype}, sets, moved // 2, candidates,
                    lambda got: [(got, float64_norm(x[0], weight))], bytes=moved)
 
@@ -66,7 +63,7 @@ def add_rmsnorm(bench):
 
 def add_rmsnorm_problem(bench, tokens, width, dtype):
     weight, out = bench.filled((width,), dtype), bench.empty((tokens, width), dtype)
-    moved = 4 * tokens * width * itemsize(out)
+    moved = 4 * tokens * width * out.itemsize
     sets = bench.num_sets(moved // 2)
     x, residual = (bench.filled((sets, tokens, width), dtype) for _ in range(2))
     kept = x[0].clone(), residual[0].clone()
@@ -98,8 +95,8 @@ def add_rmsnorm_problem(bench, tokens, width, dtype):
         total = kept[0].double() + kept[1].double()
         return [(got[0], float64_norm(total, weight)), (got[1], total)]
 
-    candidates = [Candidate("qkv", ours), Candidate("torch", plain)]
-    candidates += [Candidate("flashinfer", flashinfer)] if bench.gpu else []
+    candidates = [Candidate("qkv", ours), Candidate("torch", plain),
+                  *flashinfer_candidate(bench, flashinfer)]
     return Problem("add_rmsnorm", f"{tokens} x {width}", {"dtype": dtype}, sets, moved // 2,
                    candidates, check, bytes=moved, reset=reset)
 
@@ -116,7 +113,7 @@ def rope(bench):
 def rope_problem(bench, tokens, qo_heads, kv_heads, dim, dtype):
     theta = 10000.0
     width = (qo_heads + kv_heads) * dim
-    moved = 2 * tokens * width * torch.empty((), dtype=bench.filled((1,), dtype).dtype).itemsize
+    moved = 2 * tokens * width * DTYPES[dtype].itemsize
     sets = bench.num_sets(moved // 2)
     q = bench.filled((sets, tokens, qo_heads, dim), dtype)
     k = bench.filled((sets, tokens, kv_heads, dim), dtype)
@@ -147,7 +144,8 @@ def rope_problem(bench, tokens, qo_heads, kv_heads, dim, dtype):
         Candidate("qkv", lambda: lambda i: qkv.rope(q[i], k[i], positions=positions, theta=theta,
                                                     q_out=q_out, k_out=k_out, ctx=bench.ctx)),
         Candidate("torch", plain),
-    ] + ([Candidate("flashinfer", flashinfer)] if bench.gpu else [])
+        *flashinfer_candidate(bench, flashinfer),
+    ]
     return Problem("rope", f"{tokens}, {qo_heads}/{kv_heads} x {dim}", {"dtype": dtype}, sets,
                    moved // 2, candidates, check, bytes=moved)
 
@@ -162,7 +160,7 @@ def activation(bench):
 
 def activation_problem(bench, tokens, width, dtype):
     out = bench.empty((tokens, width), dtype)
-    moved = 3 * tokens * width * itemsize(out)
+    moved = 3 * tokens * width * out.itemsize
     sets = bench.num_sets(2 * moved // 3)
     both = bench.filled((sets, tokens, 2 * width), dtype)
     gate, up = both[..., :width], both[..., width:]
@@ -176,7 +174,8 @@ def activation_problem(bench, tokens, width, dtype):
         Candidate("qkv", lambda: lambda i: qkv.gated_activation(gate[i], up[i], "silu", out=out,
                                                                 ctx=bench.ctx)),
         Candidate("torch", lambda: lambda i: F.silu(gate[i]) * up[i]),
-    ] + ([Candidate("flashinfer", flashinfer)] if bench.gpu else [])
+        *flashinfer_candidate(bench, flashinfer),
+    ]
     return Problem("activation", f"silu {tokens} x {width}", {"dtype": dtype}, sets, 2 * moved // 3,
                    candidates, lambda got: [(got, F.silu(gate[0].double()) * up[0].double())],
                    bytes=moved)
@@ -202,8 +201,8 @@ def append_problem(bench, requests, new, old, heads, dim, dtype):
     table = bench.pages(pages).view(requests, columns)
     rows = requests * new
     k, v = (bench.filled((rows, heads, dim), dtype) for _ in range(2))
-    pool_bytes = 2 * pages * PAGE * heads * dim * itemsize(k)
-    moved = 4 * rows * heads * dim * itemsize(k)
+    pool_bytes = 2 * pages * PAGE * heads * dim * k.itemsize
+    moved = 4 * rows * heads * dim * k.itemsize
     sets = bench.num_sets(pool_bytes)
     k_cache, v_cache = (bench.filled((sets, pages, PAGE, heads, dim), dtype) for _ in range(2))
     kept = k_cache[0].clone(), v_cache[0].clone()
@@ -263,7 +262,6 @@ def append_problem(bench, requests, new, old, heads, dim, dtype):
             yield x, wanted
 
     candidates = [Candidate("qkv", by_table, "block table"), Candidate("qkv", by_slots, "slots"),
-                  Candidate("torch", index_copy)]
-    candidates += [Candidate("flashinfer", flashinfer)] if bench.gpu else []
+                  Candidate("torch", index_copy), *flashinfer_candidate(bench, flashinfer)]
     return Problem("append", f"{requests} x {new}", {"dtype": dtype}, sets, pool_bytes, candidates,
                    check, bytes=moved, reset=reset)
