@@ -62,9 +62,10 @@ static qkv_status check_extent(const qkv_attention *a, const char *name, i64 ext
 
 static qkv_status check_rows(const qkv_attention *a, const char *name, i64 rows)
 {
-    QI_REQUIRE(rows >= a->num_tokens,
-               "%s: expected at least %lld rows, as qo_indptr says, got %lld", name,
-               (long long)a->num_tokens, (long long)rows);
+    QI_REQUIRE(rows >= a->num_tokens, "%s: expected at least %lld rows, as %s says, got %lld", name,
+               (long long)a->num_tokens,
+               a->on_device ? "max_tokens of the plan, or of the limits," : "qo_indptr",
+               (long long)rows);
     return QKV_OK;
 }
 
