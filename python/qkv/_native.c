@@ -87,13 +87,18 @@ void free_object(PyObject *object)
     Py_DECREF((PyObject *)type);
 }
 
-int add_methods(PyObject *module, PyMethodDef *methods, signature *const *signatures)
+int read_methods(PyMethodDef *methods, signature *const *signatures)
 {
     for (int i = 0; methods[i].ml_name; i++) {
         if (read_signature(signatures[i])) return -1;
         methods[i].ml_doc = signatures[i]->text;
     }
-    return PyModule_AddFunctions(module, methods);
+    return 0;
+}
+
+int add_methods(PyObject *module, PyMethodDef *methods, signature *const *signatures)
+{
+    return read_methods(methods, signatures) || PyModule_AddFunctions(module, methods) ? -1 : 0;
 }
 
 /* ---- module --------------------------------------------------------------------------------------- */
