@@ -148,9 +148,10 @@ static int comes_from(PyObject *object, const char *package)
  * arrays on the host) of one that has used it; the legacy default stream for others. */
 static int framework_stream(const call *c, int32_t device_id, void **out)
 {
+    const int on_gpu = c->like && c->device.device_type == kDLCUDA;
+    if (on_gpu && c->api) return c->api->current_stream(kDLCUDA, device_id, out);
     PyObject *torch = imported("torch"), *cupy = imported("cupy");
-    if (c->like && c->device.device_type == kDLCUDA) {
-        if (c->api) return c->api->current_stream(kDLCUDA, device_id, out);
+    if (on_gpu) {
         if (torch && comes_from(c->like, "torch")) return torch_stream(torch, device_id, out);
         if (!cupy || !comes_from(c->like, "cupy")) return 0;
     } else if (torch && torch_uses_cuda(torch)) {
@@ -181,11 +182,32 @@ static int find_stream(call *c, int32_t device_id)
 
 int is_array(PyObject *value)
 {
+    /* What an AttributeError costs is more than the rest of a scale that is a number. */
+    if (PyFloat_CheckExact(value) || PyLong_CheckExact(value) || PyList_CheckExact(value) ||
+        PyTuple_CheckExact(value)) {
+        return 0;
+    }
     if (exchange_of(Py_TYPE(value))) return 1;
     PyObject *method = PyObject_GetAttr(value, str_dlpack);
     if (!method) PyErr_Clear();
     Py_XDECREF(method);
     return method != NULL;
+}
+
+/* Does torch record what this thread does? */
+static int torch_records(void)
+{
+    static _Atomic(PyObject *) found; /* weights under no_grad() ask in every call */
+    PyObject *ask = atomic_load(&found);
+    if (!ask) {
+        PyObject *torch = imported("torch");
+        ask = torch ? PyObject_GetAttrString(torch, "is_grad_enabled") : NULL;
+        if (ask) atomic_store(&found, ask);
+    }
+    PyObject *answer = ask ? PyObject_CallNoArgs(ask) : NULL;
+    Py_XDECREF(answer);
+    if (!answer) PyErr_Clear();
+    return answer == Py_True;
 }
 
 /* Gradients do not flow through the library: silence would train the wrong model. Where torch does not
@@ -200,14 +222,7 @@ static int check_gradient(PyObject *value, const char *name)
     }
     Py_DECREF(wanted);
     if (wanted != Py_True) return 0;
-    PyObject *torch = imported("torch");
-    PyObject *recording = torch ? PyObject_CallMethod(torch, "is_grad_enabled", NULL) : NULL;
-    if (!recording) {
-        PyErr_Clear();
-        return 1;
-    }
-    Py_DECREF(recording);
-    if (recording != Py_True) return 1;
+    if (!torch_records()) return 1;
     raise_error(
         QKV_ERR_INVALID,
         "%s: expected an array outside of autograd, got one that requires grad (detach() it, "
@@ -361,7 +376,7 @@ static tensor *read_array(call *c, PyObject *value, const char *name, int writte
         name_argument(name);
         return fail(c);
     }
-    if (!c->api && (!c->like || c->like == value)) {
+    if (!c->like || c->like == value) {
         c->like = value;
         c->api = api;
         c->device = t->dl.device;
