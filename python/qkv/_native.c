@@ -20,7 +20,7 @@ static PyObject *exception_of(qkv_status status)
 
 PyObject *raise_status(qkv_status status)
 {
-    PyErr_SetString(exception_of(status), qkv_last_error());
+    PyErr_Format(exception_of(status), "%s", qkv_last_error()); /* may be cut within a character */
     return NULL;
 }
 
@@ -31,7 +31,7 @@ PyObject *raise_error(qkv_status status, const char *format, ...)
     va_start(args, format);
     vsnprintf(text, sizeof text, format, args);
     va_end(args);
-    PyErr_SetString(exception_of(status), text);
+    PyErr_Format(exception_of(status), "%s", text);
     return NULL;
 }
 

@@ -415,15 +415,17 @@ static int is_sequence(PyObject *value)
 static int put_number(PyObject *value, const char *name, DLDataType dtype, char **at)
 {
     const size_t bytes = dtype.bits / 8u;
+    if (absent(value)) { /* would be left out */
+        PyErr_Format(PyExc_ValueError, "%s: expected numbers, got None", name);
+        return -1;
+    }
     if (dtype.code == kDLFloat) {
         float number = 0;
         if (read_f32(value, name, &number)) return -1;
         memcpy(*at, &number, sizeof number);
     } else if (dtype.code == kDLUInt && dtype.bits == 64) {
-        PyObject *index = PyNumber_Index(value);
-        const uint64_t number = index ? PyLong_AsUnsignedLongLongMask(index) : 0;
-        Py_XDECREF(index);
-        if (PyErr_Occurred()) return -1;
+        uint64_t number = 0;
+        if (read_u64(value, name, &number)) return -1;
         memcpy(*at, &number, sizeof number);
     } else {
         int64_t number = 0;
@@ -431,7 +433,7 @@ static int put_number(PyObject *value, const char *name, DLDataType dtype, char 
         const int64_t low = dtype.code == kDLUInt ? 0 : INT64_MIN >> (64 - dtype.bits);
         const int64_t high =
             dtype.code == kDLUInt ? INT64_MAX >> (63 - dtype.bits) : INT64_MAX >> (64 - dtype.bits);
-        if (absent(value) || number < low || number > high) {
+        if (number < low || number > high) {
             PyErr_Format(PyExc_ValueError, "%s: expected integers from %lld to %lld, got %R", name,
                          (long long)low, (long long)high, value);
             return -1;
@@ -684,10 +686,29 @@ tensor *output_like(call *c, PyObject *value, const char *name, const tensor *li
     return output(c, value, name, like->dl.dtype, like->dl.ndim, like->dl.shape);
 }
 
+/* full() works on the framework's current stream, and its memory is free there after the call. */
+static int check_filling(call *c, const char *name)
+{
+    void *current = NULL;
+    if (absent(c->stream_object)) return 0;
+    if (find_stream(c, c->device.device_id) || framework_stream(c, c->device.device_id, &current)) {
+        return -1;
+    }
+    if (current == c->stream) return 0;
+    raise_error(QKV_ERR_UNSUPPORTED,
+                "%s: expected an array, since a number can only be put on the framework's current "
+                "stream, which the stream given is not",
+                name);
+    return -1;
+}
+
 tensor *filled(call *c, const char *name, DLDataType dtype, int64_t length, PyObject *value)
 {
     if (c->failed) return NULL;
-    if (c->device.device_type != kDLCPU) return make_array(c, name, dtype, 1, &length, value);
+    if (c->device.device_type != kDLCPU) {
+        if (check_filling(c, name)) return fail(c);
+        return make_array(c, name, dtype, 1, &length, value);
+    }
     tensor *t = add_tensor(c);
     if (!t) return NULL;
     t->shape[0] = length;

@@ -2,6 +2,8 @@
 
 import ctypes
 import gc
+import sys
+import types
 import weakref
 
 import numpy
@@ -55,6 +57,31 @@ cache, queries, o = on_gpu(pool), on_gpu(q), on_gpu(q * 0)
 
 
 def check(pages, keys):
+# Numbers become arrays of the framework, on its current stream.
+class Known(Array):
+    __module__ = "cupy"
+
+
+sys.modules["cupy"] = types.SimpleNamespace(
+    full=lambda shape, value, dtype: on_gpu(numpy.full(shape, value, dtype), Known),
+    empty=lambda shape, dtype: on_gpu(numpy.empty(shape, dtype), Known),
+    cuda=types.SimpleNamespace(get_current_stream=lambda: types.SimpleNamespace(ptr=stream.value)),
+    float32=numpy.float32, int32=numpy.int32, int64=numpy.int64,
+)
+logits = on_gpu(numpy.random.randn(3, 64).astype("f4"), Known)
+for given in (None, stream.value):
+    tokens = qkv.sample(logits, seed=2**64 - 1, temperature=0.0, stream=given)
+    assert type(tokens) is Known and logits.asked[-1]["stream"] == stream.value
+    assert not cuda.cuStreamSynchronize(stream)
+    assert (tokens.values == logits.values.argmax(-1)).all()
+try:
+    qkv.sample(logits, seed=1, stream=0)
+except qkv.UnsupportedError as error:
+    assert "seed: expected an array, since" in str(error), error
+else:
+    raise AssertionError("filled on one stream, read on another")
+del sys.modules["cupy"]
+
     k, v = (pool[pages, half].reshape(-1, 64)[:keys].astype("f8") for half in (0, 1))
     weights = numpy.exp(q[0].astype("f8") @ k.T / 8)
     numpy.testing.assert_allclose(o.values[0], weights / weights.sum(-1, keepdims=True) @ v, atol=4e-3)
