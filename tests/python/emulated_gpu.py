@@ -17,13 +17,20 @@ handle = ctypes.c_void_p()
 assert not cuda.cuInit(0) and not cuda.cuDevicePrimaryCtxRetain(ctypes.byref(handle), 0) and not cuda.cuCtxSetCurrent(handle)
 
 
-def on_gpu(values):
+class Pinned(Array):
+    """Like torch's arrays of pinned memory: lent as memory of the host."""
+
+    def is_pinned(self):
+        return True
+
+
+def on_gpu(values, kind=Array, device=(2, 0)):
     """An array of a framework nobody knows; memory that the host can look into stays allocated."""
     memory = ctypes.c_void_p()
     assert not cuda.cuMemHostAlloc(ctypes.byref(memory), ctypes.c_size_t(values.nbytes), 0)
     view = numpy.frombuffer((ctypes.c_char * values.nbytes).from_address(memory.value), values.dtype).reshape(values.shape)
     view[...] = values
-    return Array(view, device=(2, 0))
+    return kind(view, device=device)
 
 
 stream, graph, replay = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
@@ -50,13 +57,6 @@ for call, message in (
     else:
         raise AssertionError(message)
 
-# Plans of the host, of the device, and in a graph, which keeps the arrays of its plans.
-attention = Attention(num_qo_heads=2, num_kv_heads=1, head_dim_qk=64, page_size=2, dtype_q="f16", max_requests=4, max_tokens=16, max_kv_len=64, max_pages=64, device="cuda")
-pool, q = numpy.random.randn(8, 2, 2, 1, 64).astype("f2"), numpy.random.randn(1, 2, 64).astype("f2")
-cache, queries, o = on_gpu(pool), on_gpu(q), on_gpu(q * 0)
-
-
-def check(pages, keys):
 # Numbers become arrays of the framework, on its current stream.
 class Known(Array):
     __module__ = "cupy"
@@ -82,6 +82,13 @@ else:
     raise AssertionError("filled on one stream, read on another")
 del sys.modules["cupy"]
 
+# Plans of the host, of the device, and in a graph, which keeps the arrays of its plans.
+attention = Attention(num_qo_heads=2, num_kv_heads=1, head_dim_qk=64, page_size=2, dtype_q="f16", max_requests=4, max_tokens=16, max_kv_len=64, max_pages=64, device="cuda")
+pool, q = numpy.random.randn(8, 2, 2, 1, 64).astype("f2"), numpy.random.randn(1, 2, 64).astype("f2")
+cache, queries, o = on_gpu(pool), on_gpu(q), on_gpu(q * 0)
+
+
+def check(pages, keys):
     k, v = (pool[pages, half].reshape(-1, 64)[:keys].astype("f8") for half in (0, 1))
     weights = numpy.exp(q[0].astype("f8") @ k.T / 8)
     numpy.testing.assert_allclose(o.values[0], weights / weights.sum(-1, keepdims=True) @ v, atol=4e-3)
@@ -123,3 +130,31 @@ assert not cuda.cuGraphExecDestroy(replay)
 del attention
 gc.collect()
 assert table() is None
+
+# Kernels read a mask where it is, in pinned memory too; a graph of runs alone keeps the one that it was captured with.
+attention = Attention(num_qo_heads=2, num_kv_heads=1, head_dim_qk=64, page_size=2, mask="custom", dtype_q="f16", max_requests=4, max_tokens=16, max_kv_len=64, max_pages=64, device="cuda")
+step = dict(qo_indptr=[0, 1], block_table=[[3, 5]], kv_lens=[3], mask_indptr=[0, 1])
+mask = on_gpu(numpy.array([0b011], "u1"), Pinned, (1, 0))
+attention.plan(**step, mask_bits=mask)
+assert not cuda.cuStreamBeginCapture_v2(stream, 2)
+attention.run(queries, cache, o=o, stream=stream.value)
+assert not cuda.cuStreamEndCapture(stream, ctypes.byref(graph))
+assert not cuda.cuGraphInstantiateWithFlags(ctypes.byref(replay), graph, ctypes.c_ulonglong(0))
+mask = weakref.ref(mask)
+attention.plan(**step, mask_bits=on_gpu(numpy.array([0b111], "u1"), Pinned, (1, 0)))
+assert mask() is not None
+attention.run(queries, cache, o=o)
+attention.status()
+check([3, 5], 3)
+assert not cuda.cuGraphLaunch(replay, stream) and not cuda.cuStreamSynchronize(stream)
+check([3, 5], 2)
+try:
+    attention.plan(**step, mask_bits=[0b011])
+except qkv.InvalidError as error:
+    assert "mask_bits: expected a tensor on CUDA device 0" in str(error), error
+else:
+    raise AssertionError("a kernel cannot read a list")
+assert not cuda.cuGraphExecDestroy(replay)
+del attention
+gc.collect()
+assert mask() is None
