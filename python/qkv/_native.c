@@ -20,7 +20,7 @@ static PyObject *exception_of(qkv_status status)
 
 PyObject *raise_status(qkv_status status)
 {
-    PyErr_SetString(exception_of(status), qkv_last_error());
+    PyErr_Format(exception_of(status), "%s", qkv_last_error()); /* may be cut within a character */
     return NULL;
 }
 
@@ -31,7 +31,7 @@ PyObject *raise_error(qkv_status status, const char *format, ...)
     va_start(args, format);
     vsnprintf(text, sizeof text, format, args);
     va_end(args);
-    PyErr_SetString(exception_of(status), text);
+    PyErr_Format(exception_of(status), "%s", text);
     return NULL;
 }
 
@@ -87,13 +87,18 @@ void free_object(PyObject *object)
     Py_DECREF((PyObject *)type);
 }
 
-int add_methods(PyObject *module, PyMethodDef *methods, signature *const *signatures)
+int read_methods(PyMethodDef *methods, signature *const *signatures)
 {
     for (int i = 0; methods[i].ml_name; i++) {
         if (read_signature(signatures[i])) return -1;
         methods[i].ml_doc = signatures[i]->text;
     }
-    return PyModule_AddFunctions(module, methods);
+    return 0;
+}
+
+int add_methods(PyObject *module, PyMethodDef *methods, signature *const *signatures)
+{
+    return read_methods(methods, signatures) || PyModule_AddFunctions(module, methods) ? -1 : 0;
 }
 
 /* ---- module --------------------------------------------------------------------------------------- */

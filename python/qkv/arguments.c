@@ -166,6 +166,16 @@ int read_i32(PyObject *value, const char *name, int32_t *out)
     return 0;
 }
 
+int read_u64(PyObject *value, const char *name, uint64_t *out)
+{
+    if (absent(value)) return 0;
+    PyObject *index = PyNumber_Index(value);
+    if (!index) return wrong_type(name, "an integer", value);
+    *out = PyLong_AsUnsignedLongLongMask(index);
+    Py_DECREF(index);
+    return 0;
+}
+
 int read_f32(PyObject *value, const char *name, float *out)
 {
     if (absent(value)) return 0;
@@ -305,6 +315,21 @@ int read_dtype(PyObject *value, const char *name, DLDataType *out)
 
 /* ---- records -------------------------------------------------------------------------------------- */
 
+int read_rope_fields(PyObject *const *v, int of_rope, qkv_rope_spec *out)
+{
+#define NAME(field) (of_rope ? "rope." field : field)
+    return read_i32(v[0], NAME("rotary_dim"), &out->rotary_dim) ||
+                   read_flag(v[1], NAME("interleaved"), &out->interleaved) ||
+                   read_f32(v[2], NAME("theta"), &out->theta) ||
+                   read_f32(v[3], NAME("scale"), &out->scale) ||
+                   read_f32(v[4], NAME("low_freq"), &out->low_freq) ||
+                   read_f32(v[5], NAME("high_freq"), &out->high_freq) ||
+                   read_f32(v[6], NAME("old_context"), &out->old_context)
+               ? -1
+               : 0;
+#undef NAME
+}
+
 int read_rope(PyObject *value, const char *name, qkv_rope_spec *out, int *given)
 {
     *given = 0;
@@ -312,15 +337,8 @@ int read_rope(PyObject *value, const char *name, qkv_rope_spec *out, int *given)
     if (!PyTuple_Check(value) || PyTuple_Size(value) != 7) {
         return wrong_type(name, "a qkv.Rope", value);
     }
-    if (read_i32(PyTuple_GetItem(value, 0), "rope.rotary_dim", &out->rotary_dim) ||
-        read_flag(PyTuple_GetItem(value, 1), "rope.interleaved", &out->interleaved) ||
-        read_f32(PyTuple_GetItem(value, 2), "rope.theta", &out->theta) ||
-        read_f32(PyTuple_GetItem(value, 3), "rope.scale", &out->scale) ||
-        read_f32(PyTuple_GetItem(value, 4), "rope.low_freq", &out->low_freq) ||
-        read_f32(PyTuple_GetItem(value, 5), "rope.high_freq", &out->high_freq) ||
-        read_f32(PyTuple_GetItem(value, 6), "rope.old_context", &out->old_context)) {
-        return -1;
-    }
+    PyObject *fields[7];
+    for (int i = 0; i < 7; i++) fields[i] = PyTuple_GetItem(value, i);
     *given = 1;
-    return 0;
+    return read_rope_fields(fields, 1, out);
 }

@@ -37,6 +37,7 @@ static inline int absent(const PyObject *value)
 /* Scalars. An absent one leaves *out as it is. -1 with an exception that names the argument. */
 int read_i32(PyObject *value, const char *name, int32_t *out);
 int read_i64(PyObject *value, const char *name, int64_t *out);
+int read_u64(PyObject *value, const char *name, uint64_t *out); /* of any integer, modulo 2^64 */
 int read_f32(PyObject *value, const char *name, float *out);
 int read_flag(PyObject *value, const char *name, int32_t *out);
 
@@ -52,7 +53,10 @@ int read_dtype(PyObject *value, const char *name, DLDataType *out);
 /* "bfloat16": what frameworks call a dtype; NULL for one that the library does not have. */
 const char *dtype_name(DLDataType dtype);
 
-/* The fields of qkv.Rope. An absent one leaves *out as it is and *given 0. */
+/* rotary_dim to old_context of qkv.Rope, in its order; "rope." comes before their names in messages, or not. */
+int read_rope_fields(PyObject *const *values, int of_rope, qkv_rope_spec *out);
+
+/* A qkv.Rope. An absent one leaves *out as it is and *given 0. */
 int read_rope(PyObject *value, const char *name, qkv_rope_spec *out, int *given);
 
 #endif

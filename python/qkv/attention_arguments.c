@@ -176,8 +176,7 @@ void free_operator(operator_spec *op)
 
 /* ---- levels --------------------------------------------------------------------------------------- */
 
-/* Memory that the host pinned is a GPU's too, which frameworks do not say when they lend it. */
-static void share_pinned(tensor *t)
+void share_pinned(tensor *t)
 {
     if (!t || !t->object || t->dl.device.device_type != kDLCPU) return;
     PyObject *pinned = PyObject_CallMethod(t->object, "is_pinned", NULL);

@@ -74,6 +74,10 @@ typedef struct operator_spec {
 int read_operator(PyObject *const *values, operator_spec *out);
 void free_operator(operator_spec *op);
 
+/* Memory that the host pinned is a GPU's too, which frameworks do not say when they lend it: asks the arrays
+ * (NULL: none) that kernels read where the host has planned. The others may be on the host anyhow. */
+void share_pinned(tensor *t);
+
 /* The arrays of one level of a plan, in the order of LEVEL_NAMES. */
 enum {
     LEVEL_QO_INDPTR,

@@ -1,8 +1,8 @@
 /* attention_object.c - qkv.attention.Attention: create, plan, run; and merge, can_run, workspace_size.
  *
  * The object has references to what the C operator borrows beyond a call: its context, mask_bits and
- * bsr arrays of the plan in force, on a GPU all arrays of it, and, for its whole life, those of plans that
- * were captured into a graph, which may be replayed at any time.
+ * bsr arrays of the plan in force, on a GPU all arrays of it, and, for its whole life, those of plans and
+ * runs that were captured into a graph, which may be replayed at any time.
  * One thread uses an operator at a time: others wait, without the interpreter's lock.
  * SPDX-License-Identifier: Apache-2.0 */
 #include "attention_arguments.h"
@@ -17,13 +17,13 @@ typedef struct attention_object {
     context_object *ctx;
     pthread_mutex_t in_use;
     PyObject *borrowed;    /* list: of the plan in force */
-    PyObject *captured;    /* list: of plans in graphs */
+    PyObject *captured;    /* list: of plans in graphs, and of runs there */
     PyObject *param_names; /* tuple: of the variant */
     int32_t num_qo_heads, head_dim_vo;
     DLDataType dtype_o;
     int32_t num_params, param_types[MAX_PARAMS];
-    void *last_stream; /* of the last run; on a GPU */
-    int has_run;
+    void *last_stream; /* of the last plan or run; on a GPU */
+    int has_planned;
 } attention_object;
 
 static PyTypeObject *attention_type;
@@ -131,7 +131,7 @@ static void attention_dealloc(PyObject *object)
 {
     attention_object *self = (attention_object *)object;
     PyObject_GC_UnTrack(object);
-    if (self->has_run && self->ctx->device.device_type == kDLCUDA &&
+    if (self->has_planned && self->ctx->device.device_type == kDLCUDA &&
         !is_capturing(self->last_stream)) {
         UNLOCKED(qkv_attention_status(self->op, self->last_stream));
     }
@@ -213,6 +213,14 @@ static PyObject *borrowed_of(call *c, const level_tensors *levels, int num_level
     return NULL;
 }
 
+/* A graph keeps the addresses of the plan in force. With the operator and the interpreter locked. */
+static int keep_captured(attention_object *self)
+{
+    const Py_ssize_t num = PyList_Size(self->captured);
+    if (num && PyList_GetItem(self->captured, num - 1) == self->borrowed) return 0;
+    return PyList_Append(self->captured, self->borrowed);
+}
+
 enum { MAX_LEVELS = 64 };
 
 static PyObject *attention_plan(PyObject *object, PyObject *const *args, Py_ssize_t nargs,
@@ -282,6 +290,7 @@ static PyObject *attention_plan(PyObject *object, PyObject *const *args, Py_ssiz
     batch.levels = indices;
     batch.qo_pos = dl(optional_array_or_list(&c, v[PLAN_QO_POS], "qo_pos", QKV_I32));
     tensor *mask_bits = optional_array_or_list(&c, v[PLAN_MASK_BITS], "mask_bits", QKV_U8);
+    if (self->ctx->device.device_type == kDLCUDA) share_pinned(mask_bits);
     batch.mask_bits = dl(mask_bits);
     batch.mask_indptr = dl(optional_array_or_list(&c, v[PLAN_MASK_INDPTR], "mask_indptr", QKV_I64));
 
@@ -291,7 +300,6 @@ static PyObject *attention_plan(PyObject *object, PyObject *const *args, Py_ssiz
     }
     const int capturing =
         !c.failed && self->ctx->device.device_type == kDLCUDA && is_capturing(c.stream);
-    if (capturing && PyList_Append(self->captured, borrowed)) c.failed = 1;
     if (!c.failed) {
         qkv_status status;
         UNLOCKED(pthread_mutex_lock(&self->in_use);
@@ -301,7 +309,8 @@ static PyObject *attention_plan(PyObject *object, PyObject *const *args, Py_ssiz
             self->borrowed = borrowed;
             borrowed = former;
             self->last_stream = c.stream;
-            self->has_run = 1;
+            self->has_planned = 1;
+            if (capturing && keep_captured(self)) c.failed = 1;
         }
         pthread_mutex_unlock(&self->in_use);
         if (status) c.failed = 1, raise_status(status);
@@ -467,9 +476,13 @@ static PyObject *attention_run(PyObject *object, PyObject *const *args, Py_ssize
     if (ready_on(&c, self->ctx->ctx, self->ctx->device)) {
         qkv_status status;
         UNLOCKED(pthread_mutex_lock(&self->in_use);
-                 status = qkv_attention_run(self->op, &io, c.stream);
-                 pthread_mutex_unlock(&self->in_use));
+                 status = qkv_attention_run(self->op, &io, c.stream));
         self->last_stream = c.stream;
+        if (!status && self->ctx->device.device_type == kDLCUDA && PyList_Size(self->borrowed) &&
+            is_capturing(c.stream) && keep_captured(self)) {
+            c.failed = 1;
+        }
+        pthread_mutex_unlock(&self->in_use);
         if (status) c.failed = 1, raise_status(status);
     }
     Py_DECREF(ordered);
@@ -627,20 +640,17 @@ static PyObject *merge(PyObject *module, PyObject *const *args, Py_ssize_t nargs
 
 /* ---- module --------------------------------------------------------------------------------------- */
 
-#define FUNCTION(name, function)                                                                   \
-    {                                                                                              \
-        name, (PyCFunction)(void (*)(void))function, METH_FASTCALL | METH_KEYWORDS, NULL           \
-    }
 static PyMethodDef methods[] = {
-    FUNCTION("plan", attention_plan),
-    FUNCTION("run", attention_run),
-    FUNCTION("status", attention_status),
+    METHOD("plan", attention_plan),
+    METHOD("run", attention_run),
+    METHOD("status", attention_status),
     {NULL, NULL, 0, NULL},
 };
+static signature *const method_signatures[] = {&plan_signature, &run_signature, &status_signature};
 static PyMethodDef functions[] = {
-    FUNCTION("can_run", can_run),
-    FUNCTION("workspace_size", workspace_size),
-    FUNCTION("merge", merge),
+    METHOD("can_run", can_run),
+    METHOD("workspace_size", workspace_size),
+    METHOD("merge", merge),
     {NULL, NULL, 0, NULL},
 };
 static signature *const signatures[] = {&can_run_signature, &workspace_size_signature,
@@ -653,14 +663,10 @@ static PyGetSetDef getset[] = {
 int add_attention(PyObject *module)
 {
     if (read_signature(&attention_signature) || read_signature(&level_signature) ||
-        read_signature(&plan_signature) || read_signature(&run_signature) ||
-        read_signature(&status_signature)) {
+        read_methods(methods, method_signatures)) {
         return -1;
     }
     if (!attention_type) {
-        methods[0].ml_doc = plan_signature.text;
-        methods[1].ml_doc = run_signature.text;
-        methods[2].ml_doc = status_signature.text;
         PyType_Slot slots[] = {
             {Py_tp_doc, (void *)(uintptr_t)attention_signature.text},
             {Py_tp_new, attention_new},

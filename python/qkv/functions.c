@@ -116,14 +116,8 @@ enum {
     ROPE_POSITIONS,
     ROPE_INDPTR,
     ROPE_OFFSETS,
-    ROPE_ROTARY_DIM,
-    ROPE_INTERLEAVED,
-    ROPE_THETA,
-    ROPE_SCALE,
-    ROPE_LOW_FREQ,
-    ROPE_HIGH_FREQ,
-    ROPE_OLD_CONTEXT,
-    ROPE_Q_OUT,
+    ROPE_ROTARY_DIM, /* to old_context: the fields of qkv.Rope */
+    ROPE_Q_OUT = ROPE_ROTARY_DIM + 7,
     ROPE_K_OUT,
     ROPE_CTX,
     ROPE_STREAM
@@ -148,13 +142,7 @@ static PyObject *rope(ARGUMENTS)
     PyObject *v[ROPE_STREAM + 1];
     qkv_rope_spec spec = {QKV_ROPE_SPEC_INIT};
     if (read_call(&rope_signature, args, nargs, kwnames, v) ||
-        read_i32(v[ROPE_ROTARY_DIM], "rotary_dim", &spec.rotary_dim) ||
-        read_flag(v[ROPE_INTERLEAVED], "interleaved", &spec.interleaved) ||
-        read_f32(v[ROPE_THETA], "theta", &spec.theta) ||
-        read_f32(v[ROPE_SCALE], "scale", &spec.scale) ||
-        read_f32(v[ROPE_LOW_FREQ], "low_freq", &spec.low_freq) ||
-        read_f32(v[ROPE_HIGH_FREQ], "high_freq", &spec.high_freq) ||
-        read_f32(v[ROPE_OLD_CONTEXT], "old_context", &spec.old_context)) {
+        read_rope_fields(v + ROPE_ROTARY_DIM, 0, &spec)) {
         return NULL;
     }
     call c;
@@ -275,12 +263,12 @@ static tensor *sampling_parameter(call *c, PyObject *value, const char *name, DL
     const DLDataType made = dtype.bits == 64 && c->device.device_type != kDLCPU ? QKV_I64 : dtype;
     tensor *t;
     if (PyNumber_Check(value) && !is_array(value)) {
-        PyObject *index = made.bits == 64 ? PyNumber_Index(value) : NULL; /* 2^63 and more wrap */
-        PyObject *number =
-            index ? PyLong_FromLongLong((long long)PyLong_AsUnsignedLongLongMask(index)) : NULL;
+        uint64_t bits = 0;
+        PyObject *number = NULL;
+        if (made.bits == 64 && !read_u64(value, name, &bits))
+            number = PyLong_FromLongLong((long long)bits); /* 2^63 and more wrap */
         if (made.bits == 64 && !number) c->failed = 1;
         t = filled(c, name, made, logits->dl.shape[0], number ? number : value);
-        Py_XDECREF(index);
         Py_XDECREF(number);
     } else {
         t = array_or_list(c, value, name, dtype);
@@ -362,73 +350,72 @@ static PyObject *sample(ARGUMENTS)
     "it. rope: a qkv.Rope by which k, and q if given, are rotated on the way. q, q_out:\n"         \
     "[nnz, num_qo_heads, head_dim]; q_out is made like q if None; q_scale: of q_out. "
 
-/* What both appends share. The fields of options point into the call's tensors. */
+/* The parameters that both appends have: the caches and rows first, the options last. */
+enum { APPEND_K_CACHE, APPEND_V_CACHE, APPEND_K, APPEND_V };
+enum {
+    OPTION_KV_LAYOUT,
+    OPTION_POSITIONS,
+    OPTION_K_SCALE,
+    OPTION_V_SCALE,
+    OPTION_ROPE,
+    OPTION_Q,
+    OPTION_Q_OUT,
+    OPTION_Q_SCALE,
+    OPTION_CTX,
+    OPTION_STREAM,
+    NUM_OPTION
+};
+#define OPTION_PARAMETERS                                                                          \
+    "kv_layout=\"NHD\", positions=None, k_scale=None, v_scale=None, rope=None, q=None, "           \
+    "q_out=None, q_scale=None, ctx=None, stream=None"
+enum { APPEND_ARRAYS = 10 }; /* that read_append reads at most */
+
+/* The fields of options point into the call's tensors. */
 typedef struct append {
-    tensor *k_cache, *v_cache, *k, *v, *q_out;
+    tensor *k_cache, *v_cache, *k, *v, *positions, *q_out;
     int32_t kv_layout;
     qkv_rope_spec rope;
     qkv_kv_append_options options;
 } append;
 
-typedef struct append_arguments {
-    PyObject *k_cache, *v_cache, *k, *v, *kv_layout, *k_scale, *v_scale, *rope, *q, *q_out,
-        *q_scale;
-} append_arguments;
-
-static void read_append(call *c, const append_arguments *from, append *a)
+static void read_append(call *c, PyObject *const *v, PyObject *const *option, append *a)
 {
     *a = (append){.rope = {QKV_ROPE_SPEC_INIT}, .options = {QKV_KV_APPEND_OPTIONS_INIT}};
     int has_rope;
-    if (read_word(from->kv_layout, "kv_layout", &a->kv_layout, "NHD", "HND", NULL) ||
-        read_rope(from->rope, "rope", &a->rope, &has_rope)) {
+    if (read_word(option[OPTION_KV_LAYOUT], "kv_layout", &a->kv_layout, "NHD", "HND", NULL) ||
+        read_rope(option[OPTION_ROPE], "rope", &a->rope, &has_rope)) {
         c->failed = 1;
         return;
     }
-    a->k = array(c, from->k, "k"); /* first: outputs are made as k is */
-    a->v = array(c, from->v, "v");
-    a->k_cache = written_array(c, from->k_cache, "k_cache");
-    a->v_cache = optional_written_array(c, from->v_cache, "v_cache");
-    tensor *q = optional_array(c, from->q, "q");
-    if (q || !absent(from->q_out)) {
-        a->q_out = q ? output_like(c, from->q_out, "q_out", q)
-                     : optional_written_array(c, from->q_out, "q_out");
-    }
+    a->k = array(c, v[APPEND_K], "k"); /* first: outputs are made as k is */
+    a->v = array(c, v[APPEND_V], "v");
+    a->k_cache = written_array(c, v[APPEND_K_CACHE], "k_cache");
+    a->v_cache = optional_written_array(c, v[APPEND_V_CACHE], "v_cache");
+    tensor *q = optional_array(c, option[OPTION_Q], "q");
+    a->q_out = q ? output_like(c, option[OPTION_Q_OUT], "q_out", q)
+                 : optional_written_array(c, option[OPTION_Q_OUT], "q_out");
     if (has_rope) a->options.rope = &a->rope;
     a->options.q = dl(q);
     a->options.q_out = dl(a->q_out);
-    read_scale(c, from->k_scale, "k_scale", &a->options.k_scale);
-    read_scale(c, from->v_scale, "v_scale", &a->options.v_scale);
-    read_scale(c, from->q_scale, "q_scale", &a->options.q_scale);
+    read_scale(c, option[OPTION_K_SCALE], "k_scale", &a->options.k_scale);
+    read_scale(c, option[OPTION_V_SCALE], "v_scale", &a->options.v_scale);
+    read_scale(c, option[OPTION_Q_SCALE], "q_scale", &a->options.q_scale);
+    a->positions = optional_array_or_list(c, option[OPTION_POSITIONS], "positions", QKV_I32);
 }
 
 enum {
-    APPEND_K_CACHE,
-    APPEND_V_CACHE,
-    APPEND_K,
-    APPEND_V,
-    APPEND_QO_INDPTR,
+    APPEND_QO_INDPTR = APPEND_V + 1,
     APPEND_KV_INDPTR,
     APPEND_KV_INDICES,
     APPEND_KV_LAST_PAGE_LEN,
     APPEND_BLOCK_TABLE,
     APPEND_KV_LENS,
-    APPEND_KV_LAYOUT,
-    APPEND_POSITIONS,
-    APPEND_K_SCALE,
-    APPEND_V_SCALE,
-    APPEND_ROPE,
-    APPEND_Q,
-    APPEND_Q_OUT,
-    APPEND_Q_SCALE,
-    APPEND_CTX,
-    APPEND_STREAM
+    APPEND_OPTIONS
 };
 static signature kv_append_signature = {
     .text =
         "kv_append(k_cache, v_cache, k, v, *, qo_indptr, kv_indptr=None, kv_indices=None, "
-        "kv_last_page_len=None, block_table=None, kv_lens=None, kv_layout=\"NHD\", positions=None, "
-        "k_scale=None, v_scale=None, rope=None, q=None, q_out=None, q_scale=None, ctx=None, "
-        "stream=None)\n--\n\n"
+        "kv_last_page_len=None, block_table=None, kv_lens=None, " OPTION_PARAMETERS ")\n--\n\n"
         "Writes new keys and values into the pages of their requests.\n\n" CACHE
         "qo_indptr: i32 [requests + 1], the rows of each request. Where its pages are, counting "
         "the\n"
@@ -440,18 +427,13 @@ static signature kv_append_signature = {
 static PyObject *kv_append(ARGUMENTS)
 {
     (void)module;
-    PyObject *v[APPEND_STREAM + 1];
+    PyObject *v[APPEND_OPTIONS + NUM_OPTION], **option = v + APPEND_OPTIONS;
     if (read_call(&kv_append_signature, args, nargs, kwnames, v)) return NULL;
     call c;
-    tensor slots[16];
-    begin_call(&c, slots, 16, v[APPEND_CTX], v[APPEND_STREAM]);
+    tensor slots[APPEND_ARRAYS + 6];
+    begin_call(&c, slots, APPEND_ARRAYS + 6, option[OPTION_CTX], option[OPTION_STREAM]);
     append a;
-    read_append(&c,
-                &(append_arguments){v[APPEND_K_CACHE], v[APPEND_V_CACHE], v[APPEND_K], v[APPEND_V],
-                                    v[APPEND_KV_LAYOUT], v[APPEND_K_SCALE], v[APPEND_V_SCALE],
-                                    v[APPEND_ROPE], v[APPEND_Q], v[APPEND_Q_OUT],
-                                    v[APPEND_Q_SCALE]},
-                &a);
+    read_append(&c, v, option, &a);
     const qkv_kv_index index = {
         QKV_KV_INDEX_INIT,
         .qo_indptr = dl(array_or_list(&c, v[APPEND_QO_INDPTR], "qo_indptr", QKV_I32)),
@@ -463,37 +445,17 @@ static PyObject *kv_append(ARGUMENTS)
             dl(optional_array_or_list(&c, v[APPEND_BLOCK_TABLE], "block_table", QKV_I32)),
         .kv_lens = dl(optional_array_or_list(&c, v[APPEND_KV_LENS], "kv_lens", QKV_I32)),
     };
-    tensor *positions = optional_array_or_list(&c, v[APPEND_POSITIONS], "positions", QKV_I32);
     if (ready(&c)) {
         RUN(&c, qkv_kv_append(c.ctx, dl(a.k_cache), dl(a.v_cache), a.kv_layout, dl(a.k), dl(a.v),
-                              &index, dl(positions), &a.options, c.stream));
+                              &index, dl(a.positions), &a.options, c.stream));
     }
     return end_call(&c, a.q_out);
 }
 
-enum {
-    SLOTS_K_CACHE,
-    SLOTS_V_CACHE,
-    SLOTS_K,
-    SLOTS_V,
-    SLOTS_SLOT_MAPPING,
-    SLOTS_KV_LAYOUT,
-    SLOTS_POSITIONS,
-    SLOTS_K_SCALE,
-    SLOTS_V_SCALE,
-    SLOTS_ROPE,
-    SLOTS_Q,
-    SLOTS_Q_OUT,
-    SLOTS_Q_SCALE,
-    SLOTS_CTX,
-    SLOTS_STREAM
-};
+enum { SLOTS_SLOT_MAPPING = APPEND_V + 1, SLOTS_OPTIONS };
 static signature kv_append_slots_signature = {
     .text =
-        "kv_append_slots(k_cache, v_cache, k, v, slot_mapping, *, kv_layout=\"NHD\", "
-        "positions=None, "
-        "k_scale=None, v_scale=None, rope=None, q=None, q_out=None, q_scale=None, ctx=None, "
-        "stream=None)\n--\n\n"
+        "kv_append_slots(k_cache, v_cache, k, v, slot_mapping, *, " OPTION_PARAMETERS ")\n--\n\n"
         "Writes new keys and values into numbered slots of the pages.\n\n" CACHE
         "slot_mapping: i32 or i64 [nnz], page * page_size + slot of each row, negative = skip it.\n"
         "positions: i32 [nnz], with rope. " OPTIONS COMMON "Returns q_out, None without q."};
@@ -501,19 +463,15 @@ static signature kv_append_slots_signature = {
 static PyObject *kv_append_slots(ARGUMENTS)
 {
     (void)module;
-    PyObject *v[SLOTS_STREAM + 1];
+    PyObject *v[SLOTS_OPTIONS + NUM_OPTION], **option = v + SLOTS_OPTIONS;
     if (read_call(&kv_append_slots_signature, args, nargs, kwnames, v)) return NULL;
     call c;
-    tensor slots[11];
-    begin_call(&c, slots, 11, v[SLOTS_CTX], v[SLOTS_STREAM]);
+    tensor slots[APPEND_ARRAYS + 1];
+    begin_call(&c, slots, APPEND_ARRAYS + 1, option[OPTION_CTX], option[OPTION_STREAM]);
     append a;
-    read_append(&c,
-                &(append_arguments){v[SLOTS_K_CACHE], v[SLOTS_V_CACHE], v[SLOTS_K], v[SLOTS_V],
-                                    v[SLOTS_KV_LAYOUT], v[SLOTS_K_SCALE], v[SLOTS_V_SCALE],
-                                    v[SLOTS_ROPE], v[SLOTS_Q], v[SLOTS_Q_OUT], v[SLOTS_Q_SCALE]},
-                &a);
+    read_append(&c, v, option, &a);
     tensor *slot_mapping = array_or_list(&c, v[SLOTS_SLOT_MAPPING], "slot_mapping", QKV_I64);
-    a.options.positions = dl(optional_array_or_list(&c, v[SLOTS_POSITIONS], "positions", QKV_I32));
+    a.options.positions = dl(a.positions);
     if (ready(&c)) {
         RUN(&c, qkv_kv_append_slots(c.ctx, dl(a.k_cache), dl(a.v_cache), a.kv_layout, dl(a.k),
                                     dl(a.v), dl(slot_mapping), &a.options, c.stream));
@@ -606,23 +564,19 @@ static PyObject *empty_like(ARGUMENTS)
 
 /* ---- module --------------------------------------------------------------------------------------- */
 
-#define FUNCTION(name)                                                                             \
-    {                                                                                              \
-#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL | METH_KEYWORDS, NULL              \
-    }
 static PyMethodDef functions[] = {
-    FUNCTION(rmsnorm),
-    FUNCTION(add_rmsnorm),
-    FUNCTION(gated_activation),
-    FUNCTION(rope),
-    FUNCTION(gemm),
-    FUNCTION(gemm_quantized),
-    FUNCTION(argmax),
-    FUNCTION(sample),
-    FUNCTION(kv_append),
-    FUNCTION(kv_append_slots),
-    FUNCTION(kv_copy_pages),
-    FUNCTION(empty_like),
+    METHOD("rmsnorm", rmsnorm),
+    METHOD("add_rmsnorm", add_rmsnorm),
+    METHOD("gated_activation", gated_activation),
+    METHOD("rope", rope),
+    METHOD("gemm", gemm),
+    METHOD("gemm_quantized", gemm_quantized),
+    METHOD("argmax", argmax),
+    METHOD("sample", sample),
+    METHOD("kv_append", kv_append),
+    METHOD("kv_append_slots", kv_append_slots),
+    METHOD("kv_copy_pages", kv_copy_pages),
+    METHOD("empty_like", empty_like),
     {NULL, NULL, 0, NULL},
 };
 static signature *const signatures[] = {

@@ -40,8 +40,14 @@ int add_attention(PyObject *module);
 /* The release of an object of a heap type: its memory, then its type. */
 void free_object(PyObject *object);
 
-/* Adds functions whose arguments are read by their text signatures (arguments.h). */
+/* Functions whose arguments are read by their text signatures (arguments.h), one for each: reads these, and
+ * adds the functions to the module. */
+#define METHOD(name, function)                                                                     \
+    {                                                                                              \
+        name, (PyCFunction)(void (*)(void))function, METH_FASTCALL | METH_KEYWORDS, NULL           \
+    }
 struct signature;
+int read_methods(PyMethodDef *methods, struct signature *const *signatures);
 int add_methods(PyObject *module, PyMethodDef *methods, struct signature *const *signatures);
 
 #endif

@@ -148,9 +148,10 @@ static int comes_from(PyObject *object, const char *package)
  * arrays on the host) of one that has used it; the legacy default stream for others. */
 static int framework_stream(const call *c, int32_t device_id, void **out)
 {
+    const int on_gpu = c->like && c->device.device_type == kDLCUDA;
+    if (on_gpu && c->api) return c->api->current_stream(kDLCUDA, device_id, out);
     PyObject *torch = imported("torch"), *cupy = imported("cupy");
-    if (c->like && c->device.device_type == kDLCUDA) {
-        if (c->api) return c->api->current_stream(kDLCUDA, device_id, out);
+    if (on_gpu) {
         if (torch && comes_from(c->like, "torch")) return torch_stream(torch, device_id, out);
         if (!cupy || !comes_from(c->like, "cupy")) return 0;
     } else if (torch && torch_uses_cuda(torch)) {
@@ -181,11 +182,32 @@ static int find_stream(call *c, int32_t device_id)
 
 int is_array(PyObject *value)
 {
+    /* What an AttributeError costs is more than the rest of a scale that is a number. */
+    if (PyFloat_CheckExact(value) || PyLong_CheckExact(value) || PyList_CheckExact(value) ||
+        PyTuple_CheckExact(value)) {
+        return 0;
+    }
     if (exchange_of(Py_TYPE(value))) return 1;
     PyObject *method = PyObject_GetAttr(value, str_dlpack);
     if (!method) PyErr_Clear();
     Py_XDECREF(method);
     return method != NULL;
+}
+
+/* Does torch record what this thread does? */
+static int torch_records(void)
+{
+    static _Atomic(PyObject *) found; /* weights under no_grad() ask in every call */
+    PyObject *ask = atomic_load(&found);
+    if (!ask) {
+        PyObject *torch = imported("torch");
+        ask = torch ? PyObject_GetAttrString(torch, "is_grad_enabled") : NULL;
+        if (ask) atomic_store(&found, ask);
+    }
+    PyObject *answer = ask ? PyObject_CallNoArgs(ask) : NULL;
+    Py_XDECREF(answer);
+    if (!answer) PyErr_Clear();
+    return answer == Py_True;
 }
 
 /* Gradients do not flow through the library: silence would train the wrong model. Where torch does not
@@ -200,14 +222,7 @@ static int check_gradient(PyObject *value, const char *name)
     }
     Py_DECREF(wanted);
     if (wanted != Py_True) return 0;
-    PyObject *torch = imported("torch");
-    PyObject *recording = torch ? PyObject_CallMethod(torch, "is_grad_enabled", NULL) : NULL;
-    if (!recording) {
-        PyErr_Clear();
-        return 1;
-    }
-    Py_DECREF(recording);
-    if (recording != Py_True) return 1;
+    if (!torch_records()) return 1;
     raise_error(
         QKV_ERR_INVALID,
         "%s: expected an array outside of autograd, got one that requires grad (detach() it, "
@@ -361,7 +376,7 @@ static tensor *read_array(call *c, PyObject *value, const char *name, int writte
         name_argument(name);
         return fail(c);
     }
-    if (!c->api && (!c->like || c->like == value)) {
+    if (!c->like || c->like == value) {
         c->like = value;
         c->api = api;
         c->device = t->dl.device;
@@ -400,15 +415,17 @@ static int is_sequence(PyObject *value)
 static int put_number(PyObject *value, const char *name, DLDataType dtype, char **at)
 {
     const size_t bytes = dtype.bits / 8u;
+    if (absent(value)) { /* would be left out */
+        PyErr_Format(PyExc_ValueError, "%s: expected numbers, got None", name);
+        return -1;
+    }
     if (dtype.code == kDLFloat) {
         float number = 0;
         if (read_f32(value, name, &number)) return -1;
         memcpy(*at, &number, sizeof number);
     } else if (dtype.code == kDLUInt && dtype.bits == 64) {
-        PyObject *index = PyNumber_Index(value);
-        const uint64_t number = index ? PyLong_AsUnsignedLongLongMask(index) : 0;
-        Py_XDECREF(index);
-        if (PyErr_Occurred()) return -1;
+        uint64_t number = 0;
+        if (read_u64(value, name, &number)) return -1;
         memcpy(*at, &number, sizeof number);
     } else {
         int64_t number = 0;
@@ -416,7 +433,7 @@ static int put_number(PyObject *value, const char *name, DLDataType dtype, char 
         const int64_t low = dtype.code == kDLUInt ? 0 : INT64_MIN >> (64 - dtype.bits);
         const int64_t high =
             dtype.code == kDLUInt ? INT64_MAX >> (63 - dtype.bits) : INT64_MAX >> (64 - dtype.bits);
-        if (absent(value) || number < low || number > high) {
+        if (number < low || number > high) {
             PyErr_Format(PyExc_ValueError, "%s: expected integers from %lld to %lld, got %R", name,
                          (long long)low, (long long)high, value);
             return -1;
@@ -669,10 +686,29 @@ tensor *output_like(call *c, PyObject *value, const char *name, const tensor *li
     return output(c, value, name, like->dl.dtype, like->dl.ndim, like->dl.shape);
 }
 
+/* full() works on the framework's current stream, and its memory is free there after the call. */
+static int check_filling(call *c, const char *name)
+{
+    void *current = NULL;
+    if (absent(c->stream_object)) return 0;
+    if (find_stream(c, c->device.device_id) || framework_stream(c, c->device.device_id, &current)) {
+        return -1;
+    }
+    if (current == c->stream) return 0;
+    raise_error(QKV_ERR_UNSUPPORTED,
+                "%s: expected an array, since a number can only be put on the framework's current "
+                "stream, which the stream given is not",
+                name);
+    return -1;
+}
+
 tensor *filled(call *c, const char *name, DLDataType dtype, int64_t length, PyObject *value)
 {
     if (c->failed) return NULL;
-    if (c->device.device_type != kDLCPU) return make_array(c, name, dtype, 1, &length, value);
+    if (c->device.device_type != kDLCPU) {
+        if (check_filling(c, name)) return fail(c);
+        return make_array(c, name, dtype, 1, &length, value);
+    }
     tensor *t = add_tensor(c);
     if (!t) return NULL;
     t->shape[0] = length;

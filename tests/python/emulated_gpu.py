@@ -2,6 +2,8 @@
 
 import ctypes
 import gc
+import sys
+import types
 import weakref
 
 import numpy
@@ -15,13 +17,20 @@ handle = ctypes.c_void_p()
 assert not cuda.cuInit(0) and not cuda.cuDevicePrimaryCtxRetain(ctypes.byref(handle), 0) and not cuda.cuCtxSetCurrent(handle)
 
 
-def on_gpu(values):
+class Pinned(Array):
+    """Like torch's arrays of pinned memory: lent as memory of the host."""
+
+    def is_pinned(self):
+        return True
+
+
+def on_gpu(values, kind=Array, device=(2, 0)):
     """An array of a framework nobody knows; memory that the host can look into stays allocated."""
     memory = ctypes.c_void_p()
     assert not cuda.cuMemHostAlloc(ctypes.byref(memory), ctypes.c_size_t(values.nbytes), 0)
     view = numpy.frombuffer((ctypes.c_char * values.nbytes).from_address(memory.value), values.dtype).reshape(values.shape)
     view[...] = values
-    return Array(view, device=(2, 0))
+    return kind(view, device=device)
 
 
 stream, graph, replay = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
@@ -47,6 +56,31 @@ for call, message in (
         assert message in str(error), error
     else:
         raise AssertionError(message)
+
+# Numbers become arrays of the framework, on its current stream.
+class Known(Array):
+    __module__ = "cupy"
+
+
+sys.modules["cupy"] = types.SimpleNamespace(
+    full=lambda shape, value, dtype: on_gpu(numpy.full(shape, value, dtype), Known),
+    empty=lambda shape, dtype: on_gpu(numpy.empty(shape, dtype), Known),
+    cuda=types.SimpleNamespace(get_current_stream=lambda: types.SimpleNamespace(ptr=stream.value)),
+    float32=numpy.float32, int32=numpy.int32, int64=numpy.int64,
+)
+logits = on_gpu(numpy.random.randn(3, 64).astype("f4"), Known)
+for given in (None, stream.value):
+    tokens = qkv.sample(logits, seed=2**64 - 1, temperature=0.0, stream=given)
+    assert type(tokens) is Known and logits.asked[-1]["stream"] == stream.value
+    assert not cuda.cuStreamSynchronize(stream)
+    assert (tokens.values == logits.values.argmax(-1)).all()
+try:
+    qkv.sample(logits, seed=1, stream=0)
+except qkv.UnsupportedError as error:
+    assert "seed: expected an array, since" in str(error), error
+else:
+    raise AssertionError("filled on one stream, read on another")
+del sys.modules["cupy"]
 
 # Plans of the host, of the device, and in a graph, which keeps the arrays of its plans.
 attention = Attention(num_qo_heads=2, num_kv_heads=1, head_dim_qk=64, page_size=2, dtype_q="f16", max_requests=4, max_tokens=16, max_kv_len=64, max_pages=64, device="cuda")
@@ -96,3 +130,31 @@ assert not cuda.cuGraphExecDestroy(replay)
 del attention
 gc.collect()
 assert table() is None
+
+# Kernels read a mask where it is, in pinned memory too; a graph of runs alone keeps the one that it was captured with.
+attention = Attention(num_qo_heads=2, num_kv_heads=1, head_dim_qk=64, page_size=2, mask="custom", dtype_q="f16", max_requests=4, max_tokens=16, max_kv_len=64, max_pages=64, device="cuda")
+step = dict(qo_indptr=[0, 1], block_table=[[3, 5]], kv_lens=[3], mask_indptr=[0, 1])
+mask = on_gpu(numpy.array([0b011], "u1"), Pinned, (1, 0))
+attention.plan(**step, mask_bits=mask)
+assert not cuda.cuStreamBeginCapture_v2(stream, 2)
+attention.run(queries, cache, o=o, stream=stream.value)
+assert not cuda.cuStreamEndCapture(stream, ctypes.byref(graph))
+assert not cuda.cuGraphInstantiateWithFlags(ctypes.byref(replay), graph, ctypes.c_ulonglong(0))
+mask = weakref.ref(mask)
+attention.plan(**step, mask_bits=on_gpu(numpy.array([0b111], "u1"), Pinned, (1, 0)))
+assert mask() is not None
+attention.run(queries, cache, o=o)
+attention.status()
+check([3, 5], 3)
+assert not cuda.cuGraphLaunch(replay, stream) and not cuda.cuStreamSynchronize(stream)
+check([3, 5], 2)
+try:
+    attention.plan(**step, mask_bits=[0b011])
+except qkv.InvalidError as error:
+    assert "mask_bits: expected a tensor on CUDA device 0" in str(error), error
+else:
+    raise AssertionError("a kernel cannot read a list")
+assert not cuda.cuGraphExecDestroy(replay)
+del attention
+gc.collect()
+assert mask() is None

@@ -84,10 +84,19 @@ def test_rope_by_requests_in_place_and_of_queries_alone():
 
 
 def test_rope_scales_as_llama_3():
-    q, k = torch.randn(2, 1, 1, 16)
-    plain, _ = qkv.rope(q, k, positions=i32(9))
-    scaled, _ = qkv.rope(q, k, positions=i32(9), scale=8, low_freq=1, high_freq=4, old_context=8192)
-    assert not torch.equal(plain, scaled)
+    """Wave lengths below old_context / high_freq stay, those above old_context / low_freq grow by scale."""
+    x = torch.randn(1, 1, 16)
+    spec = dict(scale=8.0, low_freq=1.0, high_freq=4.0, old_context=8192.0)
+    got, _ = qkv.rope(x, positions=i32(1000), **spec)
+    frequency = 10000.0 ** (-torch.arange(8).double() / 8)
+    share = ((8192 * frequency / (2 * torch.pi) - 1) / (4 - 1)).clamp(0, 1)
+    assert (share == 0).any() and (share == 1).any() and ((share > 0) & (share < 1)).any()
+    turn = torch.polar(torch.ones(8).double(), 1000 * frequency * (share + (1 - share) / 8))
+    turned = torch.complex(x[..., :8].double(), x[..., 8:].double()) * turn
+    close(got, torch.cat([turned.real, turned.imag], -1), scale=50)
+    cache = torch.zeros(1, 1, 1, 16)
+    qkv.kv_append_slots(cache, cache.clone(), x, x, [0], positions=[1000], rope=qkv.Rope(**spec))
+    assert torch.equal(cache[0], got)
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 8), (1, 1, 1), (3, 5, 0), (17, 33, 65)])
@@ -133,6 +142,12 @@ def test_sample_takes_numbers_lists_and_arrays(device):
     assert torch.equal(a, b)
     if device == "cpu":
         assert torch.equal(a, qkv.sample(logits, seed=[5] * 4, offset=[9] * 4, temperature=[2] * 4, top_p=[0.9] * 4, min_p=[0.01] * 4))
+
+
+@pytest.mark.parametrize("name", ["seed", "temperature", "top_k"])
+def test_sample_refuses_none_for_a_row(name):
+    with pytest.raises(ValueError, match=f"{name}: expected numbers, got None"):
+        qkv.sample(torch.randn(2, 8), **{"seed": 0, name: [1, None]})
 
 
 def test_sample_draws_from_the_distribution():
@@ -236,16 +251,23 @@ def test_errors_are_the_librarys_and_name_the_argument():
         qkv.gated_activation(x, x, "relu")
     with pytest.raises(qkv.InvalidError, match="x: expected dtype"):
         qkv.rmsnorm(x.double(), w)
+    for kind in ("\u00e9" * 600, "x" + "\u00e9" * 600):  # longer than messages get: one is cut within a character
+        with pytest.raises(qkv.InvalidError, match="kind: expected .*\u00e9\u00e9"):
+            qkv.gated_activation(x, x, kind)
 
 
 @pytest.mark.parametrize(
     "call, message",
     [
         (lambda x, w: qkv.rmsnorm(x), "misses the argument 'weight'"),
-        (lambda x, w: qkv.rmsnorm(x, w, 1e-6, 0.0, x), "at most|takes 4 positional arguments, got 5"),
+        (lambda x, w: qkv.rmsnorm(x, w, 1e-6, 0.0, x), "takes 4 positional arguments, got 5"),
         (lambda x, w: qkv.rmsnorm(x, w, weigth=w), "no parameter 'weigth'"),
-        (lambda x, w: qkv.rmsnorm(x, weight=w, x=x), "'?x'? is given twice"),
+        (lambda x, w: qkv.rmsnorm(x, weight=w, x=x), "x is given twice"),
         (lambda x, w: qkv.rmsnorm(x, w, eps="small"), "eps: expected a number, got 'small'"),
+        (lambda x, w: qkv.sample(x, seed=0.5), "seed: expected an integer, got 0.5"),
+        (lambda x, w: qkv.sample(x, seed=[0, 0.5]), "seed: expected an integer, got 0.5"),
+        (lambda x, w: qkv.rope(x, theta="big"), "theta: expected a number, got 'big'"),
+        (lambda x, w: qkv.kv_append_slots(x, x, x, x, [0], rope=qkv.Rope(theta="big")), "rope.theta: expected a number"),
         (lambda x, w: qkv.rmsnorm(x, w, ctx="cpu"), "ctx: expected a qkv.Context"),
         (lambda x, w: qkv.rmsnorm(None, w), "x: expected an array"),
         (lambda x, w: qkv.rmsnorm(x, [1.0] * 8), "weight: expected an array"),
