@@ -9,15 +9,10 @@ import types
 
 import pytest
 import torch
-from conftest import DEVICES
 from flashinfer_reference import Paged, check, close, graph_buffers, indptr, queries, reference, workspace
 
 import qkv.flashinfer as fi
-
-
-@pytest.fixture(params=DEVICES)
-def device(request):
-    return torch.device(request.param)
+import qkv.logits_processor
 
 
 @pytest.fixture
@@ -83,11 +78,10 @@ def test_what_is_not_offered_names_itself(installed):
 
 
 def test_logits_processor(installed):
-    qkv_stages = pytest.importorskip("qkv.logits_processor")
     from flashinfer.logits_processor import LogitsPipe, Sample, Softmax, Temperature, TopP
 
     for stage in (LogitsPipe, Sample, Softmax, Temperature, TopP):
-        assert stage is getattr(qkv_stages, stage.__name__)
+        assert stage is getattr(qkv.logits_processor, stage.__name__)
     assert not hasattr(fi.logits_processor, "NoSuchStage")
 
 

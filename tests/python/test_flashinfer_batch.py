@@ -7,15 +7,9 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICES
 from flashinfer_reference import Paged, check, close, graph_buffers, indptr, queries, reference, workspace
 
 import qkv.flashinfer as fi
-
-
-@pytest.fixture(params=DEVICES)
-def device(request):
-    return torch.device(request.param)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

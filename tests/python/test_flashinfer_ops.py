@@ -5,16 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICES
 from flashinfer_reference import Paged, close, indptr, queries
 
 import qkv.flashinfer as fi
 from qkv.flashinfer import sampling
-
-
-@pytest.fixture(params=DEVICES)
-def device(request):
-    return torch.device(request.param)
 
 
 def test_get_seq_lens_and_positions(device):

@@ -14,22 +14,7 @@ from __future__ import annotations
 import sys
 from types import ModuleType
 
-from . import (
-    activation,
-    attention,
-    cascade,
-    decode,
-    logits_processor,
-    norm,
-    page,
-    pod,
-    prefill,
-    quantization,
-    rope,
-    sampling,
-    sparse,
-    utils,
-)
+from . import logits_processor as logits_processor
 from ._missing import NotOffered as NotOffered, missing
 from .activation import gelu_and_mul, gelu_tanh_and_mul, silu_and_mul
 from .attention import BatchAttention, BatchAttentionWithAttentionSinkWrapper
@@ -89,23 +74,6 @@ from .utils import next_positive_power_of_2
 # The release whose signatures these are: engines compare it with the least that they need.
 __version__ = "0.6.18"
 
-_SUBMODULES = {
-    "activation": activation,
-    "attention": attention,
-    "cascade": cascade,
-    "decode": decode,
-    "logits_processor": logits_processor,
-    "norm": norm,
-    "page": page,
-    "pod": pod,
-    "prefill": prefill,
-    "quantization": quantization,
-    "rope": rope,
-    "sampling": sampling,
-    "sparse": sparse,
-    "utils": utils,
-}
-
 
 def _ours(module: ModuleType | None) -> bool:
     return module is not None and module.__name__.startswith(__name__)
@@ -121,9 +89,9 @@ def install(*, force: bool = False) -> None:
         if not force:
             raise ImportError("flashinfer is imported already: install earlier, or with force=True")
         _forget()
-    sys.modules["flashinfer"] = sys.modules[__name__]
-    for name, module in _SUBMODULES.items():
-        sys.modules[f"flashinfer.{name}"] = module
+    for name, module in list(sys.modules.items()):
+        if name == __name__ or name.startswith(f"{__name__}."):
+            sys.modules[name.removeprefix("qkv.")] = module
 
 
 def uninstall() -> None:

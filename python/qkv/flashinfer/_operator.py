@@ -34,6 +34,24 @@ class Options(NamedTuple):
     rope_theta: float = 1e4
     sink: bool = False
 
+    @classmethod
+    def make(
+        cls,
+        causal: bool,
+        window_left: int,
+        logits_soft_cap: float | None,
+        pos_encoding: str,
+        rope_scale: float | None,
+        rope_theta: float | None,
+        sink: bool = False,
+    ) -> Options:
+        """Of what callers say; None is the default. What has no effect is left out, so that equal
+        Attentions have equal options."""
+        soft_cap = (logits_soft_cap or 0.0) > 0.0
+        if pos_encoding != "ROPE_LLAMA":
+            return cls(causal, window_left, soft_cap, pos_encoding, sink=sink)
+        return cls(causal, window_left, soft_cap, pos_encoding, rope_scale or 1.0, rope_theta or 1e4, sink)
+
     def spec(self) -> dict[str, Any]:
         """The arguments of Attention."""
         if self.pos_encoding not in ("NONE", "ROPE_LLAMA", "ALIBI"):
@@ -81,16 +99,17 @@ class Operator:
         self._attentions: dict[tuple[Model, Options], tuple[Attention, dict[str, int]]] = {}
         self._outgrown: list[Attention] = []
         self._planned: dict[Options, Attention] = {}
-        self._running: dict[Options, Attention] = {}
         self._ran: dict[Options, None] = {}
         self._default: Options | None = None
-        self._model: Model | None = None
 
     def set(self, model: Model, need: dict[str, int], batch: dict[str, Any]) -> None:
         """Takes a batch (arguments of Attention.plan) and the limits that it needs; the first run
         plans it."""
+        first = batch["levels"][0] if "levels" in batch else batch
+        if first["qo_indptr"].device.type != "cpu":
+            batch["max_tokens"] = need["max_tokens"]
         self._model, self._need, self._batch = model, need, batch
-        self._planned, self._running = {}, {}
+        self._planned = {}
 
     def plan(self, model: Model, need: dict[str, int], batch: dict[str, Any], options: Options) -> None:
         """Takes a batch and plans it, at once, for what will likely run: what the last step's runs
@@ -112,16 +131,10 @@ class Operator:
 
     def get(self, options: Options) -> Attention:
         """The Attention under which the batch is planned."""
-        attention = self._running.get(options)
-        if attention is None:
-            self._ran[options] = None
-            attention = self._planned.get(options) or self._plan(options)
-            self._running[options] = attention
-        return attention
+        self._ran[options] = None
+        return self._planned.get(options) or self._plan(options)
 
     def _plan(self, options: Options) -> Attention:
-        if self._model is None:
-            raise RuntimeError("run: expected plan to be called first")
         attention = self._attention(self._model, options)
         attention.plan(**self._batch)
         self._planned[options] = attention
@@ -195,7 +208,7 @@ def together(device: torch.device, *arrays: torch.Tensor, non_blocking: bool = T
 
 def full_last_page(last_page_len: torch.Tensor, page_size: int) -> torch.Tensor:
     """0 means a full page."""
-    return torch.where(last_page_len > 0, last_page_len, page_size)
+    return last_page_len.masked_fill(last_page_len < 1, page_size)
 
 
 def split_cache(cache: Cache) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ._missing import refuse
-from ._operator import Model, Operator, Options, run
+from ._operator import Cache, Model, Operator, Options, run, split_cache
 
 
 class _PlanOfBuffers:
@@ -46,6 +46,7 @@ class Wrapper:
         self._operator = Operator(self.device, fixed=use_cuda_graph)
         self._cached_module = _PlanOfBuffers(self._operator)
         self._total_rows: int | None = None
+        self._remember(False, "NONE", -1, None, None, None, None)
 
     @property
     def is_cuda_graph_enabled(self) -> bool:
@@ -85,14 +86,13 @@ class Wrapper:
         self._plain = self._options(window_left, False)
 
     def _options(self, window_left: int, sink: bool) -> Options:
-        rope = self._pos_encoding_mode == "ROPE_LLAMA"
-        return Options(
+        return Options.make(
             self._causal,
             window_left,
-            self._logits_soft_cap > 0.0,
+            self._logits_soft_cap,
             self._pos_encoding_mode,
-            (self._rope_scale or 1.0) if rope else 1.0,
-            (self._rope_theta or 1e4) if rope else 1e4,
+            self._rope_scale,
+            self._rope_theta,
             sink,
         )
 
@@ -105,26 +105,25 @@ class Wrapper:
                 raise ValueError(f"q: expected the {self._total_rows} rows planned, got {q.shape[0]}")
 
     def _plan(self, model: Model, need: dict[str, int], batch: dict[str, Any]) -> None:
-        if self._operator.device.type == "cuda" and batch_on_device(batch):
-            batch["max_tokens"] = need["max_tokens"]
+        self._total_rows = need["max_tokens"]
         self._operator.plan(model, need, batch, self._plain)
 
     def _run(
         self,
         q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor | None,
-        args: Sequence[Any],
+        cache: Cache,
+        args: Sequence[Any] = (),
         *,
-        out: torch.Tensor | None,
-        lse: torch.Tensor | None,
-        return_lse: bool,
+        out: torch.Tensor | None = None,
+        lse: torch.Tensor | None = None,
+        return_lse: bool = False,
         window_left: int | None = None,
         q_scale: float | torch.Tensor | None = None,
         k_scale: float | torch.Tensor | None = None,
         v_scale: float | torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
     ) -> Any:
+        self._check_rows(q)
         if args:
             # fp8: the scales of each head, in this order.
             if len(args) != 3 or not (q_scale is k_scale is v_scale is None):
@@ -138,6 +137,7 @@ class Wrapper:
         else:
             window = self._window_left if window_left is None else window_left
             options = self._options(window, sinks is not None)
+        k, v = split_cache(cache)
         return run(
             self._operator,
             options,
@@ -155,25 +155,33 @@ class Wrapper:
         )
 
 
-def batch_on_device(batch: dict[str, Any]) -> bool:
-    """Are a batch's index arrays on the GPU?"""
-    first = batch["levels"][0] if "levels" in batch else batch
-    return first["qo_indptr"].device.type != "cpu"
+def check_buffer(name: str, buffer: torch.Tensor | None, entries: int | None = None) -> None:
+    """Of a buffer for CUDA graphs: is it there, with as many entries?"""
+    got = None if buffer is None else len(buffer)
+    if got is None or entries not in (None, got):
+        size = "" if entries is None else f" of {entries} entries"
+        raise ValueError(f"{name}: expected a tensor{size} with use_cuda_graph, got {got}")
 
 
-def copy_indices(buffer: torch.Tensor, indices: torch.Tensor, non_blocking: bool) -> None:
-    """Into the caller's buffer, unless they were written there in the first place."""
-    if len(indices) > len(buffer):
-        raise ValueError(
-            f"indices: expected at most the {len(buffer)} entries of the buffer given for CUDA "
-            f"graphs, got {len(indices)}"
-        )
-    if buffer.data_ptr() != indices.data_ptr():
-        buffer[: len(indices)].copy_(indices, non_blocking=non_blocking)
-
-
-def check_batch_size(expected: int, got: int) -> None:
+def check_batch_size(name: str, expected: int, got: int) -> None:
     if expected != got:
+        raise ValueError(f"{name}: expected the {expected} requests of the buffers given for CUDA graphs, got {got}")
+
+
+def fill_buffers(
+    buffers: Sequence[torch.Tensor], arrays: Sequence[torch.Tensor], page_size: int, non_blocking: bool
+) -> None:
+    """Copies a step's arrays (each indptr, then indices and last_page_len) into the caller's buffers
+    for CUDA graphs, which a captured plan or run reads."""
+    *indptrs, indices, last = buffers
+    check_batch_size("last_page_len", len(last), len(arrays[-1]))
+    used = len(arrays[-2])
+    if used > len(indices):
         raise ValueError(
-            f"last_page_len: expected the {expected} requests of the buffers given for CUDA graphs, got {got}"
+            f"indices: expected at most the {len(indices)} entries of the buffer given for CUDA graphs, got {used}"
         )
+    for buffer, array in zip((*indptrs, indices[:used], last), arrays):
+        # Unless it was written there in the first place.
+        if buffer.data_ptr() != array.data_ptr():
+            buffer.copy_(array, non_blocking=non_blocking)
+    last.masked_fill_(last < 1, page_size)  # as full_last_page

@@ -9,7 +9,7 @@ import torch
 import qkv
 
 from ._missing import missing, refuse
-from ._operator import Cache, Model, data_types, split_cache
+from ._operator import Cache, Model, data_types
 from ._wrapper import Wrapper
 from .prefill import BatchPrefillWithPagedKVCacheWrapper
 
@@ -78,7 +78,6 @@ class BatchAttention(Wrapper):
         last = torch.where(lens > 0, (lens - 1) % page_size + 1, 0)
         # Indices that are on the GPU stay there, and the lengths go to them.
         where = kv_indices.device
-        self._total_rows = int(rows[-1])
         self._remember(causal, "NONE", -1, logits_soft_cap, sm_scale, None, None)
         q_type, kv_type, o_type = data_types(q_data_type, kv_data_type, None)
         self._plan(
@@ -93,7 +92,7 @@ class BatchAttention(Wrapper):
                 kv_type,
                 o_type,
             ),
-            {"max_requests": len(lens), "max_tokens": self._total_rows, "max_pages": len(kv_indices)},
+            {"max_requests": len(lens), "max_tokens": int(rows[-1]), "max_pages": len(kv_indices)},
             {
                 "qo_indptr": rows.to(where, torch.int32),
                 "kv_indptr": indptr.to(where, torch.int32),
@@ -121,11 +120,9 @@ class BatchAttention(Wrapper):
         if self._by_offsets is not None:
             return self._by_offsets.run(q, kv_cache, **options)
         refuse(profiler_buffer=profiler_buffer, kv_cache_sf=kv_cache_sf, **options)
-        self._check_rows(q)
-        k, v = split_cache(kv_cache)
         if logits_soft_cap and logits_soft_cap != self._logits_soft_cap:
             self._remember(self._causal, "NONE", -1, logits_soft_cap, self._sm_scale, None, None)
-        return self._run(q, k, v, (), out=out, lse=lse, return_lse=True, k_scale=k_scale, v_scale=v_scale)
+        return self._run(q, kv_cache, out=out, lse=lse, return_lse=True, k_scale=k_scale, v_scale=v_scale)
 
 
 class BatchAttentionWithAttentionSinkWrapper(BatchPrefillWithPagedKVCacheWrapper):

@@ -12,8 +12,8 @@ import torch
 from qkv import attention
 
 from ._missing import missing
-from ._operator import Cache, Model, data_types, full_last_page, split_cache, together
-from ._wrapper import Wrapper, check_batch_size, copy_indices
+from ._operator import Cache, Model, data_types, full_last_page, together
+from ._wrapper import Wrapper, fill_buffers
 from .decode import BatchDecodeWithPagedKVCacheWrapper
 from .prefill import BatchPrefillWithPagedKVCacheWrapper, single_prefill_with_kv_cache_return_lse
 
@@ -106,15 +106,10 @@ class MultiLevelCascadeAttentionWrapper(Wrapper):
         for name, arrays in zip(("qo_indptr", "kv_indptr", "kv_indices", "last_page_len"), given):
             if len(arrays) != self._num_levels:
                 raise ValueError(f"{name}: expected {self._num_levels} arrays, one a level, got {len(arrays)}")
-        self._total_rows = int(qo_indptr_arr[-1][-1])
         if self.is_cuda_graph_enabled:
-            placed = [list(level) for level in zip(*self._buffers)]
+            placed = list(zip(*self._buffers))
             for buffers, level in zip(placed, zip(*given)):
-                check_batch_size(len(buffers[3]), len(level[3]))
-                copy_indices(buffers[2], level[2], True)
-                for at in (0, 1, 3):
-                    buffers[at].copy_(level[at])
-                buffers[3].copy_(full_last_page(buffers[3], page_size))
+                fill_buffers(buffers, level, page_size, non_blocking=False)
         else:
             flat = together(self.device, *(array for level in zip(*given) for array in level))
             placed = [flat[at : at + 4] for at in range(0, len(flat), 4)]
@@ -139,7 +134,7 @@ class MultiLevelCascadeAttentionWrapper(Wrapper):
             ),
             {
                 "max_requests": max(len(level["kv_last_page_len"]) for level in levels),
-                "max_tokens": self._total_rows,
+                "max_tokens": int(qo_indptr_arr[-1][-1]),
                 "max_pages": sum(len(level["kv_indices"]) for level in levels),
             },
             {"levels": levels},
@@ -149,9 +144,7 @@ class MultiLevelCascadeAttentionWrapper(Wrapper):
 
     def run(self, q: torch.Tensor, paged_kv_cache: Cache) -> torch.Tensor:
         """out [rows, num_qo_heads, head_dim]."""
-        self._check_rows(q)
-        k, v = split_cache(paged_kv_cache)
-        return self._run(q, k, v, (), out=None, lse=None, return_lse=False)
+        return self._run(q, paged_kv_cache)
 
     forward = run
 

@@ -20,7 +20,7 @@ from ._operator import (
     split_cache,
     together,
 )
-from ._wrapper import Wrapper, check_batch_size, copy_indices
+from ._wrapper import Wrapper, check_buffer, fill_buffers
 from .page import get_seq_lens as get_seq_lens
 from .utils import FP4Tensor, _get_range_buf as _get_range_buf, canonicalize_torch_dtype, steps
 
@@ -52,15 +52,10 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
         self._q_len = 1
         self._fixed_batch_size = 0
         if use_cuda_graph:
-            for name in ("indptr", "indices", "last_page_len"):
-                if not isinstance(getattr(self, f"_paged_kv_{name}_buf"), torch.Tensor):
-                    raise ValueError(f"paged_kv_{name}_buffer: expected a tensor with use_cuda_graph, got None")
+            check_buffer("paged_kv_indices_buffer", paged_kv_indices_buffer)
+            check_buffer("paged_kv_last_page_len_buffer", paged_kv_last_page_len_buffer)
             self._fixed_batch_size = len(paged_kv_last_page_len_buffer)
-            if len(paged_kv_indptr_buffer) != self._fixed_batch_size + 1:
-                raise ValueError(
-                    f"paged_kv_indptr_buffer: expected {self._fixed_batch_size + 1} entries, one "
-                    f"more than paged_kv_last_page_len_buffer, got {len(paged_kv_indptr_buffer)}"
-                )
+            check_buffer("paged_kv_indptr_buffer", paged_kv_indptr_buffer, self._fixed_batch_size + 1)
 
     @property
     def use_tensor_cores(self) -> bool:
@@ -103,12 +98,8 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
             raise NotImplementedError(f"window_right: expected 0 or -1, got {window_right}")
         batch_size, q_len = len(last_page_len), q_len_per_req or 1
         if self.is_cuda_graph_enabled:
-            check_batch_size(self._fixed_batch_size, batch_size)
-            copy_indices(self._paged_kv_indices_buf, indices, non_blocking)
-            self._paged_kv_indptr_buf.copy_(indptr, non_blocking=non_blocking)
-            self._paged_kv_last_page_len_buf.copy_(last_page_len, non_blocking=non_blocking)
-            last = full_last_page(self._paged_kv_last_page_len_buf, page_size)
-            self._paged_kv_last_page_len_buf.copy_(last)
+            buffers = (self._paged_kv_indptr_buf, self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf)
+            fill_buffers(buffers, (indptr, indices, last_page_len), page_size, non_blocking)
         else:
             arrays = together(self.device, indptr, indices, last_page_len, non_blocking=non_blocking)
             self._paged_kv_indptr_buf, self._paged_kv_indices_buf = arrays[:2]
@@ -133,13 +124,13 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
     begin_forward = plan
 
     def _plan_rows(self, q_len: int) -> None:
-        self._q_len, self._total_rows = q_len, self._batch_size * q_len
+        self._q_len = q_len
         indptr = self._paged_kv_indptr_buf
         self._plan(
             self._model._replace(max_qo_len=q_len),
             {
                 "max_requests": self._batch_size,
-                "max_tokens": self._total_rows,
+                "max_tokens": self._batch_size * q_len,
                 "max_pages": len(self._paged_kv_indices_buf),
             },
             {
@@ -176,12 +167,9 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
             self._causal = q_len_per_req > 1
             self._plain = self._options(self._window_left, False)
             self._plan_rows(q_len_per_req)
-        self._check_rows(q)
-        k, v = split_cache(paged_kv_cache)
         return self._run(
             q,
-            k,
-            v,
+            paged_kv_cache,
             args,
             out=out,
             lse=lse,
@@ -375,9 +363,7 @@ def block_table_attention(
         max_qo_len=max_qo_len,
     )
     tables, lens, indptr = together(query.device, block_tables, seq_lens, qo_indptr)
-    batch: dict[str, Any] = {"qo_indptr": indptr, "block_table": tables, "kv_lens": lens}
-    if indptr.device.type != "cpu":
-        batch["max_tokens"] = tokens
+    batch = {"qo_indptr": indptr, "block_table": tables, "kv_lens": lens}
     need = {"max_requests": len(lens), "max_tokens": tokens, "max_pages": tables.numel()}
     operator = shared_operator(query.device, workspace_buffer.data_ptr())
     operator.set(model, need, batch)

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from qkv.logits_processor import *  # noqa: F403
+from qkv.logits_processor import __all__ as __all__
 
 from ._missing import missing
 
-_missing_here = missing(__name__)
-
-
-def __getattr__(name: str) -> Any:
-    if not name.startswith("_"):
-        stages = importlib.import_module("qkv.logits_processor")
-        if name in stages.__all__:
-            return getattr(stages, name)
-    return _missing_here(name)
+__getattr__ = missing(__name__)

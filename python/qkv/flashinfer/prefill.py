@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ._missing import missing, refuse
-from ._operator import Cache, Model, Options, data_types, full_last_page, run, shared_operator, split_cache, together
-from ._wrapper import Wrapper, check_batch_size, copy_indices
+from ._operator import Cache, Model, Options, data_types, full_last_page, run, shared_operator, together
+from ._wrapper import Wrapper, check_batch_size, check_buffer, fill_buffers
 from .decode import block_table_attention
 from .page import get_seq_lens as get_seq_lens
 from .quantization import packbits, segment_packbits
@@ -59,8 +59,7 @@ class _BatchPrefill(Wrapper):
         self._mask_indptr_buf = mask_indptr_buf
         self._fixed_batch_size = 0
         if use_cuda_graph:
-            if qo_indptr_buf is None:
-                raise ValueError("qo_indptr_buf: expected a tensor with use_cuda_graph, got None")
+            check_buffer("qo_indptr_buf", qo_indptr_buf)
             self._fixed_batch_size = len(qo_indptr_buf) - 1
             if (custom_mask_buf is None) != (mask_indptr_buf is None):
                 raise ValueError("custom_mask_buf, mask_indptr_buf: expected both or neither")
@@ -157,15 +156,9 @@ class BatchPrefillWithPagedKVCacheWrapper(_BatchPrefill):
         self._paged_kv_indices_buf = paged_kv_indices_buf
         self._paged_kv_last_page_len_buf = paged_kv_last_page_len_buf
         if use_cuda_graph:
-            sizes = {"indptr": self._fixed_batch_size + 1, "last_page_len": self._fixed_batch_size}
-            for name in ("indptr", "indices", "last_page_len"):
-                buffer = getattr(self, f"_paged_kv_{name}_buf")
-                if buffer is None or len(buffer) != sizes.get(name, len(buffer)):
-                    raise ValueError(
-                        f"paged_kv_{name}_buf: expected a tensor"
-                        + (f" of {sizes[name]} entries" if name in sizes else "")
-                        + f" with use_cuda_graph, got {None if buffer is None else len(buffer)}"
-                    )
+            check_buffer("paged_kv_indptr_buf", paged_kv_indptr_buf, self._fixed_batch_size + 1)
+            check_buffer("paged_kv_indices_buf", paged_kv_indices_buf)
+            check_buffer("paged_kv_last_page_len_buf", paged_kv_last_page_len_buf, self._fixed_batch_size)
 
     def plan(
         self,
@@ -217,24 +210,18 @@ class BatchPrefillWithPagedKVCacheWrapper(_BatchPrefill):
             max_item_len_ptr=max_item_len_ptr,
         )
         batch_size = len(qo_indptr) - 1
-        self._total_rows = int(qo_indptr[-1])
+        rows = int(qo_indptr[-1])
+        arrays = (qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len)
         if self.is_cuda_graph_enabled:
-            check_batch_size(self._fixed_batch_size, batch_size)
-            copy_indices(self._paged_kv_indices_buf, paged_kv_indices, non_blocking)
-            self._qo_indptr_buf.copy_(qo_indptr, non_blocking=non_blocking)
-            self._paged_kv_indptr_buf.copy_(paged_kv_indptr, non_blocking=non_blocking)
-            last = self._paged_kv_last_page_len_buf
-            last.copy_(paged_kv_last_page_len, non_blocking=non_blocking)
-            last.copy_(full_last_page(last, page_size))
-        else:
-            arrays = together(
-                self.device,
-                qo_indptr,
-                paged_kv_indptr,
-                paged_kv_indices,
-                paged_kv_last_page_len,
-                non_blocking=non_blocking,
+            buffers = (
+                self._qo_indptr_buf,
+                self._paged_kv_indptr_buf,
+                self._paged_kv_indices_buf,
+                self._paged_kv_last_page_len_buf,
             )
+            fill_buffers(buffers, arrays, page_size, non_blocking)
+        else:
+            arrays = together(self.device, *arrays, non_blocking=non_blocking)
             self._qo_indptr_buf, self._paged_kv_indptr_buf, self._paged_kv_indices_buf = arrays[:3]
             self._paged_kv_last_page_len_buf = full_last_page(arrays[3], page_size)
 
@@ -260,7 +247,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_BatchPrefill):
                 batch_invariant=disable_split_kv or (fixed_split_size or -1) > 0,
                 custom_mask=bool(mask),
             ),
-            {"max_requests": batch_size, "max_tokens": self._total_rows, "max_pages": len(self._paged_kv_indices_buf)},
+            {"max_requests": batch_size, "max_tokens": rows, "max_pages": len(self._paged_kv_indices_buf)},
             {
                 "qo_indptr": self._qo_indptr_buf,
                 "kv_indptr": self._paged_kv_indptr_buf,
@@ -292,12 +279,9 @@ class BatchPrefillWithPagedKVCacheWrapper(_BatchPrefill):
         """out [rows, num_qo_heads, head_dim_vo], and with return_lse (out, lse) with lse f32
         [rows, num_qo_heads] in base 2. paged_kv_cache: [pages, 2, ...] or (k, v)."""
         refuse(kv_cache_sf=kv_cache_sf)
-        self._check_rows(q)
-        k, v = split_cache(paged_kv_cache)
         return self._run(
             q,
-            k,
-            v,
+            paged_kv_cache,
             args,
             out=out,
             lse=lse,
@@ -344,11 +328,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(_BatchPrefill):
         )
         self._kv_indptr_buf = kv_indptr_buf
         if use_cuda_graph:
-            got = None if kv_indptr_buf is None else len(kv_indptr_buf)
-            if got != self._fixed_batch_size + 1:
-                raise ValueError(
-                    f"kv_indptr_buf: expected {self._fixed_batch_size + 1} entries with use_cuda_graph, got {got}"
-                )
+            check_buffer("kv_indptr_buf", kv_indptr_buf, self._fixed_batch_size + 1)
 
     def plan(
         self,
@@ -395,9 +375,9 @@ class BatchPrefillWithRaggedKVCacheWrapper(_BatchPrefill):
             o_indptr=o_indptr,
         )
         batch_size = len(qo_indptr) - 1
-        self._total_rows = int(qo_indptr[-1])
+        rows = int(qo_indptr[-1])
         if self.is_cuda_graph_enabled:
-            check_batch_size(self._fixed_batch_size, batch_size)
+            check_batch_size("qo_indptr", self._fixed_batch_size, batch_size)
             self._qo_indptr_buf.copy_(qo_indptr, non_blocking=non_blocking)
             self._kv_indptr_buf.copy_(kv_indptr, non_blocking=non_blocking)
         else:
@@ -408,7 +388,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(_BatchPrefill):
         self._remember(causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
         q_type, kv_type, o_type = data_types(q_data_type, kv_data_type, o_data_type)
         invariant = disable_split_kv or (fixed_split_size or -1) > 0
-        need = {"max_requests": batch_size, "max_tokens": self._total_rows, "max_pages": 0}
+        need = {"max_requests": batch_size, "max_tokens": rows, "max_pages": 0}
         if invariant:
             need["max_kv_len"] = int(kv_indptr[-1])
         self._plan(
@@ -450,9 +430,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(_BatchPrefill):
         """q [rows, num_qo_heads, head_dim_qk], k and v [tokens, num_kv_heads, head_dim] (by
         kv_layout): out [rows, num_qo_heads, head_dim_vo], or (out, lse)."""
         refuse(kv_cache_sf=kv_cache_sf, o_scale=None if o_scale == 1.0 else o_scale)
-        self._check_rows(q)
         return self._run(
-            q, k, v, args, out=out, lse=lse, return_lse=return_lse, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale
+            q, (k, v), args, out=out, lse=lse, return_lse=return_lse, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale
         )
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -505,7 +484,6 @@ def single_prefill_with_kv_cache(
     if packed_custom_mask is not None:
         batch["mask_bits"] = packed_custom_mask.to(q.device)
         batch["mask_indptr"] = torch.tensor([0, packed_custom_mask.numel()], dtype=torch.int64)
-    rope = pos_encoding_mode == "ROPE_LLAMA"
     operator = shared_operator(q.device)
     operator.set(
         Model(
@@ -526,14 +504,7 @@ def single_prefill_with_kv_cache(
     )
     return run(
         operator,
-        Options(
-            causal,
-            window_left,
-            bool(logits_soft_cap),
-            pos_encoding_mode,
-            (rope_scale or 1.0) if rope else 1.0,
-            (rope_theta or 1e4) if rope else 1e4,
-        ),
+        Options.make(causal, window_left, logits_soft_cap, pos_encoding_mode, rope_scale, rope_theta),
         q,
         k,
         v,

@@ -5,21 +5,16 @@ from __future__ import annotations
 import torch
 
 from ._missing import missing
-from .utils import constant
-
-_WEIGHTS = {"big": [128, 64, 32, 16, 8, 4, 2, 1], "little": [1, 2, 4, 8, 16, 32, 64, 128]}
 
 
 def _pack(bits: torch.Tensor, bitorder: str) -> torch.Tensor:
     """Of bits whose number is a multiple of 8."""
-    if bitorder not in _WEIGHTS:
+    if bitorder not in ("big", "little"):
         raise ValueError(f"bitorder: expected big or little, got {bitorder!r}")
-    weights = constant(
-        ("packbits", bitorder),
-        bits.device,
-        lambda: torch.tensor(_WEIGHTS[bitorder], dtype=torch.uint8, device=bits.device),
-    )
-    return (bits.view(-1, 8).to(torch.uint8) * weights).sum(-1, dtype=torch.uint8)
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    if bitorder == "big":
+        places = 7 - places
+    return (bits.view(-1, 8).to(torch.uint8) << places).sum(-1, dtype=torch.uint8)
 
 
 def packbits(x: torch.Tensor, bitorder: str = "big") -> torch.Tensor:

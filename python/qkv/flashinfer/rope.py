@@ -6,8 +6,6 @@ and k are changed in place."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 import qkv
@@ -17,12 +15,34 @@ from ._missing import missing
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-def _i32(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return x.to(like.device, torch.int32)
-
-
-def _llama31(rope_scale: float, rope_theta: float, low: float, high: float, old: int) -> dict[str, Any]:
-    return {"scale": rope_scale, "theta": rope_theta, "low_freq": low, "high_freq": high, "old_context": float(old)}
+def _rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    in_place: bool,
+    rotary_dim: int | None,
+    interleave: bool,
+    scale: float,
+    theta: float,
+    low_freq: float = 0.0,
+    high_freq: float = 0.0,
+    old_context: float = 0.0,
+    **places: torch.Tensor,
+) -> Pair:
+    """places: indptr and offsets, or positions."""
+    return qkv.rope(
+        q,
+        k,
+        **{name: x.to(q.device, torch.int32) for name, x in places.items()},
+        rotary_dim=rotary_dim or 0,
+        interleaved=interleave,
+        theta=theta,
+        scale=scale,
+        low_freq=low_freq,
+        high_freq=high_freq,
+        old_context=old_context,
+        q_out=q if in_place else None,
+        k_out=k if in_place else None,
+    )
 
 
 def apply_rope(
@@ -36,16 +56,7 @@ def apply_rope(
     rope_theta: float = 1e4,
 ) -> Pair:
     """Rotated copies of q and k."""
-    return qkv.rope(
-        q,
-        k,
-        indptr=_i32(indptr, q),
-        offsets=_i32(offsets, q),
-        rotary_dim=rotary_dim or 0,
-        interleaved=interleave,
-        scale=rope_scale,
-        theta=rope_theta,
-    )
+    return _rope(q, k, False, rotary_dim, interleave, rope_scale, rope_theta, indptr=indptr, offsets=offsets)
 
 
 def apply_rope_inplace(
@@ -59,18 +70,7 @@ def apply_rope_inplace(
     rope_theta: float = 1e4,
 ) -> None:
     """apply_rope on q and k themselves."""
-    qkv.rope(
-        q,
-        k,
-        indptr=_i32(indptr, q),
-        offsets=_i32(offsets, q),
-        rotary_dim=rotary_dim or 0,
-        interleaved=interleave,
-        scale=rope_scale,
-        theta=rope_theta,
-        q_out=q,
-        k_out=k,
-    )
+    _rope(q, k, True, rotary_dim, interleave, rope_scale, rope_theta, indptr=indptr, offsets=offsets)
 
 
 def apply_rope_pos_ids(
@@ -83,15 +83,7 @@ def apply_rope_pos_ids(
     rope_theta: float = 1e4,
 ) -> Pair:
     """Rotated copies of q and k."""
-    return qkv.rope(
-        q,
-        k,
-        positions=_i32(pos_ids, q),
-        rotary_dim=rotary_dim or 0,
-        interleaved=interleave,
-        scale=rope_scale,
-        theta=rope_theta,
-    )
+    return _rope(q, k, False, rotary_dim, interleave, rope_scale, rope_theta, positions=pos_ids)
 
 
 def apply_rope_pos_ids_inplace(
@@ -104,17 +96,7 @@ def apply_rope_pos_ids_inplace(
     rope_theta: float = 1e4,
 ) -> None:
     """apply_rope_pos_ids on q and k themselves."""
-    qkv.rope(
-        q,
-        k,
-        positions=_i32(pos_ids, q),
-        rotary_dim=rotary_dim or 0,
-        interleaved=interleave,
-        scale=rope_scale,
-        theta=rope_theta,
-        q_out=q,
-        k_out=k,
-    )
+    _rope(q, k, True, rotary_dim, interleave, rope_scale, rope_theta, positions=pos_ids)
 
 
 def apply_llama31_rope(
@@ -131,15 +113,8 @@ def apply_llama31_rope(
     old_context_len: int = 8192,
 ) -> Pair:
     """apply_rope with Llama 3.1's frequencies."""
-    return qkv.rope(
-        q,
-        k,
-        indptr=_i32(indptr, q),
-        offsets=_i32(offsets, q),
-        rotary_dim=rotary_dim or 0,
-        interleaved=interleave,
-        **_llama31(rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len),
-    )
+    blend = low_freq_factor, high_freq_factor, old_context_len
+    return _rope(q, k, False, rotary_dim, interleave, rope_scale, rope_theta, *blend, indptr=indptr, offsets=offsets)
 
 
 def apply_llama31_rope_inplace(
@@ -156,17 +131,8 @@ def apply_llama31_rope_inplace(
     old_context_len: int = 8192,
 ) -> None:
     """apply_llama31_rope on q and k themselves."""
-    qkv.rope(
-        q,
-        k,
-        indptr=_i32(indptr, q),
-        offsets=_i32(offsets, q),
-        rotary_dim=rotary_dim or 0,
-        interleaved=interleave,
-        q_out=q,
-        k_out=k,
-        **_llama31(rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len),
-    )
+    blend = low_freq_factor, high_freq_factor, old_context_len
+    _rope(q, k, True, rotary_dim, interleave, rope_scale, rope_theta, *blend, indptr=indptr, offsets=offsets)
 
 
 def apply_llama31_rope_pos_ids(
@@ -182,14 +148,8 @@ def apply_llama31_rope_pos_ids(
     old_context_len: int = 8192,
 ) -> Pair:
     """apply_rope_pos_ids with Llama 3.1's frequencies."""
-    return qkv.rope(
-        q,
-        k,
-        positions=_i32(pos_ids, q),
-        rotary_dim=rotary_dim or 0,
-        interleaved=interleave,
-        **_llama31(rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len),
-    )
+    blend = low_freq_factor, high_freq_factor, old_context_len
+    return _rope(q, k, False, rotary_dim, interleave, rope_scale, rope_theta, *blend, positions=pos_ids)
 
 
 def apply_llama31_rope_pos_ids_inplace(
@@ -205,16 +165,8 @@ def apply_llama31_rope_pos_ids_inplace(
     old_context_len: int = 8192,
 ) -> None:
     """apply_llama31_rope_pos_ids on q and k themselves."""
-    qkv.rope(
-        q,
-        k,
-        positions=_i32(pos_ids, q),
-        rotary_dim=rotary_dim or 0,
-        interleaved=interleave,
-        q_out=q,
-        k_out=k,
-        **_llama31(rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len),
-    )
+    blend = low_freq_factor, high_freq_factor, old_context_len
+    _rope(q, k, True, rotary_dim, interleave, rope_scale, rope_theta, *blend, positions=pos_ids)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox: bool) -> torch.Tensor:

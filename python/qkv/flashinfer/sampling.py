@@ -172,13 +172,18 @@ def min_p_sampling_from_probs(
     return _sample(logits, indices, generator, check_nan, seed, offset, return_valid, min_p=min_p)
 
 
+def _top_p(probs: torch.Tensor, top_p: Param) -> tuple[torch.Tensor, torch.Tensor]:
+    """f32 probs [batch, vocab] in descending order, and how many of them it takes to reach top_p,
+    [batch, 1]."""
+    ordered = probs.float().sort(-1, descending=True).values
+    before = ordered.cumsum(-1) - ordered
+    return ordered, (before < _column(top_p, probs)).sum(-1, keepdim=True).clamp(min=1)
+
+
 def _joint_top_k(probs: torch.Tensor, top_k: Param, top_p: Param) -> torch.Tensor:
     """The number of tokens that top-k and top-p, each of all probabilities, both keep. Both keep a
     head of the same order, so that the shorter is the intersection."""
-    ordered = probs.sort(-1, descending=True).values
-    before = ordered.cumsum(-1) - ordered
-    of_top_p = (before < _column(top_p, probs)).sum(-1, keepdim=True).clamp(min=1)
-    return of_top_p.clamp(max=_column(top_k, probs)).reshape(-1)
+    return _top_p(probs, top_p)[1].clamp(max=_column(top_k, probs)).reshape(-1)
 
 
 def _top_k_top_p(
@@ -259,10 +264,8 @@ def top_k_renorm_probs(probs: torch.Tensor, top_k: int | torch.Tensor, **options
 def top_p_renorm_probs(probs: torch.Tensor, top_p: Param, **options: Any) -> torch.Tensor:
     """f32 probs with all but the smallest set of largest that reaches top_p set to 0, divided by
     their sum."""
-    ordered = probs.float().sort(-1, descending=True).values
-    before = ordered.cumsum(-1) - ordered
-    last = (before < _column(top_p, probs)).sum(-1, keepdim=True).clamp(min=1) - 1
-    return _renormalised(probs, probs >= ordered.gather(-1, last))
+    ordered, count = _top_p(probs, top_p)
+    return _renormalised(probs, probs >= ordered.gather(-1, count - 1))
 
 
 def top_k_mask_logits(logits: torch.Tensor, top_k: int | torch.Tensor, **options: Any) -> torch.Tensor:

@@ -32,7 +32,6 @@ class _BlockSparse(Wrapper):
     def _plan_blocks(
         self, lists: dict[str, torch.Tensor], rows: int, keys: int, block: tuple[int, int], model: Model
     ) -> None:
-        self._total_rows = rows
         self._plan(
             model,
             {"max_requests": 1, "max_tokens": rows, "max_pages": 0, "max_row_blocks": lists["bsr_indptr"].numel()},
@@ -118,9 +117,8 @@ class BlockSparseAttentionWrapper(_BlockSparse):
     ) -> Any:
         """q [M, num_qo_heads, head_dim], k and v [N, num_kv_heads, head_dim]: out [M, num_qo_heads,
         head_dim], or (out, lse [M, num_qo_heads])."""
-        self._check_rows(q)
         return self._run(
-            q, k, v, (), out=out, lse=lse, return_lse=return_lse, q_scale=scale_q, k_scale=scale_k, v_scale=scale_v
+            q, (k, v), out=out, lse=lse, return_lse=return_lse, q_scale=scale_q, k_scale=scale_k, v_scale=scale_v
         )
 
     def forward(
@@ -224,16 +222,13 @@ class VariableBlockSparseAttentionWrapper(_BlockSparse):
     ) -> Any:
         """q [num_qo_heads, M, head_dim], k and v [num_kv_heads, N, head_dim]: out [num_qo_heads, M,
         head_dim], or (out, lse [num_qo_heads, M])."""
-        self._check_rows(q.transpose(0, 1))
         if out is None:
             out = torch.empty_like(q, memory_format=torch.contiguous_format)
         if return_lse and lse is None:
             lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         self._run(
             q.transpose(0, 1),
-            k,
-            v,
-            (),
+            (k, v),
             out=out.transpose(0, 1),
             lse=lse.transpose(0, 1) if return_lse else None,
             return_lse=return_lse,
