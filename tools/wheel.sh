@@ -16,5 +16,10 @@ PATH="$work/build/bin:$PATH" "$work/build/bin/auditwheel" repair --wheel-dir "$o
 "${PYTHON:-python3}" -m venv "$work/try"
 "$work/try/bin/pip" install --quiet --no-index --find-links "$out" qkv
 cd "$work"
-"$work/try/bin/python" -c 'import qkv; print("qkv", qkv.__version__, "on", qkv.context("cpu").device_name)'
+"$work/try/bin/python" -c '
+import sys, sysconfig, qkv
+print("qkv", qkv.__version__, "on", qkv.context("cpu").device_name)
+if sysconfig.get_config_var("Py_GIL_DISABLED"):
+    assert not sys._is_gil_enabled(), "qkv brought the lock of the interpreter back"
+'
 ls "$out"/qkv-*.whl

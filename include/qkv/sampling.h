@@ -45,7 +45,8 @@ typedef struct qkv_sampling_params {
  *           gives 0
  *
  * The uniform number of a row is Philox4x32-10 keyed by its seed at counter offset: it depends on
- * nothing else, so a request draws the same tokens whatever it is batched with. No allocation.
+ * nothing else, so a request draws the same tokens whatever it is batched with. Rows of one seed and
+ * offset have one number: give each request a seed of its own. No allocation.
  *
  * Errors: INVALID (shapes, dtypes, a parameter out of range: names the row). Source: Salmon et al.
  * 2011 (Philox); Holtzman et al. 2020 (top-p), arXiv:1904.09751.

@@ -223,6 +223,26 @@ static int keep_captured(attention_object *self)
 
 enum { MAX_LEVELS = 64 };
 
+/* A list of copies of the dicts: other threads may change theirs. */
+static PyObject *copy_levels(PyObject *value)
+{
+    PyObject *list = PySequence_List(value);
+    const Py_ssize_t num = list ? PyList_Size(list) : 0;
+    for (Py_ssize_t i = 0; i < num; i++) {
+        PyObject *level = PyList_GetItem(list, i), *copy = NULL;
+        if (PyDict_Check(level))
+            copy = PyDict_Copy(level);
+        else
+            PyErr_Format(PyExc_TypeError, "levels: expected dicts, got %R", level);
+        if (!copy) {
+            Py_DECREF(list);
+            return NULL;
+        }
+        PyList_SetItem(list, i, copy);
+    }
+    return list;
+}
+
 static PyObject *attention_plan(PyObject *object, PyObject *const *args, Py_ssize_t nargs,
                                 PyObject *kwnames)
 {
@@ -241,9 +261,9 @@ static PyObject *attention_plan(PyObject *object, PyObject *const *args, Py_ssiz
                 QKV_ERR_INVALID,
                 "levels: expected without qo_indptr and the like, which stand in them");
         }
-        levels = PySequence_Tuple(v[PLAN_LEVELS]);
+        levels = copy_levels(v[PLAN_LEVELS]);
         if (!levels) return NULL;
-        const Py_ssize_t num = PyTuple_Size(levels);
+        const Py_ssize_t num = PyList_Size(levels);
         if (num < 1 || num > MAX_LEVELS) {
             Py_DECREF(levels);
             return raise_error(QKV_ERR_INVALID, "levels: expected 1 to %d, got %zd", MAX_LEVELS,
@@ -275,15 +295,8 @@ static PyObject *attention_plan(PyObject *object, PyObject *const *args, Py_ssiz
     call c;
     begin_call(&c, slots, capacity, NULL, v[PLAN_STREAM]);
     for (int i = 0; i < batch.num_levels && !c.failed; i++) {
-        if (levels) {
-            PyObject *level = PyTuple_GetItem(levels, i);
-            if (!PyDict_Check(level)) {
-                PyErr_Format(PyExc_TypeError, "levels: expected dicts, got %R", level);
-                c.failed = 1;
-            } else {
-                c.failed = read_call_dict(&level_signature, NULL, level, of_level);
-            }
-        }
+        if (levels)
+            c.failed = read_call_dict(&level_signature, NULL, PyList_GetItem(levels, i), of_level);
         if (!c.failed)
             read_level(&c, self->ctx->device, levels ? of_level : v, &indices[i], &tensors[i]);
     }
@@ -389,13 +402,12 @@ static PyObject *order_args(const attention_object *self, PyObject *value)
     PyObject *ordered = PyTuple_New(self->num_params);
     for (int i = 0; ordered && i < self->num_params; i++) {
         PyObject *name = PyTuple_GetItem(self->param_names, i);
-        PyObject *arg = PyDict_GetItemWithError(value, name);
+        PyObject *arg = PyObject_GetItem(value, name);
         if (!arg) {
-            if (!PyErr_Occurred()) PyErr_Format(PyExc_TypeError, "args: expected one for %R", name);
+            PyErr_Format(PyExc_TypeError, "args: expected one for %R", name);
             Py_DECREF(ordered);
             return NULL;
         }
-        Py_INCREF(arg);
         PyTuple_SetItem(ordered, i, arg);
     }
     if (ordered && PyDict_Size(value) != self->num_params) {

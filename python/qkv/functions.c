@@ -298,7 +298,7 @@ static signature sample_signature = {
             "top_p, of\n"
             "those min_p. A row's draw depends on its seed and offset alone: one seed for all rows "
             "draws\n"
-            "with the same random number in each.\n\n"
+            "with the same random number in each; give a list for draws that are independent.\n\n"
             "logits: [batch, vocab] f32, f16 or bf16. The others are a number or an array [batch] "
             "on the\n"
             "logits' device: seed, offset (the number of the draw): u64 or i64; temperature: f32 "

@@ -89,11 +89,14 @@ static const exchange_api *exchange_of(PyTypeObject *type)
 
 /* ---- streams -------------------------------------------------------------------------------------- */
 
-/* sys.modules[name], borrowed; NULL without an exception where it is not imported. */
+/* sys.modules[name], a new reference; NULL without an exception where it is not imported. */
 static PyObject *imported(const char *name)
 {
-    PyObject *modules = PySys_GetObject("modules");
-    return modules ? PyDict_GetItemString(modules, name) : NULL;
+    PyObject *key = PyUnicode_FromString(name);
+    PyObject *module = key ? PyImport_GetModule(key) : NULL;
+    Py_XDECREF(key);
+    if (!module) PyErr_Clear();
+    return module;
 }
 
 /* The handle of module.cuda.<method>(...).<field>. -1 with an exception. */
@@ -151,13 +154,15 @@ static int framework_stream(const call *c, int32_t device_id, void **out)
     const int on_gpu = c->like && c->device.device_type == kDLCUDA;
     if (on_gpu && c->api) return c->api->current_stream(kDLCUDA, device_id, out);
     PyObject *torch = imported("torch"), *cupy = imported("cupy");
-    if (on_gpu) {
-        if (torch && comes_from(c->like, "torch")) return torch_stream(torch, device_id, out);
-        if (!cupy || !comes_from(c->like, "cupy")) return 0;
-    } else if (torch && torch_uses_cuda(torch)) {
-        return torch_stream(torch, device_id, out);
+    int bad = 0;
+    if (torch && (on_gpu ? comes_from(c->like, "torch") : torch_uses_cuda(torch))) {
+        bad = torch_stream(torch, device_id, out);
+    } else if (cupy && (!on_gpu || comes_from(c->like, "cupy"))) {
+        bad = module_stream(cupy, "get_current_stream", "ptr", out);
     }
-    return cupy ? module_stream(cupy, "get_current_stream", "ptr", out) : 0;
+    Py_XDECREF(torch);
+    Py_XDECREF(cupy);
+    return bad;
 }
 
 /* Sets the stream of a call on a GPU. */
@@ -202,6 +207,7 @@ static int torch_records(void)
     if (!ask) {
         PyObject *torch = imported("torch");
         ask = torch ? PyObject_GetAttrString(torch, "is_grad_enabled") : NULL;
+        Py_XDECREF(torch);
         if (ask) atomic_store(&found, ask);
     }
     PyObject *answer = ask ? PyObject_CallNoArgs(ask) : NULL;
@@ -531,7 +537,7 @@ static int make_by_exchange(call *c, tensor *t, const char *name)
     return 0;
 }
 
-/* The package whose empty() and full() make arrays like the call's first; borrowed, NULL if unknown. */
+/* The package whose empty() and full() make arrays like the call's first: a new reference, NULL if unknown. */
 static PyObject *making_module(const call *c)
 {
     static const char *const known[] = {"torch", "numpy", "cupy"};
@@ -663,7 +669,11 @@ static tensor *make_array(call *c, const char *name, DLDataType dtype, int ndim,
     t->dl = (DLTensor){.device = c->device, .ndim = ndim, .dtype = dtype, .shape = t->shape};
     if (c->api && !fill) return make_by_exchange(c, t, name) ? fail(c) : t;
     PyObject *module = making_module(c);
-    if (module) return make_by_module(c, module, name, fill);
+    if (module) {
+        t = make_by_module(c, module, name, fill);
+        Py_DECREF(module);
+        return t;
+    }
     if (c->like && !fill && c->device.device_type == kDLCPU &&
         PyObject_HasAttrString(c->like, "__array_namespace__")) {
         return make_block(c, t);

@@ -1,7 +1,9 @@
 """Calls run without the interpreter's lock, and threads may share contexts and operators."""
 
+import gc
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 
@@ -109,6 +111,94 @@ def test_many_threads_share_an_operator():
             assert any(torch.allclose(out, a) for a in allowed)  # whichever plan was the last
 
     in_threads(lambda: work(0), lambda: work(1), lambda: work(0), lambda: work(1))
+
+
+VARIANT = qkv.Variant(
+    "threads",
+    """
+    #define VARIANT_LOGIT 1
+    QI_FN float variant_logit(const variant_params *v, qi_pos pos, float logit)
+    {
+        return logit + v->factor * v->table.data[(pos.kv_pos % 4) * v->table.stride[0]];
+    }
+    """,
+    params=(("factor", "f32"), ("table", "f32", 1)),
+)
+SPEC = dict(num_qo_heads=2, num_kv_heads=1, head_dim_qk=8, page_size=2, dtype_q="f32", max_requests=2, max_tokens=16, max_kv_len=64, max_pages=64)
+
+
+def test_dicts_may_change_under_a_call():
+    """A call keeps what it reads of a dict, although the dict lets go of it meanwhile."""
+    shared = qkv.attention.Attention(**SPEC, variant=VARIANT)
+    q, pool = torch.randn(2, 2, 8), torch.randn(8, 2, 2, 1, 8)
+    level, args = {}, {}
+
+    def renew():
+        level.update(qo_indptr=[0, 1, 2], block_table=numpy.array([[3, 1], [0, 2]], "int32"), kv_lens=[3, 2])
+        args.update(factor=float("0.5"), table=numpy.arange(4, dtype="float32"))
+
+    renew()
+    shared.plan(levels=[level])
+    expected = shared.run(q, pool, args=args)
+    done = threading.Event()
+
+    def change():
+        while not done.is_set():
+            renew()
+
+    def work():
+        for _ in range(1000):
+            shared.plan(levels=[level])
+            assert torch.equal(shared.run(q, pool, args=args), expected)
+
+    def all_work():
+        try:
+            in_threads(work, work)
+        finally:
+            done.set()
+
+    in_threads(change, all_work)
+
+
+def test_a_mixture_of_everything():
+    """Threads that share a context and an operator, make and drop their own, and get the exact results of one alone,
+    with arrays of two frameworks, errors, and a collector that runs all the while."""
+    ctx = qkv.Context("cpu", num_threads=2)
+    shared = qkv.attention.Attention(**SPEC, ctx=ctx)
+    plan = dict(qo_indptr=[0, 1, 3], block_table=[[3, 1], [0, 2]], kv_lens=[3, 4])
+    q, pool = torch.randn(3, 2, 8), torch.randn(4, 2, 2, 1, 8)
+    x, w = numpy.random.randn(4, 64).astype("float32"), numpy.random.randn(64).astype("float32")
+    shared.plan(**plan)
+    o, normed, tokens = shared.run(q, pool), qkv.rmsnorm(x, w), qkv.sample(x, seed=[1, 2, 3, 4])
+
+    def work(i):
+        own = own_ctx = None
+        for n in range(200):
+            if n % 20 == 0:
+                own_ctx = qkv.Context("cpu", num_threads=1) if i % 2 else ctx
+                own = qkv.attention.Attention(**SPEC, ctx=own_ctx)
+            own.plan(**plan)
+            assert torch.equal(own.run(q, pool), o)
+            shared.plan(levels=[plan])
+            assert torch.equal(shared.run(q, pool), o)
+            assert (qkv.rmsnorm(x, w, ctx=ctx) == normed).all()
+            assert (qkv.sample(x, seed=[1, 2, 3, 4], ctx=own_ctx) == tokens).all()
+            with pytest.raises(qkv.InvalidError, match="kv_lens"):
+                shared.plan(qo_indptr=[0, 1, 3], block_table=[[3, 1], [0, 2]], kv_lens=[3, 4 + 100 * (i + 1)])
+
+    def collect():
+        for _ in range(20):
+            gc.collect()
+            time.sleep(0.01)
+
+    in_threads(collect, *(lambda i=i: work(i) for i in range(6)))
+
+
+@pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this interpreter is not a free-threaded build")
+def test_the_lock_stays_off():
+    """An extension that did not say that it needs no lock would bring it back for the whole process."""
+    program = "import sys, qkv; qkv.context('cpu'); assert not sys._is_gil_enabled()"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 def test_default_contexts_are_made_once():
