@@ -31,6 +31,7 @@ check_tree() {
   check src/device/* -- 'qkv/[a-z_]+\.h|(base|device)/.*|kern/abi\.h'
   check src/jit/* -- 'qkv/[a-z_]+\.h|(base|device|jit)/.*|kern/abi\.h'
   check src/core/* -- 'qkv/[a-z_]+\.h|(base|device|jit|core)/.*|kern/abi\.h'
+  check src/ffi/* -- 'qkv/[a-z_]+\.h'
   check src/kern/**/*.h src/kern/**/*.cuh -- 'kern/.*'
   check src/ops/*.c -- 'core/launch\.h'
   for op in src/ops/*/; do

@@ -6,7 +6,8 @@
 # SPDX-License-Identifier: Apache-2.0
 set -euo pipefail
 torch=2.15.0
-packages="numpy==2.4.6 pytest==9.2.0 mypy==2.4.1 transformers==5.24.0 matplotlib==3.11.2 scikit-build-core==1.1.2"
+packages="numpy==2.4.6 pytest==9.2.0 mypy==2.4.1 transformers==5.24.0 matplotlib==3.11.2 scikit-build-core==1.1.2 \
+  apache-tvm-ffi==0.1.15.post2"
 # Of torch: itself, what it needs of Python, and the libraries that a CUDA toolkit does not bring.
 pure="filelock typing-extensions setuptools>=77 sympy networkx jinja2 fsspec"
 parts="nvidia-cufile nvidia-cusparselt-cu13==0.8.1 nvidia-nvshmem-cu13==3.7.2 nvidia-nccl-cu13==2.30.7"

@@ -4,6 +4,7 @@
 # usage: run.sh BUILD_DIR
 # SPDX-License-Identifier: Apache-2.0
 set -euo pipefail
+export LC_ALL=C # sort as the pinned list is
 here=$(cd "$(dirname "$0")" && pwd)
 build=$1
 work=$(mktemp -d)
@@ -15,7 +16,7 @@ lib=$(dirname "$(find "$work/prefix" -name libqkv.so)")
 export PKG_CONFIG_PATH=$lib/pkgconfig LD_LIBRARY_PATH=$lib
 [ "$(objdump -p "$lib/libqkv.so" | awk '/SONAME/ {print $2}')" = libqkv.so.0 ] || fail "SONAME"
 
-# Exports: qkv_* and nothing else, the same list from both libraries as the pinned one.
+# Exports: qkv_*, under tvm-ffi's prefix too, and nothing else, the same list from both libraries as the pinned one.
 nm -D --defined-only "$lib/libqkv.so" | awk '{print $3}' | sort >"$work/shared"
 nm -g --defined-only "$lib/libqkv.a" | awk 'NF == 3 {print $3}' | sort >"$work/static"
 diff "$here/../abi/symbols.txt" "$work/shared" || fail "libqkv.so exports other symbols than tests/abi/symbols.txt"

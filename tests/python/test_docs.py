@@ -11,7 +11,7 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-PACKAGES = ("torch", "transformers", "numpy")  # a section that imports one is left out without it
+PACKAGES = ("torch", "transformers", "numpy", "tvm_ffi")  # a section that imports one is left out without it
 
 
 def blocks(page):
