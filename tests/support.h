@@ -95,6 +95,24 @@ static inline float test_bits_float(uint32_t bits)
     return f;
 }
 
+/* 2^e, a normal number. Tests convert so many numbers that ldexp() and frexp(), calls, took a fifth of some. */
+static inline double test_exp2(int e)
+{
+    const uint64_t bits = (uint64_t)(e + 1023) << 52;
+    double power;
+    memcpy(&power, &bits, sizeof power);
+    return power;
+}
+
+/* The e of a = m * 2^e with m in [1/2, 1); of a subnormal number, that of the smallest normal one. */
+static inline int test_exponent(double a)
+{
+    uint64_t bits;
+    memcpy(&bits, &a, sizeof bits);
+    const int e = (int)(bits >> 52 & 0x7ff) - 1022;
+    return e > -1021 ? e : -1021;
+}
+
 static inline uint16_t test_to_bf16(float f)
 {
     uint32_t bits;
@@ -108,7 +126,7 @@ static inline double test_f16_value(uint16_t h)
     const int exponent = (h >> 10) & 31, mantissa = h & 1023;
     const double sign = h & 0x8000 ? -1 : 1;
     if (exponent == 31) return mantissa ? NAN : sign * INFINITY;
-    return sign * (exponent ? ldexp(1024 + mantissa, exponent - 25) : ldexp(mantissa, -24));
+    return sign * (exponent ? (1024 + mantissa) * test_exp2(exponent - 25) : mantissa * 0x1p-24);
 }
 
 static inline uint16_t test_to_f16(float f)
@@ -118,10 +136,9 @@ static inline uint16_t test_to_f16(float f)
     if (f != f) return 0x7e00;
     if (a >= 65520) return sign | 0x7c00;
     if (a == 0) return sign;
-    int e;
-    frexp(a, &e); /* a = m * 2^e, m in [1/2, 1) */
+    const int e = test_exponent(a);
     const int unit = e - 11 < -24 ? -24 : e - 11;
-    const long n = (long)nearbyint(ldexp(a, -unit)); /* 0 .. 2048 units */
+    const long n = (long)nearbyint(a * test_exp2(-unit)); /* 0 .. 2048 units */
     return (uint16_t)(sign | (unit == -24 ? n : n + ((long)(unit + 24) << 10)));
 }
 
@@ -146,7 +163,7 @@ static inline double test_fp8_value(test_fp8 f, uint8_t h)
     if ((h & 0x7f) > f.largest)
         return f.mantissa_bits == 2 && mantissa == 0 ? sign * INFINITY : (double)NAN;
     const int unit = (exponent ? exponent : 1) - f.bias - f.mantissa_bits;
-    return sign * ldexp(exponent ? one + mantissa : mantissa, unit);
+    return sign * (exponent ? one + mantissa : mantissa) * test_exp2(unit);
 }
 
 /* To the nearest, ties to even; what is too large, to the largest. */
@@ -158,10 +175,9 @@ static inline uint8_t test_to_fp8(test_fp8 f, double x)
     if (x != x) return 0x7f;
     if (a >= test_fp8_value(f, (uint8_t)f.largest)) return sign | (uint8_t)f.largest;
     if (a == 0) return sign;
-    int e;
-    frexp(a, &e); /* a = m * 2^e, m in [1/2, 1) */
+    const int e = test_exponent(a);
     const int unit = e - 1 - f.mantissa_bits < lowest ? lowest : e - 1 - f.mantissa_bits;
-    const int n = (int)nearbyint(ldexp(a, -unit)); /* 0 .. 2 * one units */
+    const int n = (int)nearbyint(a * test_exp2(-unit)); /* 0 .. 2 * one units */
     return (uint8_t)(sign | (n + (unit - lowest) * one));
 }
 

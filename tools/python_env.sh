@@ -26,7 +26,8 @@ if [ ! -e "$folder/complete" ]; then
   echo "Making a Python environment with torch $torch in $folder: minutes, once" >&2
   rm -rf "$folder"
   python3 -m venv "$folder"
-  pip() { "$python" -m pip install --quiet --disable-pip-version-check "$@" >&2; }
+  # What is imported is compiled then: a third of so many files.
+  pip() { "$python" -m pip install --quiet --disable-pip-version-check --no-compile "$@" >&2; }
   # torch's own list is some gigabytes of CUDA, most of which a toolkit has and the CPU never uses.
   pip --no-deps "torch==$torch" $parts
   pip $pure $packages

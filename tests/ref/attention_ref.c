@@ -144,9 +144,9 @@ static double *gather(const layer *l, const request *r, bool values)
             const int64_t slot = s->page_size > 0 ? j % s->page_size : 0;
             for (int64_t h = 0; h < s->num_kv_heads; h++) {
                 const int64_t at = key_offset(s, t, combined, values, page, slot, h);
-                for (int64_t d = 0; d < dim; d++)
-                    out[(h * r->num_keys + first + j) * dim + d] =
-                        element(t, at + d) * scale_at(scale, h);
+                const double factor = scale_at(scale, h);
+                double *key = out + (h * r->num_keys + first + j) * dim;
+                for (int64_t d = 0; d < dim; d++) key[d] = element(t, at + d) * factor;
             }
         }
         first += n;
@@ -238,13 +238,17 @@ static bool visible(const layer *l, const request *r, int64_t row, int64_t key, 
 /* *size: the sum of |a_i b_i|, with the lengths of rotated pairs. */
 static double dot(const layer *l, const double *a, const double *b, double *size)
 {
-    double sum = 0;
-    *size = 0;
-    for (int i = 0; i < l->spec->head_dim_qk; i++) {
+    const int n = l->spec->head_dim_qk;
+    double sum = 0, sum_of_sizes = 0;
+    for (int i = 0; i < n; i++) {
         const int other = l->partner[i];
         sum += a[i] * b[i];
-        *size += other == i ? fabs(a[i] * b[i]) : hypot(a[i], a[other]) * hypot(b[i], b[other]);
+        sum_of_sizes +=
+            other == i
+                ? fabs(a[i] * b[i])
+                : sqrt((a[i] * a[i] + a[other] * a[other]) * (b[i] * b[i] + b[other] * b[other]));
     }
+    *size = sum_of_sizes;
     return sum;
 }
 
@@ -274,19 +278,20 @@ static void add_values(const layer *l, const request *r, int64_t kv_head, const 
                        const double *weights, double o_scale, double *o, attention_ref_row *out)
 {
     const int64_t vo = l->spec->head_dim_vo;
-    double means[MAX_DIM] = {0}, squares[MAX_DIM] = {0};
+    double largest[MAX_DIM] = {0}, means[MAX_DIM] = {0}, squares[MAX_DIM] = {0};
     for (int64_t j = 0; j < r->num_keys; j++) {
         if (!sees[j]) continue;
+        const double *v = r->v + (kv_head * r->num_keys + j) * vo, w = weights[j] / o_scale;
         for (int64_t d = 0; d < vo; d++) {
-            const double v = r->v[(kv_head * r->num_keys + j) * vo + d] / o_scale;
-            const double wv = weights[j] * v;
-            out->max_v = fmax(out->max_v, fabs(v));
+            const double size = fabs(v[d]), wv = w * v[d];
+            largest[d] = size > largest[d] ? size : largest[d];
             o[d] += wv;
             means[d] += fabs(wv);
             squares[d] += wv * wv;
         }
     }
     for (int64_t d = 0; d < vo; d++) {
+        out->max_v = fmax(out->max_v, largest[d] / o_scale);
         out->mean_v = fmax(out->mean_v, means[d]);
         out->rms_v = fmax(out->rms_v, sqrt(squares[d]));
     }
