@@ -107,6 +107,10 @@ COUNTED(event_create, (cu_event * a, unsigned b), (a, b))
 COUNTED(event_destroy, (cu_event a), (a))
 COUNTED(event_record, (cu_event a, cu_stream b), (a, b))
 COUNTED(event_synchronize, (cu_event a), (a))
+COUNTED(encode_tensor_map,
+        (void *a, int b, u32 c, void *d, const u64 *e, const u64 *f, const u32 *g, const u32 *h,
+         int i, int j, int k, int l),
+        (a, b, c, d, e, f, g, h, i, j, k, l))
 
 /* From here on calls are counted. An entry without a function above does not compile: it is not used. */
 static inline void table_interpose(void)

@@ -24,7 +24,7 @@ build=$(cd "$1" && pwd)
 
 tests="test_norm test_activation test_rope test_page test_append_options test_merge test_gemm
   test_sampling test_attention_edge test_attention_grid test_attention_levels test_attention_bsr
-  test_attention_low_precision test_attention_properties test_attention_invariance test_variants
+  test_attention_low_precision test_attention_properties test_attention_invariance test_variants test_hopper
   test_cuda_calls test_cuda_graphs test_cuda_streams test_cuda_faults test_device_plan"
 
 # ---- what a program needs ------------------------------------------------------------------------

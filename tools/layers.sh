@@ -28,7 +28,7 @@ check_tree() {
   local op
   check include/qkv/*.h -- 'qkv/[a-z_]+\.h'
   check src/base/* -- 'qkv/[a-z_]+\.h|base/.*|kern/(abi|kv_view|rope|scale)\.h'
-  check src/device/* -- 'qkv/[a-z_]+\.h|(base|device)/.*|kern/abi\.h'
+  check src/device/* -- 'qkv/[a-z_]+\.h|(base|device)/.*|kern/(abi|tensor_map)\.h'
   check src/jit/* -- 'qkv/[a-z_]+\.h|(base|device|jit)/.*|kern/abi\.h'
   check src/core/* -- 'qkv/[a-z_]+\.h|(base|device|jit|core)/.*|kern/abi\.h'
   check src/ffi/* -- 'qkv/[a-z_]+\.h'
@@ -43,7 +43,7 @@ check_tree() {
       [[ " ${kernels[*]} " == *" $file "* ]] || hosts+=("$file")
     done
     check "${kernels[@]}" -- "kern/.*|$op/[a-z_]+((_params|_tile|\\.cpu)\\.h|\\.cuh)|$op/(lanes|planner|schedule|strips|tiles)\\.h|$op/(groups|schedule)\\.c|qi_variant\\.h"
-    check "${hosts[@]}" -- "qkv/[a-z_]+\\.h|base/.*|core/launch\\.h|kern/(abi|plan|kv_view|rope|rope_turns|scale)\\.h|$op/.*"
+    check "${hosts[@]}" -- "qkv/[a-z_]+\\.h|base/.*|core/launch\\.h|kern/(abi|plan|kv_view|rope|rope_turns|scale|tensor_map)\\.h|$op/.*"
   done
   check python/qkv/*.[ch] -- 'qkv/[a-z_]+\.h|[a-z_]+\.h'
   check tools/*.[ch] examples/*.c examples/*/*.[ch] -- 'qkv/[a-z_]+\.h|[a-z_]+\.h'

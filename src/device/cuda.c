@@ -227,6 +227,27 @@ qkv_status qi_cuda_launch(const qi_cuda_device *device, cu_function function, co
     return QKV_OK;
 }
 
+static int encode_maps(const qi_box_tensor *tensors, i32 count)
+{
+    static const u32 steps[4] = {1, 1, 1, 1};
+    int result = CU_SUCCESS;
+    for (const qi_box_tensor *t = tensors; t < tensors + count && result == CU_SUCCESS; t++)
+        result = qi_cuda.encode_tensor_map(t->map, t->is_bf16 ? CU_MAP_BF16 : CU_MAP_F16, 4,
+                                           t->base, t->sizes, t->strides, t->box, steps, 0,
+                                           CU_MAP_SWIZZLE_128B, CU_MAP_PROMOTE_256B, 0);
+    return result;
+}
+
+qkv_status qi_cuda_tensor_maps(const qi_cuda_device *device, const qi_box_tensor *tensors,
+                               i32 count)
+{
+    int result = CU_SUCCESS;
+    ON_DEVICE(device, (result = encode_maps(tensors, count), CU_SUCCESS));
+    return result == CU_SUCCESS
+               ? QKV_OK
+               : qi_cuda_check(result, "cuTensorMapEncodeTiled", __FILE__, __LINE__);
+}
+
 /* ---- streams ------------------------------------------------------------------------------ */
 
 qkv_status qi_cuda_capturing(const qi_cuda_device *device, void *stream, int *capturing)

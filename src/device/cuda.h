@@ -5,6 +5,7 @@
 #define QI_DEVICE_CUDA_H
 
 #include "device/cuda_api.h"
+#include "kern/tensor_map.h"
 
 typedef struct qi_cuda_device {
     cu_context context; /* the primary one */
@@ -55,6 +56,21 @@ typedef struct qi_grid {
 /* Enqueues one launch; params is the kernel's only parameter. */
 qkv_status qi_cuda_launch(const qi_cuda_device *device, cu_function function, const qi_grid *grid,
                           const void *params, void *stream);
+
+/* A tensor of four axes as the copy engine (sm_90 and later) takes boxes of it: rows of `sizes[0]` elements of 2
+ * bytes, strides of the other axes in bytes. A box is 64 elements wide, which shared memory gets as rows of 128 bytes
+ * in the exchanged order that wgmma reads. Base and strides are multiples of 16 bytes. */
+typedef struct qi_box_tensor {
+    void *base;
+    u64 sizes[4], strides[3];
+    u32 box[4];
+    i32 is_bf16;        /* else f16 */
+    qi_tensor_map *map; /* where it goes */
+} qi_box_tensor;
+
+/* Encodes so many of them, on the host. */
+qkv_status qi_cuda_tensor_maps(const qi_cuda_device *device, const qi_box_tensor *tensors,
+                               i32 count);
 
 /* Is the stream being captured into a graph? */
 qkv_status qi_cuda_capturing(const qi_cuda_device *device, void *stream, int *capturing);

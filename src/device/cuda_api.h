@@ -49,6 +49,7 @@ enum { CU_FUNCTION_SHARED_BYTES = 1, CU_FUNCTION_MAX_DYNAMIC_SHARED_BYTES = 8 };
 enum { CU_CAPTURE_NONE = 0, CU_CAPTURE_RELAXED = 2 };
 enum { CU_LAUNCH_PROGRAMMATIC = 6 };
 enum { CU_EVENT_NO_TIMING = 2 };
+enum { CU_MAP_F16 = 6, CU_MAP_BF16 = 9, CU_MAP_SWIZZLE_128B = 3, CU_MAP_PROMOTE_256B = 3 };
 
 typedef struct cu_launch_attribute {
     i32 id;
@@ -106,7 +107,10 @@ typedef struct cu_launch_config {
     X(event_create, "cuEventCreate", 2000, (cu_event * event, unsigned flags))                     \
     X(event_destroy, "cuEventDestroy", 4000, (cu_event event))                                     \
     X(event_record, "cuEventRecord", 2000, (cu_event event, cu_stream stream))                     \
-    X(event_synchronize, "cuEventSynchronize", 2000, (cu_event event))
+    X(event_synchronize, "cuEventSynchronize", 2000, (cu_event event))                             \
+    X(encode_tensor_map, "cuTensorMapEncodeTiled", 12000,                                          \
+      (void *map, int type, u32 rank, void *base, const u64 *sizes, const u64 *strides,            \
+       const u32 *box, const u32 *steps, int interleave, int swizzle, int promotion, int fill))
 
 typedef struct qi_cuda_api {
 #define X(name, symbol, version, args) int(*name) args;

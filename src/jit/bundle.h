@@ -33,8 +33,11 @@
     X(attention, "ops/attention/attention.cpu.c")
 
 #define QI_BUNDLE_CUDA(X)                                                                          \
+    X(tensor_map, "kern/tensor_map.h")                                                             \
     X(kv_view, "kern/kv_view.h")                                                                   \
     X(cuda_ptx, "kern/cuda/ptx.cuh")                                                               \
+    X(cuda_tma, "kern/cuda/tma.cuh")                                                               \
+    X(cuda_mma_sm90, "kern/cuda/mma_sm90.cuh")                                                     \
     X(cuda_prelude, "kern/cuda/prelude.cuh")                                                       \
     X(cuda_rope, "kern/cuda/rope.cuh")                                                             \
     X(rmsnorm_params, "ops/norm/rmsnorm_params.h")                                                 \

@@ -1,5 +1,6 @@
-/* driver.c - the emulated CUDA driver, libcuda.so.1: one GPU of compute capability 9.0 with few
- * multiprocessors; work is done when it is asked for, by the calling thread.
+/* driver.c - the emulated CUDA driver, libcuda.so.1: one GPU with few multiprocessors, of
+ * compute capability 9.0 or $QKV_EMULATOR_ARCH; work is done when it is asked for, by the calling
+ * thread.
  * SPDX-License-Identifier: Apache-2.0 */
 #include "driver.h"
 
@@ -46,9 +47,46 @@ EXPORT const int emulator_is_here = 1; /* tests ask for it, to do less */
 
 /* ---- the driver and the device ---------------------------------------------------------------- */
 
+/* Compute capability, and what a multiprocessor has; it keeps 1 KB of shared memory for each block. */
+typedef struct gpu {
+    int arch, shared_bytes, threads, blocks;
+} gpu;
+
+enum { SHARED_RESERVED = 1 << 10 };
+
+static const gpu *the_gpu(void)
+{
+    static const gpu gpus[] = {
+        {90, 228 << 10, 2048, 32},  {75, 64 << 10, 1024, 16},  {80, 164 << 10, 2048, 32},
+        {86, 100 << 10, 1536, 16},  {89, 100 << 10, 1536, 24}, {100, 228 << 10, 2048, 32},
+        {120, 100 << 10, 1536, 24},
+    };
+    static const gpu *found;
+    const char *arch = found ? NULL : getenv("QKV_EMULATOR_ARCH");
+    if (!found && (!arch || !*arch)) found = &gpus[0];
+    for (size_t i = 0; !found && i < sizeof gpus / sizeof gpus[0]; i++)
+        if (gpus[i].arch == atoi(arch)) found = &gpus[i];
+    return found;
+}
+
+/* Of a block. */
+static int shared_optin(void)
+{
+    return the_gpu()->shared_bytes - SHARED_RESERVED;
+}
+
+unsigned device_arch(void)
+{
+    return (unsigned)the_gpu()->arch;
+}
+
 EXPORT CUresult cuInit(unsigned flags)
 {
     if (flags) return INVALID_VALUE;
+    if (!the_gpu()) {
+        fprintf(stderr, "emulator: QKV_EMULATOR_ARCH: no such GPU here\n");
+        return INVALID_DEVICE;
+    }
     if (owner && owner != getpid()) return NOT_INITIALIZED; /* a child of one that had called it */
     owner = getpid();
     return SUCCESS;
@@ -116,38 +154,39 @@ EXPORT CUresult cuDeviceTotalMem_v2(size_t *bytes, int device)
 
 EXPORT CUresult cuDeviceGetAttribute(int *value, int attribute, int device)
 {
-    static const struct {
+    const gpu *g = the_gpu();
+    const struct {
         int attribute, value;
     } table[] = {
-        {1, MAX_THREADS},    /* threads of a block */
-        {2, MAX_THREADS},    /* in x */
-        {3, MAX_THREADS},    /* in y */
-        {4, 64},             /* in z */
-        {5, 0x7fffffff},     /* blocks of a grid in x */
-        {6, 65535},          /* in y */
-        {7, 65535},          /* in z */
-        {8, SHARED_DEFAULT}, /* shared memory of a block */
-        {10, LANES},         /* warp size */
-        {12, 65536},         /* registers of a block */
-        {13, 1000000},       /* kHz */
-        {16, 4},             /* multiprocessors */
-        {18, 1},             /* integrated */
-        {19, 1},             /* maps host memory */
-        {36, 1000000},       /* memory kHz */
-        {37, 512},           /* memory bus bits */
-        {38, 4 << 20},       /* L2 cache */
-        {39, 2048},          /* threads of a multiprocessor */
-        {41, 1},             /* one address space */
-        {75, 9},             /* compute capability, major */
-        {76, 0},             /* and minor */
-        {81, 228 << 10},     /* shared memory of a multiprocessor */
-        {82, 65536},         /* registers of a multiprocessor */
-        {83, 1},             /* managed memory */
-        {88, 0},             /* pageable memory is not the GPU's */
-        {95, 1},             /* cooperative launches */
-        {97, SHARED_OPTIN},  /* shared memory of a block that asks for more */
-        {106, 32},           /* blocks of a multiprocessor */
-        {111, 1 << 10},      /* shared memory reserved of a block */
+        {1, MAX_THREADS},       /* threads of a block */
+        {2, MAX_THREADS},       /* in x */
+        {3, MAX_THREADS},       /* in y */
+        {4, 64},                /* in z */
+        {5, 0x7fffffff},        /* blocks of a grid in x */
+        {6, 65535},             /* in y */
+        {7, 65535},             /* in z */
+        {8, SHARED_DEFAULT},    /* shared memory of a block */
+        {10, LANES},            /* warp size */
+        {12, 65536},            /* registers of a block */
+        {13, 1000000},          /* kHz */
+        {16, 4},                /* multiprocessors */
+        {18, 1},                /* integrated */
+        {19, 1},                /* maps host memory */
+        {36, 1000000},          /* memory kHz */
+        {37, 512},              /* memory bus bits */
+        {38, 4 << 20},          /* L2 cache */
+        {39, g->threads},       /* threads of a multiprocessor */
+        {41, 1},                /* one address space */
+        {75, g->arch / 10},     /* compute capability, major */
+        {76, g->arch % 10},     /* and minor */
+        {81, g->shared_bytes},  /* shared memory of a multiprocessor */
+        {82, 65536},            /* registers of a multiprocessor */
+        {83, 1},                /* managed memory */
+        {88, 0},                /* pageable memory is not the GPU's */
+        {95, 1},                /* cooperative launches */
+        {97, shared_optin()},   /* shared memory of a block that asks for more */
+        {106, g->blocks},       /* blocks of a multiprocessor */
+        {111, SHARED_RESERVED}, /* shared memory reserved of a block */
     };
     if (device != 0) return INVALID_DEVICE;
     for (size_t i = 0; i < sizeof table / sizeof table[0]; i++)
@@ -328,7 +367,7 @@ EXPORT CUresult cuFuncSetAttribute(CUfunction f, int attribute, int value)
 {
     ENTER();
     if (attribute == 9) LEAVE(SUCCESS); /* carveout: a hint */
-    if (attribute != 8 || value < 0 || value + fixed_shared_bytes(f) > SHARED_OPTIN)
+    if (attribute != 8 || value < 0 || value + fixed_shared_bytes(f) > shared_optin())
         LEAVE(INVALID_VALUE);
     f->max_shared_bytes = (unsigned)value;
     LEAVE(SUCCESS);
@@ -339,10 +378,12 @@ EXPORT CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, CUfunct
 {
     ENTER();
     if (threads < 1 || threads > MAX_THREADS) LEAVE(INVALID_VALUE);
-    const size_t shared = shared_bytes + (size_t)fixed_shared_bytes(f) + 1024;
-    const int by_threads = 2048 / threads, by_shared = (int)((size_t)(228 << 10) / shared);
+    const gpu *g = the_gpu();
+    const size_t shared = shared_bytes + (size_t)fixed_shared_bytes(f) + SHARED_RESERVED;
+    const int by_threads = g->threads / threads;
+    const int by_shared = (int)((size_t)g->shared_bytes / shared);
     *blocks = by_threads < by_shared ? by_threads : by_shared;
-    if (*blocks > 32) *blocks = 32;
+    if (*blocks > g->blocks) *blocks = g->blocks;
     LEAVE(SUCCESS);
 }
 
@@ -352,7 +393,8 @@ static CUresult check_launch(const CUlaunchConfig *c, CUfunction f)
     if (!f) return INVALID_HANDLE;
     if (c->grid.x == 0 || c->grid.x > 0x7fffffff || c->grid.y == 0 || c->grid.y > 65535 ||
         c->grid.z == 0 || c->grid.z > 65535 || threads == 0 || threads > MAX_THREADS ||
-        c->block.z > 64 || c->shared_bytes > f->max_shared_bytes)
+        c->block.z > 64 || c->shared_bytes > f->max_shared_bytes ||
+        f->kernel->params_bytes > MAX_PARAMS)
         return INVALID_VALUE;
     return threads > f->kernel->max_threads ? LAUNCH_OUT_OF_RESOURCES : SUCCESS;
 }

@@ -29,10 +29,13 @@
 extern "C" {
 extern char __start_emulator_shared[] __attribute__((weak, visibility("hidden")));
 extern char __stop_emulator_shared[] __attribute__((weak, visibility("hidden")));
+extern const unsigned __start_emulator_alignments[] __attribute__((weak, visibility("hidden")));
+extern const unsigned __stop_emulator_alignments[] __attribute__((weak, visibility("hidden")));
 static emulator_machine *emulator;
 extern const emulator_module emulator_module_record;
 const emulator_module emulator_module_record = {&emulator, __start_emulator_shared,
-                                                __stop_emulator_shared};
+                                                __stop_emulator_shared, __start_emulator_alignments,
+                                                __stop_emulator_alignments};
 }
 
 #define warpSize  32
@@ -55,6 +58,8 @@ const emulator_module emulator_module_record = {&emulator, __start_emulator_shar
 
 /* And this where it has `extern __shared__ type name[]`. */
 #define EMULATOR_SHARED(type, name, alignment)                                                     \
+    static const unsigned emulator_alignment_of_##name                                             \
+        __attribute__((used, section("emulator_alignments"))) = alignment;                         \
     type *const name =                                                                             \
         (type *)emulator_shared(alignment > alignof(type) ? alignment : alignof(type))
 

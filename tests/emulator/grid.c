@@ -19,6 +19,7 @@ typedef struct thread {
     unsigned mask; /* of the collective that it waits in */
     emulator_op op;
     copies copies;
+    const void *awaits; /* of grid_sleep() */
 } thread;
 
 typedef struct warp {
@@ -27,19 +28,25 @@ typedef struct warp {
     unsigned live, ready,
         collective;            /* lanes: not ended, able to run, waiting for others of the warp */
     unsigned at[NUM_BARRIERS]; /* waiting for others of the block */
+    unsigned asleep;           /* by grid_sleep() */
 } warp;
 
 emulator_machine machine;
 
 static warp warps[MAX_WARPS];
 static unsigned num_threads, num_warps, num_live;
-static unsigned ready_warps;           /* with lanes that are ready */
-static unsigned arrived[NUM_BARRIERS]; /* threads, at a barrier */
+static unsigned ready_warps;            /* with lanes that are ready */
+static unsigned arrived[NUM_BARRIERS];  /* threads, at a barrier */
+static unsigned expected[NUM_BARRIERS]; /* there, as the first of them has it; 0: all */
+static unsigned num_pauses;             /* since anybody got further */
 static unsigned current_warp, current_lane;
+static unsigned blamed;
 static fiber_place outside;
 static sigjmp_buf abandoned;
 static const grid_launch *launch;
 static bool running;
+
+enum { MAX_PAUSES = 1 << 24 };
 
 /* ---- chance ------------------------------------------------------------------------------- */
 
@@ -89,7 +96,8 @@ _Noreturn void grid_fault(const char *format, ...)
     va_list arguments;
     va_start(arguments, format);
     say_where();
-    fprintf(stderr, ", thread %u: ", current_warp * LANES + current_lane);
+    fprintf(stderr,
+            ", thread %u: ", blamed == NOBODY ? current_warp * LANES + current_lane : blamed);
     vfprintf(stderr, format, arguments);
     fprintf(stderr, "\n");
     va_end(arguments);
@@ -133,6 +141,24 @@ static void restore_signals(const struct sigaction before[NUM_SIGNALS], const st
     sigaltstack(stack_before, NULL);
 }
 
+/* Lanes that wait for the same are reported together. */
+static void report_asleep(const warp *w)
+{
+    for (unsigned rest = w->asleep, lanes; rest; rest &= ~lanes) {
+        const void *what = w->threads[__builtin_ctz(rest)].awaits;
+        char text[160];
+        lanes = 0;
+        for (unsigned l = 0; l < LANES; l++)
+            if (rest >> l & 1 && w->threads[l].awaits == what) lanes |= 1u << l;
+        if (wgmma_is_awaited(what))
+            snprintf(text, sizeof text,
+                     "products (wgmma) that not all warps of theirs have committed");
+        else
+            mbarrier_describe(what, text, sizeof text);
+        fprintf(stderr, " lanes %08x at %s;", lanes, text);
+    }
+}
+
 /* Nobody can go on. */
 static _Noreturn void report_deadlock(void)
 {
@@ -144,6 +170,8 @@ static _Noreturn void report_deadlock(void)
         fprintf(stderr, "emulator:   warp %u:", w);
         for (unsigned b = 0; b < NUM_BARRIERS; b++)
             if (at->at[b]) fprintf(stderr, " lanes %08x at barrier %u;", at->at[b], b);
+        report_asleep(at);
+        if (at->ready) fprintf(stderr, " lanes %08x look again and again;", at->ready);
         for (unsigned rest = at->collective; rest; rest &= rest - 1) {
             const unsigned lane = (unsigned)__builtin_ctz(rest);
             const thread *t = &at->threads[lane];
@@ -159,7 +187,9 @@ static _Noreturn void report_deadlock(void)
 static void make_ready(unsigned w, unsigned lanes)
 {
     warps[w].ready |= lanes;
-    if (lanes) ready_warps |= 1u << w;
+    if (lanes == 0) return;
+    ready_warps |= 1u << w;
+    num_pauses = 0;
 }
 
 /* Marks the running thread as one that waits; resume() then finds another. */
@@ -170,16 +200,24 @@ static void make_wait(void)
     if (w->ready == 0) ready_warps &= ~(1u << current_warp);
 }
 
+static const fiber_place *go_to(unsigned w, unsigned lane)
+{
+    current_warp = w;
+    current_lane = lane;
+    machine.thread = &warps[w].threads[lane].index;
+    return &warps[w].threads[lane].place;
+}
+
 static const fiber_place *choose(void)
 {
-    if (ready_warps == 0) return &outside;
+    while (ready_warps == 0)
+        if (!wgmma_perform_awaited() && !tensor_perform_awaited()) return &outside;
+    unsigned w = current_warp;
     if (grid_is_random() || !(ready_warps >> current_warp & 1)) {
         const unsigned later = ready_warps & ~0u << current_warp;
-        current_warp = pick(later && !grid_is_random() ? later : ready_warps);
+        w = pick(later && !grid_is_random() ? later : ready_warps);
     }
-    current_lane = pick(warps[current_warp].ready);
-    machine.thread = &warps[current_warp].threads[current_lane].index;
-    return &warps[current_warp].threads[current_lane].place;
+    return go_to(w, pick(warps[w].ready));
 }
 
 /* Goes on with a thread that is ready; returns when the running one is, and is chosen. */
@@ -190,24 +228,59 @@ static void resume(void)
     if (next != &self->place) fiber_switch(&self->place, next);
 }
 
-static void yield(void)
+/* The thread after the running one, so that all come before one does again. */
+static const fiber_place *choose_next(void)
 {
-    warp *w = &warps[current_warp];
-    const unsigned lane = current_lane, self = 1u << lane;
-    thread *before = &w->threads[lane];
-    if (grid_is_random()) {
-        resume();
-        return;
-    }
-    make_wait(); /* the others first, each up to where it waits */
-    if (ready_warps == 0) {
-        make_ready(current_warp, self);
-        return;
-    }
-    const unsigned of_warp = current_warp;
-    const fiber_place *next = choose();
-    make_ready(of_warp, self);
-    fiber_switch(&before->place, next);
+    const unsigned lanes = warps[current_warp].ready & ~1u << current_lane;
+    if (lanes) return go_to(current_warp, (unsigned)__builtin_ctz(lanes));
+    const unsigned later = ready_warps & ~1u << current_warp;
+    const unsigned w = (unsigned)__builtin_ctz(later ? later : ready_warps);
+    return go_to(w, (unsigned)__builtin_ctz(warps[w].ready));
+}
+
+/* Products and copies go on while threads look again and again: nobody need be stuck for them to be due. */
+void grid_pause(void)
+{
+    thread *self = &warps[current_warp].threads[current_lane];
+    if (++num_pauses > MAX_PAUSES) report_deadlock();
+    if (!wgmma_perform_awaited()) tensor_perform_awaited();
+    const fiber_place *next = grid_is_random() ? choose() : choose_next();
+    if (next != &self->place) fiber_switch(&self->place, next);
+}
+
+void grid_sleep(const void *at)
+{
+    warps[current_warp].threads[current_lane].awaits = at;
+    warps[current_warp].asleep |= 1u << current_lane;
+    make_wait();
+    resume();
+}
+
+void grid_wake(const void *at)
+{
+    num_pauses = 0;
+    for (unsigned w = 0; w < num_warps; w++)
+        for (unsigned rest = warps[w].asleep; rest; rest &= rest - 1) {
+            const unsigned lane = (unsigned)__builtin_ctz(rest);
+            if (warps[w].threads[lane].awaits != at) continue;
+            warps[w].asleep &= ~(1u << lane);
+            make_ready(w, 1u << lane);
+        }
+}
+
+void grid_blame(unsigned number)
+{
+    blamed = number;
+}
+
+unsigned grid_warp(void)
+{
+    return current_warp;
+}
+
+unsigned grid_lane(void)
+{
+    return current_lane;
 }
 
 copies *grid_copies(void)
@@ -234,8 +307,11 @@ static void sync_block(unsigned barrier, unsigned threads, int waits)
 {
     if (barrier >= NUM_BARRIERS || threads % LANES)
         grid_fault("barrier %u for %u threads", barrier, threads);
-    const unsigned expected = threads ? threads : num_live;
-    if (++arrived[barrier] >= expected) {
+    if (arrived[barrier] == 0) expected[barrier] = threads;
+    if (expected[barrier] != threads)
+        grid_fault("barrier %u for %u threads, where others wait for %u", barrier, threads,
+                   expected[barrier]);
+    if (++arrived[barrier] >= (threads ? threads : num_live)) {
         release(barrier);
         if (grid_is_random()) resume();
         return;
@@ -291,6 +367,8 @@ static _Noreturn void end_thread(void)
     warp *w = &warps[current_warp];
     w->live &= ~(1u << current_lane);
     num_live--;
+    num_pauses = 0;
+    wgmma_end_thread();
     make_wait();
     if (arrived[0] > 0 && arrived[0] == num_live) release(0);
     for (unsigned rest = w->collective; rest; rest &= (rest - 1) & w->collective)
@@ -300,9 +378,12 @@ static _Noreturn void end_thread(void)
     abort(); /* nobody comes back here */
 }
 
+/* The running launch's: tensor maps in it are aligned. */
+static _Alignas(64) char params[MAX_PARAMS];
+
 static void thread_main(void)
 {
-    launch->kernel->run(launch->params);
+    launch->kernel->run(params);
     end_thread();
 }
 
@@ -316,7 +397,7 @@ static void begin_block(void)
             const unsigned left = num_threads - i;
             w->live = left >= LANES ? ~0u : (1u << left) - 1;
             w->ready = w->live;
-            w->collective = 0;
+            w->collective = w->asleep = 0;
             memset(w->at, 0, sizeof w->at);
         }
         if (i >= num_threads) break;
@@ -328,7 +409,12 @@ static void begin_block(void)
     ready_warps = num_warps == 32 ? ~0u : (1u << num_warps) - 1;
     memset(arrived, 0, sizeof arrived);
     machine.votes = 0;
+    num_pauses = 0;
+    blamed = NOBODY;
     current_warp = 0;
+    mbarrier_begin();
+    tensor_begin();
+    wgmma_begin();
     shared_begin(launch->module, launch->shared_bytes);
     machine.shared = shared_dynamic();
 }
@@ -339,12 +425,21 @@ static void run_block(void)
     fiber_switch(&outside, choose());
     if (num_live > 0) report_deadlock();
     const char *wrong = shared_check();
+    if (!wrong) wrong = tensor_check();
     if (wrong) grid_fault("%s", wrong);
 }
 
 bool grid_is_shared(const void *p, size_t bytes)
 {
     return shared_has(launch->module, p, bytes);
+}
+
+static unsigned shared_offset(const void *p)
+{
+    if (!grid_is_shared(p, 1) || (const char *)p < shared_window() ||
+        (const char *)p >= shared_window() + SHARED_ROOM)
+        grid_fault("%p is not dynamic shared memory", p);
+    return (unsigned)((const char *)p - shared_window());
 }
 
 /* The i-th block to run of n, by a permutation: i * step + first, where step and n have no common divisor. */
@@ -388,6 +483,7 @@ bool grid_run(const grid_launch *l)
     stack_t stack_before;
     read_seed();
     launch = l;
+    memcpy(params, l->params, l->kernel->params_bytes);
     num_threads = l->block.x * l->block.y * l->block.z;
     num_warps = (num_threads + LANES - 1) / LANES;
     machine.grid_dim = l->grid;
@@ -395,10 +491,19 @@ bool grid_run(const grid_launch *l)
     machine.shared_bytes = l->shared_bytes;
     machine.sync_block = sync_block;
     machine.sync_warp = sync_warp;
-    machine.pause = yield;
+    machine.pause = grid_pause;
     machine.copy_async = copies_add;
     machine.commit_group = copies_commit;
     machine.wait_group = copies_wait;
+    machine.shared_offset = shared_offset;
+    machine.wgmma = wgmma_add;
+    machine.wgmma_commit = wgmma_commit;
+    machine.wgmma_wait = wgmma_wait;
+    machine.mbarrier_init = mbarrier_init;
+    machine.mbarrier_arrive = mbarrier_arrive;
+    machine.mbarrier_test = mbarrier_test;
+    machine.mbarrier_wait = mbarrier_wait;
+    machine.tensor_load = tensor_load;
     machine.fault = fault;
     *l->module->machine = &machine;
     catch_signals(before, &stack_before);

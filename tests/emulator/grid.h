@@ -10,7 +10,7 @@
 #include "machine.h"
 
 enum { MAX_THREADS = 1024, LANES = 32, MAX_WARPS = MAX_THREADS / LANES, NUM_BARRIERS = 16 };
-enum { SHARED_OPTIN = 227 << 10, SHARED_DEFAULT = 48 << 10 };
+enum { SHARED_DEFAULT = 48 << 10, MAX_PARAMS = 4096 };
 
 typedef struct grid_launch {
     const char *name; /* of the kernel */
@@ -31,8 +31,26 @@ extern emulator_machine machine;
 /* Ends the launch from within a thread; text as printf has it. */
 _Noreturn void grid_fault(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
+/* The running thread's warp, by its number in the block, and lane. */
+unsigned grid_warp(void);
+unsigned grid_lane(void);
+
+/* Lets others run. */
+void grid_pause(void);
+
+/* Has the running thread wait for an mbarrier or for products, until it is woken. */
+void grid_sleep(const void *at);
+void grid_wake(const void *at);
+
+/* Whom errors are of while something of this thread's is done later: by its number in the block. */
+enum { NOBODY = MAX_THREADS };
+void grid_blame(unsigned number);
+
 /* Whether [p, p + bytes) is shared memory of the running block. */
 bool grid_is_shared(const void *p, size_t bytes);
+
+/* driver.c: of the GPU, 90 for compute capability 9.0. */
+unsigned device_arch(void);
 
 /* A number below n: 0 where QKV_EMULATOR_SEED is not set. */
 bool grid_is_random(void);
@@ -60,5 +78,33 @@ void copies_begin(copies *c);
 void copies_add(void *to, const void *from, unsigned bytes, unsigned size);
 void copies_commit(void);
 void copies_wait(unsigned n);
+
+/* wgmma.c: warpgroups' products. */
+void wgmma_begin(void); /* a block */
+void wgmma_end_thread(void);
+void wgmma_add(const emulator_wgmma *what);
+void wgmma_commit(void);
+void wgmma_wait(unsigned n);
+void wgmma_collect_commit(unsigned lanes);
+bool wgmma_perform_awaited(void);      /* those of a warpgroup that waits for them, if any */
+bool wgmma_is_awaited(const void *at); /* whether grid_sleep() is for products */
+
+/* mbarrier.c */
+void mbarrier_begin(void); /* a block */
+void mbarrier_init(void *at, int count);
+void mbarrier_arrive(void *at, int bytes);
+int mbarrier_test(void *at, unsigned parity);
+void mbarrier_wait(void *at, unsigned parity);
+void mbarrier_check(const void *at); /* that there is one */
+void mbarrier_complete(void *at, int bytes);
+bool mbarrier_is_awaited(const void *at);
+void mbarrier_describe(const void *at, char *text, size_t bytes);
+
+/* tensor.c: copies of tensors' boxes. */
+void tensor_begin(void);        /* a block */
+const char *tensor_check(void); /* of a block that has ended: what is wrong, NULL: nothing */
+void tensor_load(void *to, const void *map, void *barrier, unsigned rank, const int *at);
+void tensor_perform(const void *barrier); /* all whose bytes count there */
+bool tensor_perform_awaited(void);        /* those of a barrier that a thread waits at, if any */
 
 #endif

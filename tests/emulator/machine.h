@@ -22,6 +22,8 @@ typedef enum emulator_op {
     EMULATOR_MOVMATRIX,
     EMULATOR_MMA_F16,
     EMULATOR_MMA_BF16,
+    EMULATOR_WGMMA_COMMIT,
+    EMULATOR_WGMMA_WAIT,
     EMULATOR_NUM_OPS
 } emulator_op;
 
@@ -73,6 +75,15 @@ typedef struct emulator_mma { /* m16n8k16 */
     unsigned b[2];
 } emulator_mma;
 
+/* m64nNk16. a and b are descriptors of shared memory as the GPU has them, their addresses the machine's
+ * offsets; a is a[4] and b MN-major where `registers`, otherwise both are K-major. */
+typedef struct emulator_wgmma {
+    float *d; /* [n / 2] */
+    unsigned n, bf16, accumulate, registers;
+    unsigned long long a, b;
+    unsigned a_registers[4];
+} emulator_wgmma;
+
 typedef struct emulator_machine {
     const emulator_index *thread; /* of the running thread */
     emulator_index block, block_dim, grid_dim;
@@ -86,6 +97,15 @@ typedef struct emulator_machine {
     void (*copy_async)(void *to, const void *from, unsigned bytes, unsigned size);
     void (*commit_group)(void);
     void (*wait_group)(unsigned n);
+    unsigned (*shared_offset)(const void *p); /* in dynamic shared memory's address space */
+    void (*wgmma)(const emulator_wgmma *product);
+    void (*wgmma_commit)(void);
+    void (*wgmma_wait)(unsigned n);
+    void (*mbarrier_init)(void *barrier, int count);
+    void (*mbarrier_arrive)(void *barrier, int bytes); /* that are expected from now on */
+    int (*mbarrier_test)(void *barrier, unsigned parity);
+    void (*mbarrier_wait)(void *barrier, unsigned parity);
+    void (*tensor_load)(void *to, const void *map, void *barrier, unsigned rank, const int *at);
     void (*fault)(const char *what); /* ends the launch; does not return */
 } emulator_machine;
 
@@ -96,10 +116,12 @@ typedef struct emulator_kernel {
     unsigned max_threads;
 } emulator_kernel;
 
-/* Of each shared object, as `emulator_module`. */
+/* Of each shared object, as `emulator_module_record`. */
 typedef struct emulator_module {
     emulator_machine **machine;      /* to be set after loading */
     char *shared_begin, *shared_end; /* all __shared__ variables */
+    const unsigned *alignments_begin,
+        *alignments_end; /* that dynamic shared memory is declared with */
 } emulator_module;
 
 #endif

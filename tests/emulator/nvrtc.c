@@ -1,6 +1,6 @@
 /* nvrtc.c - the emulated run-time compiler, libnvrtc.so.13: a "cubin" is a shared object that the system's
- * C++ compiler makes of the program's texts with emulator.h before them and this folder's ptx.cuh in the
- * place of the real one.
+ * C++ compiler makes of the program's texts with emulator.h before them and this folder's *.cuh in the place
+ * of the real ones.
  * SPDX-License-Identifier: Apache-2.0 */
 #include <errno.h>
 #include <fcntl.h>
@@ -133,14 +133,29 @@ static int remove_one(const char *path, const struct stat *status, int kind, str
     return remove(path);
 }
 
+/* Whether it wraps a GPU's instructions: this folder has one of the same name. */
+static bool is_replaced(const char *header)
+{
+    static const char *const names[] = {"kern/cuda/ptx.cuh", "kern/cuda/tma.cuh",
+                                        "kern/cuda/mma_sm90.cuh"};
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)
+        if (strcmp(header, names[i]) == 0) return true;
+    return false;
+}
+
+static bool write_replaced(const char *folder, const char *name)
+{
+    char text[PATH_BYTES];
+    snprintf(text, sizeof text, "#include \"" EMULATOR_DIR "%s\"\n", strrchr(name, '/'));
+    return write_text(folder, name, text);
+}
+
 static bool write_program(const program *p, const char *folder)
 {
     bool done = write_translated(folder, "main.cu", p->source);
     for (int i = 0; i < p->num_headers && done; i++)
-        if (strcmp(p->names[i], "kern/cuda/ptx.cuh") == 0)
-            done = write_text(folder, p->names[i], "#include \"" EMULATOR_DIR "/ptx.cuh\"\n");
-        else
-            done = write_translated(folder, p->names[i], p->headers[i]);
+        done = is_replaced(p->names[i]) ? write_replaced(folder, p->names[i])
+                                        : write_translated(folder, p->names[i], p->headers[i]);
     return done;
 }
 

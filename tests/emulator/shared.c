@@ -8,7 +8,7 @@
 #include <sys/mman.h>
 
 /* [fence, room, fence]: dynamic shared memory ends, to its alignment, where the second fence begins. */
-enum { FENCE = 1 << 16, ROOM = 256 << 10, ALIGNMENT = 128, GUARD = 128, GUARD_BYTE = 0xa5 };
+enum { FENCE = 1 << 16, ROOM = SHARED_ROOM, ALIGNMENT = 128, GUARD = 128, GUARD_BYTE = 0xa5 };
 
 static char *map; /* of the first fence */
 static char *dynamic;
@@ -25,6 +25,14 @@ static void open_map(void)
     if (map == MAP_FAILED || mprotect(map + FENCE, ROOM, PROT_READ | PROT_WRITE) != 0) abort();
 }
 
+static size_t alignment_of(const emulator_module *module)
+{
+    size_t alignment = ALIGNMENT;
+    for (const unsigned *a = module->alignments_begin; a && a < module->alignments_end; a++)
+        if (*a > alignment) alignment = *a;
+    return alignment;
+}
+
 void shared_begin(const emulator_module *module, size_t dynamic_bytes)
 {
     if (!map) open_map();
@@ -32,10 +40,16 @@ void shared_begin(const emulator_module *module, size_t dynamic_bytes)
         memset(module->shared_begin, SHARED_POISON,
                (size_t)(module->shared_end - module->shared_begin));
     bytes = dynamic_bytes;
-    dynamic = room_end() - (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    const size_t alignment = alignment_of(module);
+    dynamic = room_end() - (bytes + alignment - 1) / alignment * alignment;
     memset(dynamic - GUARD, GUARD_BYTE, GUARD);
     memset(dynamic, SHARED_POISON, bytes);
     memset(dynamic + bytes, GUARD_BYTE, (size_t)(room_end() - dynamic) - bytes);
+}
+
+const char *shared_window(void)
+{
+    return map + FENCE;
 }
 
 char *shared_dynamic(void)

@@ -9,11 +9,12 @@
 
 #include "machine.h"
 
-enum { SHARED_POISON = 0xcb };
+enum { SHARED_POISON = 0xcb, SHARED_ROOM = 256 << 10 };
 
 /* All of it becomes poison. */
 void shared_begin(const emulator_module *module, size_t dynamic_bytes);
 char *shared_dynamic(void);
+const char *shared_window(void); /* SHARED_ROOM bytes, in which it is, from a page's beginning */
 bool shared_has(const emulator_module *module, const void *p, size_t bytes);
 
 /* What is wrong after a block has run, NULL: nothing. */

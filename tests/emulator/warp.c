@@ -150,8 +150,9 @@ static void mma(void *const operands[LANES], unsigned lanes, bool bf16)
 }
 
 const char *const warp_op_names[EMULATOR_NUM_OPS] = {
-    "__syncwarp", "__shfl_sync",    "__ballot_sync", "__match_any_sync", "__reduce_sync",
-    "ldmatrix",   "ldmatrix.trans", "movmatrix",     "mma (f16)",        "mma (bf16)"};
+    "__syncwarp",    "__shfl_sync", "__ballot_sync",      "__match_any_sync",
+    "__reduce_sync", "ldmatrix",    "ldmatrix.trans",     "movmatrix",
+    "mma (f16)",     "mma (bf16)",  "wgmma.commit_group", "wgmma.wait_group"};
 
 void warp_perform(emulator_op op, void *const operands[LANES], unsigned lanes)
 {
@@ -165,6 +166,7 @@ void warp_perform(emulator_op op, void *const operands[LANES], unsigned lanes)
     case EMULATOR_MOVMATRIX: movmatrix(operands, lanes); break;
     case EMULATOR_MMA_F16: mma(operands, lanes, false); break;
     case EMULATOR_MMA_BF16: mma(operands, lanes, true); break;
+    case EMULATOR_WGMMA_COMMIT: wgmma_collect_commit(lanes); break;
     default: break;
     }
 }
