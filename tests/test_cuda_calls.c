@@ -9,8 +9,8 @@ enum { TIMES = 3 };
 static qkv_context *ctx;
 static void *stream;
 
-static const int allowed[] = {TABLE_launch, TABLE_context_current, TABLE_context_set,
-                              TABLE_stream_capturing, -1};
+static const int allowed[] = {TABLE_launch,           TABLE_context_current,   TABLE_context_set,
+                              TABLE_stream_capturing, TABLE_encode_tensor_map, -1};
 
 static void operators_only_launch(void **state)
 {
@@ -64,9 +64,15 @@ static void calls_leave_the_current_context(void **state)
 static void plans_copy_and_mark(void **state)
 {
     (void)state;
-    static const int also[] = {
-        TABLE_launch,     TABLE_context_current, TABLE_context_set,       TABLE_stream_capturing,
-        TABLE_copy_async, TABLE_event_record,    TABLE_event_synchronize, -1};
+    static const int also[] = {TABLE_launch,
+                               TABLE_context_current,
+                               TABLE_context_set,
+                               TABLE_stream_capturing,
+                               TABLE_copy_async,
+                               TABLE_event_record,
+                               TABLE_event_synchronize,
+                               TABLE_encode_tensor_map,
+                               -1};
     ops s = ops_new(ctx, test_u64());
     for (int i = 0; i < OPS_NUM_ATTENTION; i++) {
         table_zero();

@@ -57,6 +57,7 @@
     X(cuda_merge_rows, "ops/attention/merge_rows.cuh")                                             \
     X(mma_types, "ops/attention/mma_types.cuh")                                                    \
     X(decode_stream, "ops/attention/decode_stream.cuh")                                            \
+    X(prefill_notes, "ops/attention/prefill_notes.cuh")                                            \
     X(decode_ahead, "ops/attention/decode_ahead.cuh")                                              \
     X(decode_mma, "ops/attention/decode_mma.cuh")                                                  \
     X(attention_mma, "ops/attention/attention_mma.cu")                                             \
@@ -74,6 +75,12 @@
     X(prefill_loads, "ops/attention/prefill_loads.cuh")                                            \
     X(prefill_store, "ops/attention/prefill_store.cuh")                                            \
     X(prefill_mma, "ops/attention/prefill_mma.cuh")                                                \
+    X(wgmma_params, "ops/attention/wgmma_params.h")                                                \
+    X(wgmma_items, "ops/attention/wgmma_items.cuh")                                                \
+    X(wgmma_loads, "ops/attention/wgmma_loads.cuh")                                                \
+    X(wgmma_scores, "ops/attention/wgmma_scores.cuh")                                              \
+    X(wgmma_tile, "ops/attention/wgmma_tile.cuh")                                                  \
+    X(attention_wgmma, "ops/attention/attention_wgmma.cu")                                         \
     X(gemm_params, "ops/gemm/gemm_params.h")                                                       \
     X(gemm_thin, "ops/gemm/gemm_thin.cu")                                                          \
     X(gemm_mma, "ops/gemm/gemm_mma.cu")                                                            \

@@ -10,6 +10,7 @@
 #include "base/arena.h"
 #include "base/rope_spec.h"
 #include "kern/rope_turns.h"
+#include "ops/attention/wgmma.h"
 
 QI_CPU_DECLARE(attention_d64);
 QI_CPU_DECLARE(attention_d128);
@@ -67,6 +68,11 @@ static const char *reject_mma(const void *desc)
     return NULL;
 }
 
+static const char *reject_wgmma(const void *desc)
+{
+    return qi_attention_reject_wgmma(desc);
+}
+
 /* Fastest first; the first row whose reject() returns NULL wins; the reference is last. */
 const qi_kernel qi_attention_kernels[] = {
     QI_CPU_ROW("attention.d64", reject_d64, attention_d64),
@@ -75,6 +81,8 @@ const qi_kernel qi_attention_kernels[] = {
     {.name = "attention.variant",
      .device = kDLCPU,
      .reject = reject_builtin}, /* compiled by create */
+    QI_CUDA_ROW("attention.wgmma", reject_wgmma, "ops/attention/attention_wgmma.cu", "attention",
+                QI_WGMMA_CONSTANT_NAMES),
     QI_CUDA_ROW(
         "attention.mma", reject_mma, "ops/attention/attention_mma.cu", "attention",
         "HEAD_DIM_QK HEAD_DIM_VO GROUP_SIZE PAGE_SIZE DTYPE_Q DTYPE_KV DTYPE_O CAUSAL WINDOW "
@@ -287,6 +295,14 @@ static int64_t enough_split_rows(const qi_limits *s, const qkv_attention_spec *s
  * so many that beginning and merging pieces costs a few percent (docs/performance.md). */
 enum { FIXED_CUT = 2048 };
 
+/* Rows of a prefill tile, tokens times query heads of a KV head. */
+static i32 rows_of_tile(const qkv_attention *a)
+{
+    if (a->ctx->device.device_type != kDLCUDA) return PREFILL_M;
+    return qi_attention_is_wgmma(a) ? 64 * a->wgmma.warpgroups
+                                    : PREFILL_TILE_M(a->spec.head_dim_vo);
+}
+
 /* What the scheduler needs, from a spec and limits with their defaults filled in. Costs are in
  * units of one multiply-add over a whole head: reading a key costs about 3 of them a byte of its
  * elements on the CPUs measured (docs/performance.md), starting a tile about 200; on GPUs, whose
@@ -304,7 +320,7 @@ static qi_limits schedule_limits(const qkv_attention *a, qkv_attention_limits *l
         .group_size = group,
         .decode_rows = cuda ? cuda_decode_rows(group) : decode_rows(group),
         .split_heads = cuda,
-        .tile_rows = prefill_rows(group, cuda ? PREFILL_TILE_M(spec->head_dim_vo) : (i32)PREFILL_M),
+        .tile_rows = prefill_rows(group, rows_of_tile(a)),
         .causal = spec->mask == QKV_MASK_CAUSAL,
         .window_left = spec->window_left,
         .window_right = spec->window_right,
@@ -320,6 +336,7 @@ static qi_limits schedule_limits(const qkv_attention *a, qkv_attention_limits *l
         .cost_pair = 1,
         .cost_strip = cuda ? 0 : 4000, /* some 5 us: what waking a thread costs */
         .cost_cut = cuda ? 39000 : 0,
+        .cost_cut_prefill = cuda && qi_attention_is_wgmma(a) ? 500000 : 0, /* some 10 us */
         .num_units = cuda ? a->ctx->cuda.num_sms : 0,
     };
     const int64_t enough = enough_split_rows(&s, spec, limits);
@@ -361,6 +378,7 @@ static void bind_workspace(qkv_attention *a, qi_arena *plan, qi_arena *scratch)
         .work = qi_arena_take(plan, work, sizeof(qi_work)),
         .merge = qi_arena_take(plan, merges, sizeof(qi_merge)),
         .ticket = qi_arena_take(plan, merges, sizeof(i32)),
+        .claims = qi_arena_take(plan, 2, sizeof(i32)),
         .groups = qi_arena_take(plan, groups, sizeof(qi_group)),
         .rows = qi_arena_take(plan, levels ? tokens : 0, sizeof(i32)),
         .row_merge = qi_arena_take(plan, levels ? (uint64_t)l->max_levels * tokens * kv_heads : 0,
@@ -408,7 +426,7 @@ void qi_attention_bind(qkv_attention *a, char *plan, char *scratch)
 static int32_t num_workers(const qkv_attention *a)
 {
     if (a->ctx->device.device_type != kDLCUDA) return qkv_context_num_threads(a->ctx);
-    return a->cuda.blocks_per_sm * a->ctx->cuda.num_sms;
+    return (qi_attention_is_wgmma(a) ? 1 : a->cuda.blocks_per_sm) * a->ctx->cuda.num_sms;
 }
 
 /* Reads spec and limits, chooses a row and measures the workspace; binds nothing. */
@@ -421,7 +439,10 @@ static qkv_status prepare(qkv_context *ctx, const qkv_attention_spec *spec,
     QI_TRY(read_spec(spec, &a->spec, &a->rope));
     QI_TRY(qi_variant_read(a->spec.variant, &a->variant));
     QI_TRY(read_limits(&a->spec, limits, &a->limits));
-    if (ctx->device.device_type == kDLCUDA) qi_attention_cuda_configure(a);
+    if (ctx->device.device_type == kDLCUDA) {
+        qi_attention_cuda_configure(a);
+        qi_attention_wgmma_configure(a);
+    }
     QI_TRY(qi_select(ctx, qi_attention_kernels, a, &a->row));
     QI_TRY(qi_select(ctx, qi_attention_levels_kernels, a, &a->levels_row));
     if (a->limits.max_workers == 0) a->limits.max_workers = num_workers(a);

@@ -275,6 +275,7 @@ QI_KERNEL(attention, attention_cuda_params)
 
 QI_KERNEL(attention_levels, attention_cuda_params)
 {
+    extern __shared__ __align__(16) char lists[];
     griddepcontrol_wait();
-    merge_levels(&p);
+    merge_levels(&p, lists);
 }

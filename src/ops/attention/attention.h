@@ -29,6 +29,19 @@ typedef struct attention_cuda {
     i32 stage, next; /* of the last plan; of the one being made */
 } attention_cuda;
 
+/* On Hopper, for operators that attention_wgmma.cu takes. */
+typedef struct attention_wgmma {
+    i32 warpgroups, keys; /* that compute, of 64 rows each; keys of a block */
+    i32 stages, buffers;  /* of keys and values; of queries */
+    i32 piece;            /* keys that one copy brings, 0: they come row by row */
+    i32 shared_bytes;
+} attention_wgmma;
+
+static inline i32 qi_attention_wgmma_threads(const attention_wgmma *w)
+{
+    return 128 * (1 + w->warpgroups);
+}
+
 struct qkv_attention {
     qkv_context *ctx;
     const qi_kernel *row, *levels_row;
@@ -43,6 +56,7 @@ struct qkv_attention {
     double *rope_turns; /* [num_pairs] */
     float *head_scales; /* [3][num_qo_heads] logit, value and output scale of a layer */
     attention_cuda cuda;
+    attention_wgmma wgmma;
     char *scratch; /* [tasks][scratch_stride] after the partials */
     i64 scratch_stride;
     qkv_workspace owned; /* plan and scratch that destroy must free; NULL where borrowed */

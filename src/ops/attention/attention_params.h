@@ -69,7 +69,9 @@ enum {
     DECODE_BLOCK = 16, /* keys that a decode tile takes at a time */
     MAX_LEVELS = 16,
     MAX_VW = 16,
-    MAX_TILE_M = 32, /* largest vector and panel of rows of any level */
+    MAX_TILE_M = 32,     /* largest vector and panel of rows of any level */
+    MERGE_THREADS = 128, /* of a block that merges levels on a GPU, and its shared memory */
+    MERGE_SHARED_BYTES = 1024,
 };
 
 /* M of a prefill tile on a GPU: four warps of 32 rows, or of 16 where the sums of v take more registers. */

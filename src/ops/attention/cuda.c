@@ -10,8 +10,14 @@
 #include "base/thread.h"
 #include "ops/attention/attention.h"
 #include "ops/attention/plan_params.h"
+#include "ops/attention/wgmma.h"
 
-enum { THREADS = 128, WARPS = THREADS / 32, NUM_CONSTANTS = 19 };
+enum {
+    THREADS = 128,
+    WARPS = THREADS / 32,
+    NUM_CONSTANTS = 19,
+    MOST_CONSTANTS = QI_WGMMA_CONSTANTS
+};
 
 static i32 max32(i32 a, i32 b)
 {
@@ -123,12 +129,14 @@ static void *run_planner_job(void *arg)
 
 static qkv_status compile_kernels(qkv_attention *a)
 {
-    i32 constants[NUM_CONSTANTS] = {THREADS};
+    i32 constants[MOST_CONSTANTS] = {THREADS};
     const char *const names[] = {a->row->cuda.entry, a->levels_row->cuda.entry};
     char defines[1024];
     if (is_reference(a))
         a->cuda.shared_bytes =
             (u32)ATTENTION_SHARED_BYTES(a->spec.head_dim_qk, a->spec.head_dim_vo);
+    else if (qi_attention_is_wgmma(a))
+        qi_attention_wgmma_constants(a, constants);
     else
         write_constants(a, constants);
     qi_write_defines(&a->row->cuda, constants, defines, sizeof defines);
@@ -198,6 +206,7 @@ qkv_status qi_attention_cuda_bind(qkv_attention *a, const qkv_workspace *w)
         .work = qi_attention_on_device(a, host->work),
         .merge = qi_attention_on_device(a, host->merge),
         .ticket = qi_attention_on_device(a, host->ticket),
+        .claims = qi_attention_on_device(a, host->claims),
         .groups = qi_attention_on_device(a, host->groups),
         .rows = qi_attention_on_device(a, host->rows),
         .row_merge = qi_attention_on_device(a, host->row_merge),
@@ -214,7 +223,7 @@ qkv_status qi_attention_cuda_bind(qkv_attention *a, const qkv_workspace *w)
     const qi_cuda_device *device = &a->ctx->cuda;
     for (i32 i = 0; i < a->limits.plans_in_flight; i++)
         QI_TRY(qi_cuda_event_create(device, &a->cuda.uploaded[i]));
-    /* Tickets are 0 between runs; the kernels leave them so. What else is there may be read before it is
+    /* Tickets and claims are 0 between runs; the kernels leave them so. What else is there may be read before it is
      * written (decode_ahead.cuh). */
     QI_TRY(qi_cuda_zero(device, w->plan, w->plan_bytes, NULL));
     if (a->rope.num_pairs > 0)
@@ -317,9 +326,14 @@ qkv_status qi_attention_cuda_run(qkv_attention *a, const attention_params *p,
                           .threads = THREADS,
                           .shared_bytes = a->cuda.shared_bytes,
                           .overlaps_before = 1};
-    QI_TRY(qi_cuda_launch(&a->ctx->cuda, a->cuda.functions[0], &grid, &c, stream));
+    if (qi_attention_is_wgmma(a))
+        QI_TRY(qi_attention_wgmma_run(a, &c, stream));
+    else
+        QI_TRY(qi_cuda_launch(&a->ctx->cuda, a->cuda.functions[0], &grid, &c, stream));
     if (a->limits.max_levels == 1) return QKV_OK;
-    const qi_grid merge = {
-        .x = (u32)a->limits.max_workers, .threads = THREADS, .overlaps_before = 1};
+    const qi_grid merge = {.x = (u32)a->limits.max_workers,
+                           .threads = MERGE_THREADS,
+                           .shared_bytes = MERGE_SHARED_BYTES,
+                           .overlaps_before = 1};
     return qi_cuda_launch(&a->ctx->cuda, a->cuda.functions[1], &merge, &c, stream);
 }

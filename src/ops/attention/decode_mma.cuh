@@ -391,7 +391,7 @@ QI_INLINE void decode_chunk(const attention_cuda_params *c, int count, int one_l
         if (n < count) decode_finish(c, of, t->row[warp], min(tiles, DECODE_WARPS), t);
         if (n + 1 < count) decode_put_query(q, t);
         if (drawn && t->ticket == before->cut.num_pieces - 1)
-            merge_tile(c, &before->cut, before->merge);
+            merge_tile(c, &before->cut, before->merge, (int)threadIdx.x, THREADS);
         __syncthreads();
         drawn = n < count && of->count > 0 && of->slot >= 0 && one_level;
         if (drawn && threadIdx.x == 0) ticket = draw_ticket(p, of->merge);

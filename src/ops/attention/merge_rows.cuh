@@ -103,19 +103,20 @@ QI_INLINE int draw_ticket(const attention_params *p, int merge)
     return atom_add_acq_rel(&p->plan.ticket[merge], 1);
 }
 
-/* Merges a tile of which all pieces are done, in key order, and leaves its ticket as it was found. By all
- * threads of a block. */
-QI_INLINE void merge_tile(const attention_cuda_params *c, const qi_merge *tile, int merge)
+/* Merges a tile of which all pieces are done, in key order, and leaves its ticket as it was found. By thread tid
+ * of so many, whole warps. */
+QI_INLINE void merge_tile(const attention_cuda_params *c, const qi_merge *tile, int merge, int tid,
+                          const int threads)
 {
     const attention_params *p = &c->at;
     const qi_merge m = *tile;
     const int group = p->num_qo_heads / p->num_kv_heads, heads = m.num_kv_heads * group;
-    for (int i = (int)threadIdx.x / WARP; i < m.num_rows * heads; i += THREADS / WARP) {
+    for (int i = tid / WARP; i < m.num_rows * heads; i += threads / WARP) {
         const int row = m.row_begin + i / heads, head = m.kv_head * group + i % heads;
         const pieces of = pieces_of(p, &m, row, head);
         merge_row(c, &of, 1, row_at(p, row), head);
     }
-    if (threadIdx.x == 0) p->plan.ticket[merge] = 0;
+    if (tid == 0) p->plan.ticket[merge] = 0;
 }
 
 /* The block that finishes a tile's last piece merges it. By all threads; is_last: shared. */
@@ -125,17 +126,18 @@ QI_INLINE void finish_piece(const attention_cuda_params *c, const qi_work *w, in
     __syncthreads();
     if (threadIdx.x == 0) *is_last = draw_ticket(&c->at, w->merge) == tile->num_pieces - 1;
     __syncthreads();
-    if (*is_last) merge_tile(c, tile, w->merge);
+    if (*is_last) merge_tile(c, tile, w->merge, (int)threadIdx.x, THREADS);
     __syncthreads();
 }
 
 /* Several levels: all rows that have partial ones, a warp a (row, query head). By the whole grid; a block has
- * as many heads as warps, and rows and heads are counted on without a division of 64 bits. */
-QI_INLINE void merge_levels(const attention_cuda_params *c)
+ * MERGE_THREADS has as many heads as warps, and rows and heads are counted on without a division of 64 bits. */
+QI_INLINE void merge_levels(const attention_cuda_params *c, char *shared)
 {
     const attention_params *p = &c->at;
-    enum { WARPS_OF_BLOCK = THREADS / WARP };
-    __shared__ pieces lists[WARPS_OF_BLOCK][MAX_LEVELS];
+    enum { WARPS_OF_BLOCK = MERGE_THREADS / WARP };
+    pieces(*lists)[MAX_LEVELS] = (pieces(*)[MAX_LEVELS])shared; /* [WARPS_OF_BLOCK] */
+    _Static_assert(WARPS_OF_BLOCK * sizeof *lists <= MERGE_SHARED_BYTES, "as launched");
     const int levels = p->plan.header->num_levels, tokens = p->plan.header->num_tokens;
     const int lane = threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
     const int group = p->num_qo_heads / p->num_kv_heads;

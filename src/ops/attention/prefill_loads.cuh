@@ -4,7 +4,7 @@
 #ifndef QI_ATTENTION_PREFILL_LOADS_CUH
 #define QI_ATTENTION_PREFILL_LOADS_CUH
 
-#include "ops/attention/mma_types.cuh"
+#include "ops/attention/prefill_notes.cuh"
 
 enum {
     PREFILL_ROWS = PREFILL_TILE_M(HEAD_DIM_VO),
@@ -27,82 +27,24 @@ enum {
 _Static_assert(THREADS == 128, "4 warps, and two threads a key");
 _Static_assert(KV_BYTES == 2 || PREFILL_N % 32 == 0, "8-bit keys are read 32 at a time");
 
-/* ---- the item ----------------------------------------------------------------------------- */
-
-/* What is needed of it now and then stays here, since o and scores leave few registers. */
-typedef struct prefill_item_notes {
-    qi_work work;
-    qi_group group;
-    /* Keys [plain_begin, plain_end) of the group's list are seen by all rows, as far as causality, windows
-     * and the end of the item's keys go. */
-    int plain_begin, plain_end;
-    int aligned; /* can rows of keys be copied 16 bytes at a time? */
-} prefill_item_notes;
-_Static_assert(sizeof(prefill_item_notes) <= PREFILL_ITEM_BYTES, "as launched");
+/* ---- notes -------------------------------------------------------------------------------- */
 
 QI_INLINE const prefill_item_notes *prefill_noted(const char *shared)
 {
     return (const prefill_item_notes *)shared;
 }
 
-/* By one thread. */
-QI_INLINE void note_prefill_item(const attention_params *p, const qi_work *w, const qi_group *g,
-                                 int aligned, char *shared)
-{
-    prefill_item_notes *n = (prefill_item_notes *)shared;
-    i64 lowest = g->pos_first, highest = g->pos_last;
-    if (!MIXED || !(g->flags & QI_GROUP_MIXED)) {
-        lowest += w->row_begin - g->row_begin;
-        highest = lowest + w->num_rows - 1;
-    }
-    lowest -= g->kv_offset, highest -= g->kv_offset;
-    i64 begin = w->kv_begin, end = w->kv_end;
-    if (CAUSAL && lowest + 1 < end) end = lowest + 1;
-    if (WINDOW && p->window_right >= 0 && lowest + p->window_right + 1 < end)
-        end = lowest + p->window_right + 1;
-    if (WINDOW && p->window_left >= 0 && highest - p->window_left > begin)
-        begin = highest - p->window_left;
-    n->work = *w;
-    n->group = *g;
-    n->plain_begin = (int)(begin < w->kv_end ? begin : w->kv_end);
-    n->plain_end = (int)(end > w->kv_begin ? end : w->kv_begin);
-    n->aligned = aligned;
-}
-
-/* ---- rows --------------------------------------------------------------------------------- */
-
-/* A tile's row m: query head m % GROUP_SIZE of a row of q. */
-typedef struct prefill_row {
-    tile_row row;
-    float scale; /* of its logits, in natural units; not 0, so that -infinity times it is not NaN */
-} prefill_row;
-_Static_assert(sizeof(prefill_row) == PREFILL_ROW_BYTES, "as launched");
-
 QI_INLINE const prefill_row *prefill_rows_of(const char *shared)
 {
     return (const prefill_row *)(shared + PREFILL_ROWS_AT);
 }
 
-QI_INLINE int prefill_head(const qi_work *w, int m)
-{
-    return w->kv_head * GROUP_SIZE + m % GROUP_SIZE;
-}
-
-/* Rows past the last are as it is, for what looks at all of them. Positions follow from the group's where its
- * rows stand side by side, without a look at their requests. */
 QI_INLINE void note_prefill_rows(const attention_cuda_params *c, const qi_work *w,
                                  const qi_group *g, char *shared)
 {
-    const int all = w->num_rows * GROUP_SIZE, tid = tid_x();
-    if (tid >= PREFILL_ROWS) return;
-    const int m = tid < all ? tid : all - 1, head = prefill_head(w, m);
-    prefill_row r;
-    r.row = row_at(&c->at, w->row_begin + m / GROUP_SIZE);
-    if (!MIXED || !(g->flags & QI_GROUP_MIXED))
-        r.row.position = (int)g->pos_first + w->row_begin - g->row_begin + m / GROUP_SIZE;
-    r.scale = query_scale(c, head);
-    if (r.scale == 0.f) r.scale = 1e-30f;
-    ((prefill_row *)(shared + PREFILL_ROWS_AT))[tid] = r;
+    const int m = tid_x();
+    if (m < PREFILL_ROWS)
+        ((prefill_row *)(shared + PREFILL_ROWS_AT))[m] = make_prefill_row(c, w, g, m);
 }
 
 /* ---- queries ------------------------------------------------------------------------------ */

@@ -320,7 +320,13 @@ QI_INLINE void prefill_item(const attention_cuda_params *c, const qi_work *item,
         note_prefill_key(p, &g, w.kv_head, first, w.kv_end,
                          find_prefill_page(p, &g, first, w.kv_end), i, shared);
     }
-    if (tid_x() == THREADS - 1) note_prefill_item(p, &w, &g, aligned, shared);
+    if (tid_x() == THREADS - 1) {
+        prefill_item_notes *n = (prefill_item_notes *)shared;
+        n->work = w;
+        n->group = g;
+        n->aligned = aligned;
+        note_plain_keys(p, n);
+    }
     note_prefill_rows(c, &w, &g, shared);
     __syncthreads();
     const prefill_copies copies = prefill_copies_to(shared, 0, w.kv_begin, w.kv_end, aligned);

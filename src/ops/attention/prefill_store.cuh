@@ -13,9 +13,6 @@ enum {
     PREFILL_STAGE_PITCH = PREFILL_STAGED_PITCH(HEAD_DIM_VO),
 };
 
-/* The maximum of a row that has seen no key: -infinity - it is -infinity. */
-#define PREFILL_LOWEST -3.402823466e38f
-
 typedef float prefill_scores[PREFILL_WARP_TILES][PREFILL_S][4];
 typedef float prefill_sums[PREFILL_WARP_TILES][PREFILL_O][4];
 typedef float prefill_of_rows[PREFILL_WARP_TILES][2]; /* of rows g and g + 8 */
@@ -89,25 +86,6 @@ QI_INLINE void stage_output(const float o[PREFILL_O][4], const float2 *results, 
     }
 }
 
-/* Dims d to d + 7 of row m of o. */
-QI_INLINE void store_piece(const attention_cuda_params *c, const prefill_row *r, int head, int d,
-                           float x[8], int aligned)
-{
-    const attention_params *p = &c->at;
-#ifdef VARIANT_OUTPUT
-    aligned = 0;
-#endif
-    if (!aligned) {
-        store_outputs(c, r->row, head, d, x);
-        store_outputs(c, r->row, head, d + 4, x + 4);
-        return;
-    }
-    const float scale = qi_scale_at(&c->o_scale, head);
-    for (int i = 0; i < 8; i++) x[i] *= scale == 1.f ? 1.f : 1.f / scale;
-    const i64 at = r->row.token * p->o_stride[0] + head * p->o_stride[1] + d;
-    qi_store(qi_to(p->o, DTYPE_O, at), x, DTYPE_O, 8);
-}
-
 /* The staged 16 rows of the warp's tile t: to o, or to partial rows. */
 QI_INLINE void store_staged(const attention_cuda_params *c, const char *shared, const char *stage,
                             int t)
@@ -115,10 +93,7 @@ QI_INLINE void store_staged(const attention_cuda_params *c, const char *shared, 
     const qi_work *w = &prefill_noted(shared)->work;
     const attention_params *p = &c->at;
     const int all = w->num_rows * GROUP_SIZE, pieces = HEAD_DIM_VO / 8;
-    const int size = qi_size_of(DTYPE_O), unit = size == 1 ? 8 : 16;
-    const int aligned =
-        (((i64)p->o | p->o_stride[0] * size | p->o_stride[1] * size) & (unit - 1)) == 0;
-    const int tid = tid_x();
+    const int aligned = outputs_aligned(p), tid = tid_x();
     for (int i = tid % WARP; i < 16 * pieces; i += WARP) {
         const int row = i / pieces, d = i % pieces * 8;
         const int m = t * 64 + tid / WARP * 16 + row;

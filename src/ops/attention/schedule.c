@@ -450,7 +450,8 @@ void qi_schedule(qi_lanes lanes, const qi_lengths *in, const qi_limits *limits, 
         if (count > 0 && count != s.count) s = make_strips(limits, totals[COST], count);
         s.whole = count > 0;
     }
-    s.cut_prefill = most[PREFILL] > s.size / 8;
+    s.cut_prefill = most[PREFILL] >
+                    (limits->cost_cut_prefill > 0 ? s.size + limits->cost_cut_prefill : s.size / 8);
     place(&s, in, groups, sums);
     if (lanes.id == 0) in->spans[in->num_groups].strip = s.last;
     lanes_sync(lanes);

@@ -54,6 +54,8 @@ typedef struct qi_limits {
     i64 cost_strip; /* a strip costs at least this, or it is not worth a worker; 0 = no minimum */
     i64 max_split_rows; /* capacity of partial rows */
     i64 cost_cut;       /* what partial rows and their merge cost a strip; 0: as good as nothing */
+    i64 cost_cut_prefill; /* the same of prefill tiles, where workers take items as they come free: a tile
+                             stays whole unless it is longer than a strip by that; 0: they do not */
     i32 num_units; /* what workers share evenly: a worker alone on a unit is that much faster */
 } qi_limits;
 

@@ -1,0 +1,56 @@
+/* attention_wgmma.cu - attention on Hopper, for operators that have tiles of many rows. Of a block's first warpgroup
+ * one warp brings keys, one values, two prepare items; the others compute. Tiles of few rows pass the same way, with a
+ * warpgroup's other rows unused: memory is slower than that.
+ *
+ * JIT constants: HEAD_DIM_QK, HEAD_DIM_VO (to 256), GROUP_SIZE, PAGE_SIZE (0 = ragged), DTYPE_Q, DTYPE_KV, DTYPE_O,
+ * CAUSAL, WINDOW, SOFT_CAP, ALIBI, CUSTOM_MASK, SPARSE = 0, MIXED; KEYS of a block; COLUMNS, head_dim_vo in whole 64;
+ * PIECE, the keys that one copy brings, 0 where none can; WARPGROUPS that compute; STAGES of the rings; BUFFERS of
+ * queries; THREADS; QI_VARIANT.
+ * SPDX-License-Identifier: Apache-2.0 */
+#include "kern/cuda/prelude.cuh"
+#include "ops/attention/wgmma_loads.cuh"
+#include "ops/attention/wgmma_tile.cuh"
+
+/* 65536 registers among the warpgroups. */
+#if WARPGROUPS == 3
+#define LOADING_REGISTERS   32
+#define COMPUTING_REGISTERS 160
+#elif PIECE > 0
+#define LOADING_REGISTERS   40
+#define COMPUTING_REGISTERS 232
+#else /* loads row by row take more */
+#define LOADING_REGISTERS   56
+#define COMPUTING_REGISTERS 224
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    attention(const __grid_constant__ wgmma_params p)
+{
+    extern __shared__ __align__(1024) char shared[];
+    if (threadIdx.x == 0) init_barriers(barriers_of(shared));
+    __syncthreads();
+    griddepcontrol_wait();
+    griddepcontrol_launch_dependents();
+    const int warp = (int)uniform(threadIdx.x / WARP);
+    if (warp < 4) {
+        setmaxnreg_dec(LOADING_REGISTERS);
+        if (warp == 0)
+            load_items(&p, shared, 0);
+        else if (warp == 1)
+            load_items(&p, shared, 1);
+        else
+            prepare_items(&p, shared, (int)threadIdx.x - 64);
+    } else {
+        setmaxnreg_inc(COMPUTING_REGISTERS);
+        compute_items(&p, shared);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(MERGE_THREADS, 4)
+    attention_levels(const __grid_constant__ attention_cuda_params p)
+{
+    extern __shared__ __align__(16) char lists[];
+    griddepcontrol_wait();
+    griddepcontrol_launch_dependents();
+    merge_levels(&p, lists);
+}

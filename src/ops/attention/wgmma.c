@@ -1,0 +1,189 @@
+/* wgmma.c - see wgmma.h.
+ * SPDX-License-Identifier: Apache-2.0 */
+#include "ops/attention/wgmma.h"
+
+#include <string.h>
+
+#include "ops/attention/wgmma_params.h"
+
+/* Keys that lie side by side in every page and divide a tile's: what one copy of the copy engine brings. 0: they are
+ * no whole 8 rows. */
+static i32 piece_of(i32 page_size, i32 keys)
+{
+    i32 a = page_size, b = keys;
+    if (page_size == 0) return keys;
+    while (b > 0) {
+        const i32 rest = a % b;
+        a = b;
+        b = rest;
+    }
+    return a % 8 == 0 ? a : 0;
+}
+
+static i32 shared_bytes(const qkv_attention_spec *s, const attention_wgmma *w)
+{
+    return WGMMA_SHARED_BYTES(s->head_dim_qk, s->head_dim_vo, w->keys, w->warpgroups, w->stages,
+                              w->buffers);
+}
+
+/* Is the kernel, too, to be the same whatever the limits? */
+static int is_invariant(const qkv_attention *a)
+{
+    return (a->spec.flags & QKV_ATTENTION_BATCH_INVARIANT) != 0;
+}
+
+/* Tiles of 64 rows a warpgroup, and as many keys as registers hold beside o; three warpgroups where head dims are small,
+ * so that others compute while one is at its softmax. Then as many stages as fit, after room to load the next tile's
+ * queries. Measured in docs/performance.md. */
+void qi_attention_wgmma_configure(qkv_attention *a)
+{
+    enum { MAX_STAGES = 4 };
+    const qkv_attention_spec *s = &a->spec;
+    attention_wgmma *w = &a->wgmma;
+    const i32 qk = WGMMA_CHUNKS(s->head_dim_qk), vo = WGMMA_CHUNKS(s->head_dim_vo);
+    const i32 room = a->ctx->cuda.shared_bytes, keys = vo <= 2 ? 128 : 80;
+    const int general =
+        s->variant || s->mask == QKV_MASK_CUSTOM || (s->features & QKV_FEATURE_ALIBI) != 0;
+    *w = (attention_wgmma){.warpgroups = 2,
+                           .keys = keys,
+                           .buffers = 2,
+                           .stages = 2,
+                           .piece = piece_of(s->page_size, keys)};
+    if (qk == 1 && vo == 1 && !general && w->piece > 0)
+        w->warpgroups = 3; /* others take more registers */
+    if (shared_bytes(s, w) > room) w->buffers = 1;
+    while (w->stages < MAX_STAGES) {
+        w->stages++;
+        if (shared_bytes(s, w) <= room) continue;
+        w->stages--;
+        break;
+    }
+    w->shared_bytes = shared_bytes(s, w);
+}
+
+const char *qi_attention_reject_wgmma(const qkv_attention *a)
+{
+    const qkv_attention_spec *s = &a->spec;
+    const qi_dtype q = (qi_dtype)qi_dtype_of(s->dtype_q), kv = (qi_dtype)qi_dtype_of(s->dtype_kv);
+    if (a->ctx->cuda.major != 9) return "the device is not of the Hopper generation";
+    if (!a->cuda.prefill && a->cuda.decode_rows <= 8 && !is_invariant(a))
+        return "no tile has more than 8 rows";
+    if (qi_dtype_bytes(kv) != 2) return "keys are not of a 16-bit type";
+    if (q != kv && q != QI_F32 && qi_dtype_bytes(q) == 2)
+        return "q and k are of different 16-bit types";
+    if (q == QI_F32) return "f32 is not multiplied by tensor cores";
+    if (s->head_dim_qk > 256 || s->head_dim_vo > 256) return "a head dim is more than 256";
+    if (s->num_qo_heads / s->num_kv_heads > 64 * a->wgmma.warpgroups)
+        return "a token's query heads of a KV head are more than a tile's rows";
+    if (s->features & QKV_FEATURE_ROPE) return "keys are rotated in the kernel";
+    if (a->variant.changes_keys) return "the variant changes keys";
+    if (a->limits.max_row_blocks > 0) return "keys are listed in blocks";
+    if (a->wgmma.shared_bytes > a->ctx->cuda.shared_bytes)
+        return "a block has too little shared memory on this device";
+    return NULL;
+}
+
+int qi_attention_is_wgmma(const qkv_attention *a)
+{
+    return strcmp(a->row->name, "attention.wgmma") == 0;
+}
+
+void qi_attention_wgmma_constants(const qkv_attention *a, i32 out[QI_WGMMA_CONSTANTS])
+{
+    const qkv_attention_spec *s = &a->spec;
+    const attention_wgmma *w = &a->wgmma;
+    const i32 constants[QI_WGMMA_CONSTANTS] = {
+        s->head_dim_qk,
+        s->head_dim_vo,
+        s->num_qo_heads / s->num_kv_heads,
+        s->page_size,
+        (i32)qi_dtype_of(s->dtype_q),
+        (i32)qi_dtype_of(s->dtype_kv),
+        (i32)qi_dtype_of(s->dtype_o),
+        s->mask == QKV_MASK_CAUSAL,
+        (s->features & QKV_FEATURE_WINDOW) != 0,
+        (s->features & QKV_FEATURE_SOFT_CAP) != 0,
+        (s->features & QKV_FEATURE_ALIBI) != 0,
+        s->mask == QKV_MASK_CUSTOM,
+        0,
+        a->limits.max_levels > 1,
+        w->keys,
+        64 * WGMMA_CHUNKS(s->head_dim_vo),
+        w->piece,
+        w->warpgroups,
+        w->stages,
+        w->buffers,
+        qi_attention_wgmma_threads(w),
+    };
+    memcpy(out, constants, sizeof constants);
+}
+
+/* ---- run ---------------------------------------------------------------------------------- */
+
+/* Can the copy engine take a tensor at this address with these strides, in elements? */
+static int aligned(const void *base, const i64 *strides, int n)
+{
+    u64 bits = (u64)(uintptr_t)base;
+    for (int i = 0; i < n; i++) {
+        if (strides[i] <= 0 || strides[i] >= (i64)1 << 38) return 0;
+        bits |= (u64)strides[i] * 2;
+    }
+    return (bits & 15) == 0;
+}
+
+/* Queries in boxes of a tile's tokens and a KV head's query heads. */
+static qi_box_tensor map_queries(const qkv_attention *a, const attention_params *p,
+                                 qi_tensor_map *map)
+{
+    const i64 group = p->num_qo_heads / p->num_kv_heads, head = p->q_stride[1] * 2;
+    return (qi_box_tensor){
+        .base = (void *)(uintptr_t)p->q,
+        .sizes = {(u64)p->head_dim_qk, (u64)group, (u64)p->num_kv_heads, (u64)p->q_rows},
+        .strides = {(u64)head, (u64)(head * group), (u64)p->q_stride[0] * 2},
+        .box = {64, (u32)group, 1, (u32)(64 * a->wgmma.warpgroups / group)},
+        .is_bf16 = p->dtype_q == QI_BF16,
+        .map = map,
+    };
+}
+
+/* Keys or values; ragged ones are a single page. */
+static qi_box_tensor map_keys(const qkv_attention *a, const attention_params *p, const void *base,
+                              const i64 *stride, i32 dim, qi_tensor_map *map)
+{
+    const int paged = p->page_size > 0;
+    const i64 token = stride[1] * 2, page = paged ? stride[0] * 2 : token;
+    return (qi_box_tensor){
+        .base = (void *)(uintptr_t)base,
+        .sizes = {(u64)dim, (u64)(paged ? p->page_size : p->kv_extent), (u64)p->num_kv_heads,
+                  (u64)(paged ? p->kv_extent : 1)},
+        .strides = {(u64)token, (u64)stride[2] * 2, (u64)page},
+        .box = {64, (u32)a->wgmma.piece, 1, 1},
+        .is_bf16 = p->dtype_kv == QI_BF16,
+        .map = map,
+    };
+}
+
+qkv_status qi_attention_wgmma_run(const qkv_attention *a, const attention_cuda_params *c,
+                                  void *stream)
+{
+    const attention_params *p = &c->at;
+    const int paged = p->page_size > 0, skip = !paged; /* without pages there is no such stride */
+    wgmma_params w = {.c = *c};
+    w.q_by_tma = p->dtype_q == p->dtype_kv && aligned(p->q, p->q_stride, 2);
+    w.kv_by_tma = a->wgmma.piece > 0 && p->kv_extent > 0 &&
+                  aligned(p->k, p->k_stride + skip, 3 - skip) &&
+                  aligned(p->v, p->v_stride + skip, 3 - skip);
+    qi_box_tensor boxes[3];
+    i32 count = 0;
+    if (w.q_by_tma) boxes[count++] = map_queries(a, p, &w.q);
+    if (w.kv_by_tma) {
+        boxes[count++] = map_keys(a, p, p->k, p->k_stride, p->head_dim_qk, &w.k);
+        boxes[count++] = map_keys(a, p, p->v, p->v_stride, p->head_dim_vo, &w.v);
+    }
+    if (count > 0) QI_TRY(qi_cuda_tensor_maps(&a->ctx->cuda, boxes, count));
+    const qi_grid grid = {.x = (u32)a->limits.max_workers,
+                          .threads = (u32)qi_attention_wgmma_threads(&a->wgmma),
+                          .shared_bytes = (u32)a->wgmma.shared_bytes,
+                          .overlaps_before = 1};
+    return qi_cuda_launch(&a->ctx->cuda, a->cuda.functions[0], &grid, &w, stream);
+}

@@ -1,0 +1,28 @@
+/* wgmma.h - the host side of attention_wgmma.cu: attention on Hopper.
+ * SPDX-License-Identifier: Apache-2.0 */
+#ifndef QI_ATTENTION_WGMMA_H
+#define QI_ATTENTION_WGMMA_H
+
+#include "ops/attention/attention.h"
+
+/* Why the kernel does not take what a was asked for; NULL: it does. a->wgmma says how it is compiled then. */
+const char *qi_attention_reject_wgmma(const qkv_attention *a);
+
+/* Was its row chosen? */
+int qi_attention_is_wgmma(const qkv_attention *a);
+
+/* Shapes of the kernel's tiles for a's spec and limits; keys 0: none. */
+void qi_attention_wgmma_configure(qkv_attention *a);
+
+enum { QI_WGMMA_CONSTANTS = 21 };
+#define QI_WGMMA_CONSTANT_NAMES                                                                    \
+    "HEAD_DIM_QK HEAD_DIM_VO GROUP_SIZE PAGE_SIZE DTYPE_Q DTYPE_KV DTYPE_O CAUSAL WINDOW "         \
+    "SOFT_CAP ALIBI CUSTOM_MASK SPARSE MIXED KEYS COLUMNS PIECE WARPGROUPS STAGES BUFFERS "        \
+    "THREADS"
+void qi_attention_wgmma_constants(const qkv_attention *a, i32 out[QI_WGMMA_CONSTANTS]);
+
+/* Enqueues the launch. */
+qkv_status qi_attention_wgmma_run(const qkv_attention *a, const attention_cuda_params *c,
+                                  void *stream);
+
+#endif

@@ -1,0 +1,281 @@
+/* wgmma_items.cuh - the shared memory of the Hopper tile, its barriers, and the two warps that prepare items ahead of
+ * the warpgroups that compute: what is noted of an item and its rows, and queries.
+ * SPDX-License-Identifier: Apache-2.0 */
+#ifndef QI_ATTENTION_WGMMA_ITEMS_CUH
+#define QI_ATTENTION_WGMMA_ITEMS_CUH
+
+#include "kern/cuda/mma_sm90.cuh"
+#include "kern/cuda/tma.cuh"
+#include "ops/attention/prefill_notes.cuh"
+#include "ops/attention/wgmma_params.h"
+
+enum {
+    TILE_ROWS = 64 * WARPGROUPS,
+    QK_CHUNKS = WGMMA_CHUNKS(HEAD_DIM_QK),
+    VO_CHUNKS = WGMMA_CHUNKS(HEAD_DIM_VO),
+    Q_CHUNK_BYTES = TILE_ROWS * 128,
+    KV_CHUNK_BYTES = KEYS * 128,
+    Q_BYTES = WGMMA_TILE_BYTES(TILE_ROWS, HEAD_DIM_QK),
+    K_BYTES = WGMMA_TILE_BYTES(KEYS, HEAD_DIM_QK),
+    V_BYTES = WGMMA_TILE_BYTES(KEYS, HEAD_DIM_VO),
+    K_AT = WGMMA_RINGS_AT(HEAD_DIM_QK, WARPGROUPS, BUFFERS),
+    V_AT = K_AT + STAGES * K_BYTES,
+    NOTES_AT = V_AT + STAGES * V_BYTES,
+    ROWS_AT = NOTES_AT + WGMMA_NOTES * PREFILL_ITEM_BYTES,
+    BARRIERS_AT = ROWS_AT + BUFFERS * WGMMA_ROWS_BYTES(WARPGROUPS),
+    CONSUMERS =
+        WARPGROUPS * 128, /* threads that compute; in front of them is the warpgroup that loads */
+    ITEM_THREADS = 64,    /* of the latter, its last two warps */
+    /* named barriers: of a computing warpgroup its number, of all of them, of the threads that prepare items */
+    BAR_CONSUMERS = WARPGROUPS + 1,
+    BAR_ITEMS = WARPGROUPS + 2,
+};
+_Static_assert(THREADS == 128 + CONSUMERS && KEYS % 16 == 0, "as launched");
+
+/* full: what was loaded is there; empty: it was used. */
+typedef struct tile_barriers {
+    u64 noted[WGMMA_NOTES], forgotten[WGMMA_NOTES]; /* items */
+    u64 rows_full[BUFFERS], rows_empty[BUFFERS];    /* queries and what is noted of rows */
+    u64 k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
+    int is_last;                      /* did this block finish the item's tile? */
+    int plain_q[ITEM_THREADS / WARP]; /* of each warp's rows */
+} tile_barriers;
+_Static_assert(sizeof(tile_barriers) <= WGMMA_BARRIERS_BYTES, "as launched");
+
+QI_INLINE tile_barriers *barriers_of(char *shared)
+{
+    return (tile_barriers *)(shared + BARRIERS_AT);
+}
+
+/* By one thread. */
+QI_INLINE void init_barriers(tile_barriers *b)
+{
+    for (int i = 0; i < WGMMA_NOTES; i++) {
+        mbarrier_init(&b->noted[i], 1);
+        mbarrier_init(&b->forgotten[i], 2 + CONSUMERS / WARP); /* whoever reads notes, by warps */
+    }
+    for (int i = 0; i < BUFFERS; i++) {
+        mbarrier_init(&b->rows_full[i], ITEM_THREADS);
+        mbarrier_init(&b->rows_empty[i], CONSUMERS / WARP);
+    }
+    for (int i = 0; i < STAGES; i++) {
+        mbarrier_init(&b->k_full[i], 1);
+        mbarrier_init(&b->v_full[i], 1);
+        mbarrier_init(&b->k_empty[i], WARPGROUPS);
+        mbarrier_init(&b->v_empty[i], WARPGROUPS);
+    }
+    mbarrier_fence_init();
+}
+
+/* A place in a ring, and how often it was passed. */
+typedef struct ring {
+    u32 stage, parity;
+} ring;
+
+QI_INLINE void ring_next(ring *r, const int size)
+{
+    if (++r->stage == size) r->stage = 0, r->parity ^= 1;
+}
+
+/* ---- items -------------------------------------------------------------------------------- */
+
+/* The notes of a place in their ring; no rows: there are no more items. */
+QI_INLINE prefill_item_notes *item_notes(char *shared, u32 place)
+{
+    return (prefill_item_notes *)(shared + NOTES_AT + place * PREFILL_ITEM_BYTES);
+}
+
+QI_INLINE prefill_row *item_rows(char *shared, u32 buffer)
+{
+    return (prefill_row *)(shared + ROWS_AT + buffer * WGMMA_ROWS_BYTES(WARPGROUPS));
+}
+
+/* A warp is done with the notes there. */
+QI_INLINE void forget_item(tile_barriers *b, u32 place)
+{
+    __syncwarp();
+    if (threadIdx.x % WARP == 0) mbarrier_arrive(&b->forgotten[place]);
+}
+
+/* The key of the group's list that an item's first block begins with: copies of pages begin at a multiple of
+ * PIECE. */
+QI_INLINE int first_key(const wgmma_params *p, int begin)
+{
+    const int piece = PAGE_SIZE > 0 && PIECE > 0 ? PIECE : 1;
+    return p->kv_by_tma ? begin - begin % piece : begin;
+}
+
+QI_INLINE int num_blocks(int first, int end)
+{
+    return end > first ? (end - first + KEYS - 1) / KEYS : 0;
+}
+
+/* ---- queries ------------------------------------------------------------------------------ */
+
+/* Dim d of row m of a tile of rows in shared memory: 16-byte pieces stand as wgmma takes them. */
+QI_INLINE char *query_at(char *q, int m, int d)
+{
+    return q + d / 64 * Q_CHUNK_BYTES + m * 128 + ((d / 8 % 8) ^ (m % 8)) * 16 + d % 8 * 2;
+}
+
+/* Queries of any type, order and address, by way of f32; where the scale is negative the query is negated, and zeros
+ * follow the last dim. */
+QI_INLINE void convert_queries(const attention_cuda_params *c, const qi_work *w,
+                               const prefill_row *rows, char *q, int tid)
+{
+    enum { PAIRS = QK_CHUNKS * 32 };
+    const attention_params *p = &c->at;
+#pragma unroll 1
+    for (int i = tid; i < w->num_rows * GROUP_SIZE * PAIRS; i += ITEM_THREADS) {
+        const int m = i / PAIRS, pair = i % PAIRS, real = pair < HEAD_DIM_QK / 2;
+        const int a = real ? PAIR_FIRST(pair, HEAD_DIM_QK) : 2 * pair;
+        const int b = real ? PAIR_SECOND(pair, HEAD_DIM_QK) : 2 * pair + 1;
+        qi_pair x = {0.f, 0.f};
+        if (real) {
+            const prefill_row *r = &rows[m];
+            const int head = prefill_head(w, m);
+            const i64 at = r->row.token * p->q_stride[0] + head * p->q_stride[1];
+            x.x = qi_load1(qi_at(p->q, DTYPE_Q, at + a), DTYPE_Q);
+            x.y = qi_load1(qi_at(p->q, DTYPE_Q, at + b), DTYPE_Q);
+            if (CHANGES_QUERIES) x = hook_query(c, hook_pos(p, r->row, head), a, x);
+            if (r->scale < 0.f) x.x = -x.x, x.y = -x.y;
+        }
+        const u32 both = pack_pair(x.x, x.y);
+        *(u16 *)query_at(q, m, a) = (u16)both;
+        *(u16 *)query_at(q, m, b) = (u16)(both >> 16);
+    }
+    fence_proxy_async();
+}
+
+/* Can the item's queries be copied as they are: are its tokens neighbours, and no scale negative? Asked of this
+ * thread's rows. */
+QI_INLINE int plain_queries(const wgmma_params *p, const qi_work *w, const prefill_row *rows,
+                            int tid)
+{
+    int plain = p->q_by_tma && !CHANGES_QUERIES;
+    for (int m = tid; m < w->num_rows * GROUP_SIZE; m += ITEM_THREADS)
+        plain &= rows[m].scale > 0.f && rows[m].row.token == rows[0].row.token + m / GROUP_SIZE;
+    return plain;
+}
+
+/* ---- which items ---------------------------------------------------------------------------- */
+
+/* Where a block finds its items. Where few tiles were cut so that strips are equal, in its strip of the plan. Otherwise
+ * whoever is free takes the next of all, from the last to the first, so that blocks are at keys of the same few
+ * requests, which stay in L2, and of each request the long tiles come first. */
+typedef struct item_source {
+    int begin, end; /* left of a strip */
+    int shared_by_all;
+} item_source;
+
+QI_INLINE item_source find_items(const qi_plan *plan)
+{
+    enum { MANY = 4 }; /* for each block */
+    const int all = plan->header->num_work;
+    item_source s = {plan->work_indptr[blockIdx.x], plan->work_indptr[blockIdx.x + 1], 0};
+    if (plan->header->num_merges > 0 && all < MANY * (int)gridDim.x) return s;
+    s.begin = 0, s.end = all, s.shared_by_all = 1;
+    return s;
+}
+
+/* The next item, -1: no more. */
+QI_INLINE int take_item(const qi_plan *plan, item_source *s)
+{
+    if (!s->shared_by_all) return s->begin < s->end ? s->begin++ : -1;
+    const int item = s->end - 1 - atomicAdd(&plan->claims[0], 1);
+    return item < 0 ? -1 : item;
+}
+
+/* After a block's last: the last block to come here leaves the counts as they were found. */
+QI_INLINE void end_items(const qi_plan *plan, const item_source *s)
+{
+    if (!s->shared_by_all || atomicAdd(&plan->claims[1], 1) < (int)gridDim.x - 1) return;
+    plan->claims[0] = plan->claims[1] = 0;
+}
+
+/* ---- the warps that prepare items ----------------------------------------------------------- */
+
+/* Rows and queries of the item that is noted. */
+QI_INLINE void prepare_rows(const wgmma_params *p, const prefill_item_notes *notes, u32 buffer,
+                            char *shared, int tid)
+{
+    tile_barriers *b = barriers_of(shared);
+    const qi_work *w = &notes->work;
+    prefill_row *rows = item_rows(shared, buffer);
+    char *q = shared + buffer * Q_BYTES;
+#pragma unroll 1
+    for (int m = tid; m < TILE_ROWS; m += ITEM_THREADS)
+        rows[m] = make_prefill_row(&p->c, w, &notes->group, m);
+    bar_sync(BAR_ITEMS, ITEM_THREADS);
+    const int plain = __all_sync(ALL_LANES, plain_queries(p, w, rows, tid));
+    if (tid % WARP == 0) b->plain_q[tid / WARP] = plain;
+    bar_sync(BAR_ITEMS, ITEM_THREADS);
+    if (!b->plain_q[0] || !b->plain_q[1]) {
+        convert_queries(&p->c, w, rows, q, tid);
+    } else if (tid == 0) {
+        enum { ROWS = TILE_ROWS / GROUP_SIZE * GROUP_SIZE };
+        mbarrier_arrive_expect_tx(&b->rows_full[buffer], ROWS * 128 * QK_CHUNKS);
+        for (int i = 0; i < QK_CHUNKS; i++)
+            tma_load_4d(q + i * Q_CHUNK_BYTES, &p->q, &b->rows_full[buffer], 64 * i, 0, w->kv_head,
+                        rows[0].row.token);
+        return;
+    }
+    mbarrier_arrive(&b->rows_full[buffer]);
+}
+
+/* Word `lane` of a struct of fewer words than a warp has lanes. */
+#define WORD_OF(from, lane) ((lane) < (int)(sizeof *(from) / 4) ? ((const u32 *)(from))[lane] : 0)
+
+QI_INLINE void store_word(void *to, int bytes, int lane, u32 word)
+{
+    if (lane < bytes / 4) ((u32 *)to)[lane] = word;
+}
+
+/* Takes item after item, notes it for all, and prepares its rows. A lane has a word of what is looked up in memory, for
+ * the next item while this one is prepared. */
+QI_INLINE void prepare_items(const wgmma_params *p, char *shared, int tid)
+{
+    const qi_plan *plan = &p->c.at.plan;
+    tile_barriers *b = barriers_of(shared);
+    item_source source = find_items(plan);
+    ring note = {0, 0}, buffer = {0, 0};
+    int item = -1, next = -1; /* of lane 0 of the first warp */
+    u32 work = 0;             /* of the item, whose first word is the group */
+    if (tid == 0) {
+        item = take_item(plan, &source);
+        if (item >= 0) next = take_item(plan, &source);
+        if (p->q_by_tma) tma_prefetch_map(&p->q);
+    }
+    if (tid < WARP) {
+        item = __shfl_sync(ALL_LANES, item, 0);
+        if (item >= 0) work = WORD_OF(&plan->work[item], tid);
+    }
+#pragma unroll 1
+    for (;;) {
+        prefill_item_notes *notes = item_notes(shared, note.stage);
+        if (tid < WARP) {
+            const u32 group = __shfl_sync(ALL_LANES, work, 0);
+            const u32 word = item < 0 ? 0 : WORD_OF(&plan->groups[group], tid);
+            mbarrier_wait(&b->forgotten[note.stage], note.parity ^ 1);
+            store_word(&notes->work, sizeof notes->work, tid, item < 0 ? 0 : work);
+            store_word(&notes->group, sizeof notes->group, tid, word);
+            __syncwarp();
+            if (tid == 0) {
+                note_plain_keys(&p->c.at, notes);
+                mbarrier_arrive(&b->noted[note.stage]);
+            }
+            item = __shfl_sync(ALL_LANES, next, 0);
+            if (item >= 0) work = WORD_OF(&plan->work[item], tid);
+            if (tid == 0 && item >= 0) next = take_item(plan, &source);
+        }
+        mbarrier_wait(&b->noted[note.stage], note.parity);
+        if (notes->work.num_rows == 0) break;
+        mbarrier_wait(&b->rows_empty[buffer.stage], buffer.parity ^ 1);
+        prepare_rows(p, notes, buffer.stage, shared, tid);
+        ring_next(&note, WGMMA_NOTES);
+        ring_next(&buffer, BUFFERS);
+    }
+    if (tid == 0) end_items(plan, &source);
+}
+
+#endif

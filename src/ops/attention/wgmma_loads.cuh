@@ -1,0 +1,240 @@
+/* wgmma_loads.cuh - the two warps that fill the rings of the Hopper tile, one with keys, one with values: by the copy
+ * engine, whole pages or pieces of pages at a time; or row by row, where pages are smaller than 8 tokens or rows do
+ * not begin at multiples of 16 bytes.
+ * SPDX-License-Identifier: Apache-2.0 */
+#ifndef QI_ATTENTION_WGMMA_LOADS_CUH
+#define QI_ATTENTION_WGMMA_LOADS_CUH
+
+#include "ops/attention/wgmma_items.cuh"
+
+/* One of the two rings. */
+typedef struct loader {
+    char *to; /* [STAGES][chunks][KEYS][128 bytes] */
+    u64 *full, *empty;
+    ring at;
+    int lane;
+} loader;
+
+/* A key's place in its page; ragged: in its list. */
+QI_INLINE int slot_of_key(int key)
+{
+#if PAGE_SIZE > 0
+    return key % PAGE_SIZE;
+#else
+    return key;
+#endif
+}
+
+/* What of an item says where its keys are. */
+typedef struct item_keys {
+    int begin, end, kv_head; /* keys [begin, end) of the group's list */
+    i64 list;                /* where that begins: qi_group.kv_begin */
+} item_keys;
+
+/* ---- by the copy engine ------------------------------------------------------------------------ */
+
+/* The page of this lane's piece of the block at `first`. */
+QI_INLINE int page_of_piece(const attention_params *p, const item_keys *k, int first, int lane)
+{
+#if PAGE_SIZE > 0 && PIECE > 0
+    const int key = first + lane * PIECE;
+    if (lane < KEYS / PIECE && key < k->end) return p->plan.pages[k->list + key / PAGE_SIZE];
+#endif
+    return 0;
+}
+
+/* The block at `first`, a piece a lane. */
+QI_INLINE void load_pieces(const wgmma_params *p, const item_keys *k, int first, int page,
+                           loader *l, const int is_v)
+{
+#if PIECE > 0
+    const int chunks = is_v ? VO_CHUNKS : QK_CHUNKS, bytes = is_v ? V_BYTES : K_BYTES;
+    const int key = first + l->lane * PIECE, here = k->end - first;
+    const int pieces = here >= KEYS ? KEYS / PIECE : (here + PIECE - 1) / PIECE;
+    u64 *full = &l->full[l->at.stage];
+    char *to = l->to + l->at.stage * bytes + l->lane * PIECE * 128;
+    mbarrier_wait(&l->empty[l->at.stage], l->at.parity ^ 1);
+    if (l->lane == 0) mbarrier_arrive_expect_tx(full, pieces * PIECE * 128 * chunks);
+    __syncwarp();
+    if (l->lane < pieces)
+        for (int i = 0; i < chunks; i++)
+            tma_load_4d(to + i * KV_CHUNK_BYTES, is_v ? &p->v : &p->k, full, 64 * i,
+                        PAGE_SIZE > 0 ? slot_of_key(key) : (int)k->list + key, k->kv_head, page);
+    ring_next(&l->at, STAGES);
+#endif
+}
+
+/* The blocks of one item; pages are looked up a block ahead. */
+QI_INLINE void load_by_tma(const wgmma_params *p, const item_keys *k, loader *l, const int is_v)
+{
+    const attention_params *a = &p->c.at;
+    int first = first_key(p, k->begin), page = page_of_piece(a, k, first, l->lane);
+#pragma unroll 1
+    for (; first < k->end; first += KEYS) {
+        const int next = page_of_piece(a, k, first + KEYS, l->lane);
+        load_pieces(p, k, first, page, l, is_v);
+        page = next;
+    }
+}
+
+/* ---- row by row ------------------------------------------------------------------------------- */
+
+enum { ROWS_OF_LANE = (KEYS + WARP - 1) / WARP };
+
+/* Key `key` of the list, or its last; in `page` already looked up. */
+QI_INLINE const char *row_of_key(const attention_params *p, const item_keys *k, int key, int page,
+                                 const int is_v)
+{
+    const i64 *stride = is_v ? p->v_stride : p->k_stride;
+    if (key >= k->end) key = k->end - 1;
+    const i64 slot = PAGE_SIZE > 0 ? slot_of_key(key) : k->list + key;
+    return qi_at(is_v ? p->v : p->k, DTYPE_KV,
+                 page * stride[0] + slot * stride[1] + k->kv_head * stride[2]);
+}
+
+QI_INLINE int page_of_key(const attention_params *p, const item_keys *k, int key)
+{
+#if PAGE_SIZE > 0
+    return p->plan.pages[k->list + (key < k->end ? key : k->end - 1) / PAGE_SIZE];
+#else
+    return 0;
+#endif
+}
+
+/* The pages of this lane's rows of the block at `first`: row `lane` and every WARP-th after it. */
+QI_INLINE void find_pages(const attention_params *p, const item_keys *k, int first, int lane,
+                          int page[ROWS_OF_LANE])
+{
+#pragma unroll
+    for (int i = 0; i < ROWS_OF_LANE && PIECE == 0; i++)
+        page[i] = first < k->end ? page_of_key(p, k, first + i * WARP + lane) : 0;
+}
+
+/* Bytes of 16 that piece `piece` of a row has; past the last key and past the last dim come zeros. */
+QI_INLINE int bytes_of_piece(const item_keys *k, int key, int piece, const int dim)
+{
+    const int left = dim - piece * 8, there = left < 0 ? 0 : left < 8 ? left : 8;
+    return key < k->end ? 2 * there : 0;
+}
+
+/* A block to `to`, a row by 8 lanes, from where a lane's rows are. */
+QI_INLINE void copy_rows(const item_keys *k, int first, char *to, int lane,
+                         const char *const row[ROWS_OF_LANE], const int is_v)
+{
+    const int chunks = is_v ? VO_CHUNKS : QK_CHUNKS, dim = is_v ? HEAD_DIM_VO : HEAD_DIM_QK;
+    const int mine = lane / 8, piece = lane % 8;
+#pragma unroll
+    for (int i = 0; i < ROWS_OF_LANE; i++)
+#pragma unroll 2 /* there are registers for no more */
+        for (int j = 0; j < (KEYS - i * WARP < WARP ? KEYS - i * WARP : WARP); j += WARP / 8) {
+            const char *from = (const char *)__shfl_sync(ALL_LANES, (u64)row[i], j + mine);
+            const int r = i * WARP + j + mine;
+            char *place = to + r * 128 + (piece ^ (r % 8)) * 16;
+#pragma unroll
+            for (int c = 0; c < chunks; c++) {
+                const int bytes = bytes_of_piece(k, first + r, c * 8 + piece, dim);
+                cp_async_16(place + c * KV_CHUNK_BYTES,
+                            from + (bytes > 0 ? (c * 8 + piece) * 16 : 0), (u32)bytes);
+            }
+        }
+}
+
+/* The same of rows at any address. */
+QI_INLINE void copy_odd_rows(const attention_params *p, const item_keys *k, int first, char *to,
+                             int lane, int aligned, const int is_v)
+{
+    const int pieces = 8 * (is_v ? VO_CHUNKS : QK_CHUNKS);
+#pragma unroll 1
+    for (int i = lane; i < KEYS * pieces; i += WARP) {
+        const int r = i / pieces, piece = i % pieces;
+        const int bytes = bytes_of_piece(k, first + r, piece, is_v ? HEAD_DIM_VO : HEAD_DIM_QK);
+        const char *from = row_of_key(p, k, first + r, page_of_key(p, k, first + r), is_v) +
+                           (bytes > 0 ? piece * 16 : 0);
+        char *place = to + piece / 8 * KV_CHUNK_BYTES + r * 128 + ((piece ^ r) & 7) * 16;
+        if (aligned)
+            cp_async_16(place, from, (u32)bytes);
+        else
+            copy_elements(place, from, bytes);
+    }
+}
+
+/* Tells of a stage whose copies are of a group that has been waited for. */
+QI_INLINE void tell_rows(const loader *l, u32 stage)
+{
+    fence_proxy_async();
+    __syncwarp();
+    if (l->lane == 0) mbarrier_arrive(&l->full[stage]);
+}
+
+/* The blocks of one item. A block is told of when the next is on its way, or has to wait for room; pages are looked up
+ * a block ahead. */
+QI_INLINE void load_by_rows(const wgmma_params *p, const item_keys *k, loader *l, int aligned,
+                            const int is_v)
+{
+    const attention_params *a = &p->c.at;
+    const int bytes = is_v ? V_BYTES : K_BYTES;
+    int page[ROWS_OF_LANE], waiting = 0;
+    u32 before = 0;
+    find_pages(a, k, k->begin, l->lane, page);
+#pragma unroll 1
+    for (int first = k->begin; first < k->end; first += KEYS) {
+        u64 *empty = &l->empty[l->at.stage];
+        char *to = l->to + l->at.stage * bytes;
+        const char *row[ROWS_OF_LANE];
+#pragma unroll
+        for (int i = 0; i < ROWS_OF_LANE && PIECE == 0; i++)
+            row[i] = row_of_key(a, k, first + i * WARP + l->lane, page[i], is_v);
+        find_pages(a, k, first + KEYS, l->lane, page);
+        if (waiting && !__all_sync(ALL_LANES, mbarrier_test_wait(empty, l->at.parity ^ 1))) {
+            cp_async_wait_group(0);
+            tell_rows(l, before);
+            waiting = 0;
+        }
+        mbarrier_wait(empty, l->at.parity ^ 1);
+        if (PIECE == 0 && aligned)
+            copy_rows(k, first, to, l->lane, row, is_v);
+        else
+            copy_odd_rows(a, k, first, to, l->lane, aligned, is_v);
+        cp_async_commit_group();
+        if (waiting) {
+            cp_async_wait_group(1);
+            tell_rows(l, before);
+        }
+        before = l->at.stage;
+        waiting = 1;
+        ring_next(&l->at, STAGES);
+    }
+    if (!waiting) return;
+    cp_async_wait_group(0);
+    tell_rows(l, before);
+}
+
+/* ---- the warp ----------------------------------------------------------------------------------- */
+
+/* All items' keys, or their values. */
+QI_INLINE void load_items(const wgmma_params *p, char *shared, const int is_v)
+{
+    tile_barriers *b = barriers_of(shared);
+    loader l = {shared + (is_v ? V_AT : K_AT),
+                is_v ? b->v_full : b->k_full,
+                is_v ? b->v_empty : b->k_empty,
+                {0, 0},
+                (int)threadIdx.x % WARP};
+    ring note = {0, 0};
+    const int aligned = keys_aligned(&p->c.at);
+    if (l.lane == 0 && p->kv_by_tma) tma_prefetch_map(is_v ? &p->v : &p->k);
+#pragma unroll 1
+    for (;; ring_next(&note, WGMMA_NOTES)) {
+        const prefill_item_notes *n = item_notes(shared, note.stage);
+        mbarrier_wait(&b->noted[note.stage], note.parity);
+        if (n->work.num_rows == 0) return;
+        const item_keys k = {n->work.kv_begin, n->work.kv_end, n->work.kv_head, n->group.kv_begin};
+        forget_item(b, note.stage);
+        if (p->kv_by_tma)
+            load_by_tma(p, &k, &l, is_v);
+        else
+            load_by_rows(p, &k, &l, aligned, is_v);
+    }
+}
+
+#endif

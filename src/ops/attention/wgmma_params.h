@@ -1,0 +1,35 @@
+/* wgmma_params.h - what run hands to attention_wgmma.cu, and that kernel's shared memory, which host and device
+ * must agree on.
+ * SPDX-License-Identifier: Apache-2.0 */
+#ifndef QI_ATTENTION_WGMMA_PARAMS_H
+#define QI_ATTENTION_WGMMA_PARAMS_H
+
+#include "kern/tensor_map.h"
+#include "ops/attention/attention_params.h"
+
+typedef struct wgmma_params {
+    qi_tensor_map
+        q; /* [tokens, kv heads, group, head_dim_qk]: boxes of a tile's rows, 64 dims wide */
+    qi_tensor_map k,
+        v; /* [pages, heads, tokens of a page, dims]: boxes of PIECE tokens, 64 dims wide */
+    attention_cuda_params c;
+    i32 q_by_tma, kv_by_tma; /* 0: addresses or strides that the copy engine does not take */
+} wgmma_params;
+_Static_assert(sizeof(wgmma_params) <= 4096, "a kernel's parameters");
+
+/* Shared memory: queries, the rings of keys and of values, all in rows of 64 dims (128 bytes); then notes. */
+#define WGMMA_CHUNKS(dim)                       (((dim) + 63) / 64) /* rows of 64 dims that a head's row has */
+#define WGMMA_TILE_BYTES(rows, dim)             ((rows)*128 * WGMMA_CHUNKS(dim))
+#define WGMMA_NOTES                             4 /* items that are noted at a time */
+#define WGMMA_ROWS_BYTES(warpgroups)            (64 * (warpgroups)*PREFILL_ROW_BYTES)
+#define WGMMA_BARRIERS_BYTES                    256
+#define WGMMA_RINGS_AT(qk, warpgroups, buffers) ((buffers)*WGMMA_TILE_BYTES(64 * (warpgroups), qk))
+#define WGMMA_NOTES_AT(qk, vo, keys, warpgroups, stages, buffers)                                  \
+    (WGMMA_RINGS_AT(qk, warpgroups, buffers) +                                                     \
+     (stages) * (WGMMA_TILE_BYTES(keys, qk) + WGMMA_TILE_BYTES(keys, vo)))
+#define WGMMA_SHARED_BYTES(qk, vo, keys, warpgroups, stages, buffers)                              \
+    (WGMMA_NOTES_AT(qk, vo, keys, warpgroups, stages, buffers) +                                   \
+     WGMMA_NOTES * PREFILL_ITEM_BYTES + (buffers)*WGMMA_ROWS_BYTES(warpgroups) +                   \
+     WGMMA_BARRIERS_BYTES)
+
+#endif

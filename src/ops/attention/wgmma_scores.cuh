@@ -1,0 +1,163 @@
+/* wgmma_scores.cuh - from products to weights: what a warpgroup of the Hopper tile does between its two matrix
+ * products, in registers. A lane has KEYS / 8 times two neighbouring keys of each of two rows, g and g + 8 of its
+ * warp's 16 (kern/cuda/mma_sm90.cuh).
+ * SPDX-License-Identifier: Apache-2.0 */
+#ifndef QI_ATTENTION_WGMMA_SCORES_CUH
+#define QI_ATTENTION_WGMMA_SCORES_CUH
+
+#include "ops/attention/wgmma_items.cuh"
+
+enum { NUM_SCORES = KEYS / 2, NUM_SUMS = COLUMNS / 2 }; /* registers of a thread: scores, o */
+
+/* The lane's two rows. */
+typedef struct two_rows {
+    int m[2];       /* of the tile */
+    float scale[2]; /* makes a product a score */
+    float max[2];   /* that weights are relative to */
+    float sum[2];   /* the lane's part of the sum of weights */
+} two_rows;
+
+/* An item as the loop over its blocks needs it. */
+typedef struct tile_item {
+    const prefill_item_notes *notes;
+    const prefill_row *rows;
+    int first, blocks;
+} tile_item;
+
+/* Scores in natural units times log2(e) by way of a soft cap: tanh(x) = 1 - 2 / (1 + e^2x), within 1e-6 of the
+ * cap. */
+QI_INLINE void cap_scores(float cap, const tile_item *t, const two_rows *r, float *s)
+{
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const float scale = fabsf(t->rows[r->m[h]].scale) * QI_LOG2E;
+        const float twice = 2.f * scale / cap, largest = cap * QI_LOG2E;
+#pragma unroll
+        for (int i = h * 2; i < NUM_SCORES; i += 4)
+#pragma unroll
+            for (int j = i; j < i + 2; j++)
+                s[j] = cap > 0.f ? largest - 2.f * largest * rcp(1.f + ex2(s[j] * twice))
+                                 : s[j] * scale;
+    }
+}
+
+/* Hides from the rows what they do not see of the block at key `first`: keys outside the item's, too. */
+QI_INLINE void mask_scores(const attention_params *p, const tile_item *t, int first,
+                           const two_rows *r, float *s)
+{
+    const prefill_item_notes *n = t->notes;
+    const int column = tid_x() % 4 * 2;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        /* the row itself, and keys from low to high, as numbers of the block's */
+        const i64 own = (i64)t->rows[r->m[h]].row.position - n->group.kv_offset - first;
+        i64 low = n->work.kv_begin - first, high = n->work.kv_end - 1 - first;
+        if (CAUSAL && own < high) high = own;
+        if (WINDOW && p->window_right >= 0 && own + p->window_right < high)
+            high = own + p->window_right;
+        if (WINDOW && p->window_left >= 0 && own - p->window_left > low) low = own - p->window_left;
+        const int from = (int)(low < 0 ? 0 : low < KEYS ? low : KEYS) - column;
+        const int to = (int)(high < -1 ? -1 : high < KEYS ? high : KEYS) - column;
+#pragma unroll
+        for (int i = h * 2; i < NUM_SCORES; i += 4)
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                const int key = i / 4 * 8 + j;
+                if (key > to || key < from) s[i + j] = -QI_INFINITY;
+            }
+    }
+}
+
+/* Scores of every feature; 8 keys at a time, for which the others move on, since this is long. */
+QI_INLINE void general_scores(const attention_cuda_params *c, const tile_item *t, int first,
+                              const two_rows *r, float *s)
+{
+    const qi_work *w = &t->notes->work;
+    const qi_group *g = &t->notes->group;
+#pragma unroll 1
+    for (int n = 0; n < KEYS / 8; n++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int m = r->m[i / 2], index = first + n * 8 + (int)threadIdx.x % 4 * 2 + i % 2;
+            float x = SOFTMAX ? -QI_INFINITY : 0.f;
+            if (index >= w->kv_begin && index < w->kv_end)
+                x = score(c, g, t->rows[m].row, prefill_head(w, m), index, g->kv_offset + index,
+                          s[i], fabsf(t->rows[m].scale));
+            s[i] = x;
+        }
+        float x[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) x[i] = s[i];
+#pragma unroll
+        for (int i = 0; i < NUM_SCORES - 4; i++) s[i] = s[i + 4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) s[NUM_SCORES - 4 + i] = x[i];
+    }
+}
+
+/* From products of the block at `first` to scores. */
+QI_INLINE void finish_scores(const attention_cuda_params *c, const tile_item *t, int first,
+                             const two_rows *r, float *s)
+{
+    if (GENERAL_SCORES) {
+        general_scores(c, t, first, r, s);
+        return;
+    }
+    if (SOFT_CAP) cap_scores(c->at.logits_soft_cap, t, r, s);
+    if (first < t->notes->plain_begin || first + KEYS > t->notes->plain_end)
+        mask_scores(&c->at, t, first, r, s);
+}
+
+/* The maximum that weights are relative to follows the true one only where that would be 2^8 above it, so that o is
+ * seldom multiplied, and stays far from what f32 and the tensor cores' types hold. shrink: what the rows' sums and o
+ * are to be multiplied by; returns whether any of the warp's is not 1. */
+QI_INLINE int follow_maxima(const float *s, two_rows *r, float shrink[2])
+{
+    float top[2];
+    int grew = 0;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        float x = s[2 * h], y = s[2 * h + 1]; /* two chains are faster than one */
+#pragma unroll
+        for (int i = 4 + 2 * h; i < NUM_SCORES; i += 4) {
+            x = fmaxf(x, s[i]);
+            y = fmaxf(y, s[i + 1]);
+        }
+        top[h] = fmaxf(x, y) * r->scale[h];
+        grew |= top[h] > r->max[h] + 8.f;
+        shrink[h] = 1.f;
+    }
+    if (!__any_sync(ALL_LANES, grew))
+        return 0; /* of no lane's keys: the row's other lanes need not be asked */
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        float x = top[h];
+        x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
+        x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
+        if (x <= r->max[h] + 8.f) continue;
+        shrink[h] = ex2(r->max[h] - x);
+        r->max[h] = x;
+        r->sum[h] *= shrink[h];
+    }
+    return 1;
+}
+
+/* Scores to weights, 2^(scale s - max), and this lane's part of their sum. */
+QI_INLINE void weigh_scores(two_rows *r, float *s)
+{
+#pragma unroll
+    for (int i = 0; i < NUM_SCORES; i++) {
+        const int h = i / 2 % 2;
+        s[i] = ex2(fmaf(s[i], r->scale[h], -r->max[h]));
+        r->sum[h] += s[i];
+    }
+}
+
+/* Weights as the left operand of the next product. */
+QI_INLINE void pack_weights(const float *s, u32 *weights)
+{
+#pragma unroll
+    for (int i = 0; i < NUM_SCORES; i += 2) weights[i / 2] = pack_pair(s[i], s[i + 1]);
+}
+
+#endif

@@ -1,0 +1,365 @@
+/* wgmma_tile.cuh - the warpgroups that compute on Hopper: 64 rows each of one KV head's queries, tokens times heads of
+ * the group, against keys and values that other warps bring. FlashAttention-3 (Shah et al. 2024): the scores of a
+ * block are multiplied together with the values of the block before, so that a softmax runs beside a product.
+ *
+ * Bound: the tensor cores, 2 (head_dim_qk + head_dim_vo) flops a row and key.
+ * SPDX-License-Identifier: Apache-2.0 */
+#ifndef QI_ATTENTION_WGMMA_TILE_CUH
+#define QI_ATTENTION_WGMMA_TILE_CUH
+
+#include "ops/attention/merge_rows.cuh"
+#include "ops/attention/wgmma_scores.cuh"
+
+#define WGMMA_CALL_(n, form, type) wgmma_m64n##n##k16_##form##_##type
+#define WGMMA_CALL(n, form, type)  WGMMA_CALL_(n, form, type)
+#define MULTIPLY(n, form, ...)                                                                     \
+    (MMA_TYPE == QI_BF16 ? WGMMA_CALL(n, form, bf16)(__VA_ARGS__)                                  \
+                         : WGMMA_CALL(n, form, f16)(__VA_ARGS__))
+
+/* ---- products ------------------------------------------------------------------------------- */
+
+/* Begins s = q k^T; q: of the warpgroup's rows. */
+QI_INLINE void multiply_keys(u32 q, u32 k, float *s)
+{
+#pragma unroll
+    for (int i = 0; i < (HEAD_DIM_QK + 15) / 16; i++)
+        MULTIPLY(KEYS, ss, s, wgmma_descriptor(q, (u32)(i / 4 * Q_CHUNK_BYTES + i % 4 * 32)),
+                 wgmma_descriptor(k, (u32)(i / 4 * KV_CHUNK_BYTES + i % 4 * 32)), i > 0);
+    wgmma_commit_group();
+}
+
+/* Begins o += weights v. */
+QI_INLINE void multiply_values(const u32 *weights, u32 v, float *o)
+{
+#pragma unroll
+    for (int i = 0; i < KEYS / 16; i++)
+        MULTIPLY(COLUMNS, rs, o, weights + 4 * i, wgmma_descriptor(v, (u32)i * 2048));
+    wgmma_commit_group();
+}
+
+QI_INLINE void hold_scores(float *s)
+{
+#pragma unroll
+    for (int i = 0; i < NUM_SCORES; i++) wgmma_hold(s[i]);
+}
+
+QI_INLINE void hold_sums(float *o)
+{
+#pragma unroll
+    for (int i = 0; i < NUM_SUMS; i++) wgmma_hold(o[i]);
+}
+
+/* ---- blocks --------------------------------------------------------------------------------- */
+
+/* A warpgroup at its work. */
+typedef struct worker {
+    const wgmma_params *p;
+    char *shared;
+    tile_barriers *b;
+    int group, tid; /* number of the warpgroup, and of the thread in it */
+    ring keys, values;
+} worker;
+
+QI_INLINE u32 tile_of_keys(const worker *t)
+{
+    return wgmma_tile(t->shared + K_AT + t->keys.stage * K_BYTES, 0);
+}
+
+QI_INLINE u32 tile_of_values(const worker *t)
+{
+    return wgmma_tile(t->shared + V_AT + t->values.stage * V_BYTES, KV_CHUNK_BYTES);
+}
+
+QI_INLINE void pass_keys(worker *t)
+{
+    if (t->tid == 0) mbarrier_arrive(&t->b->k_empty[t->keys.stage]);
+    ring_next(&t->keys, STAGES);
+}
+
+QI_INLINE void pass_values(worker *t)
+{
+    if (t->tid == 0) mbarrier_arrive(&t->b->v_empty[t->values.stage]);
+    ring_next(&t->values, STAGES);
+}
+
+/* Makes rows [begin, end) of a stage of values zero. */
+QI_INLINE void clear_values(char *v, int begin, int end, int tid)
+{
+#pragma unroll
+    for (int c = 0; c < VO_CHUNKS; c++)
+        for (int i = begin * 8 + tid; i < end * 8; i += 128)
+            *(uint4 *)(v + c * KV_CHUNK_BYTES + i * 16) = make_uint4(0, 0, 0, 0);
+}
+
+/* Waits for the values of the block at `first`. Those of keys that are not the item's become zeros, since a weight
+ * of 0 times what lies there may be NaN; every warpgroup sees to it itself. */
+QI_INLINE void await_values(worker *t, const tile_item *item, int first)
+{
+    const qi_work *w = &item->notes->work;
+    const int begin = w->kv_begin - first, end = w->kv_end - first; /* rows of the item's keys */
+    mbarrier_wait(&t->b->v_full[t->values.stage], t->values.parity);
+    if (begin <= 0 && end >= KEYS) return;
+    char *v = t->shared + V_AT + t->values.stage * V_BYTES;
+    clear_values(v, 0, begin, t->tid);
+    clear_values(v, end, KEYS, t->tid);
+    fence_proxy_async();
+    bar_sync(1 + t->group, 128);
+}
+
+/* From a block's products to weights. Returns whether o is to be multiplied by shrink first. */
+QI_INLINE int weigh_block(const worker *t, const tile_item *item, int first, two_rows *r, float *s,
+                          float shrink[2])
+{
+    finish_scores(&t->p->c, item, first, r, s);
+    if (!SOFTMAX) return 0;
+    const int grew = follow_maxima(s, r, shrink);
+    weigh_scores(r, s);
+    return grew;
+}
+
+/* The item's rows of this warpgroup: their weighted sums of v to o. */
+QI_INLINE void walk_blocks(worker *t, const tile_item *item, const char *queries, two_rows *r,
+                           float *o)
+{
+    queries += t->group * 8192;
+    float s[NUM_SCORES], shrink[2];
+    u32 weights[NUM_SCORES / 2];
+#pragma unroll
+    for (int i = 0; i < NUM_SUMS; i++) o[i] = 0.f;
+    if (item->blocks == 0) return;
+    mbarrier_wait(&t->b->k_full[t->keys.stage], t->keys.parity);
+    wgmma_fence();
+    multiply_keys(wgmma_tile(queries, 0), tile_of_keys(t), s);
+    wgmma_wait_group(0);
+    hold_scores(s);
+    pass_keys(t);
+    int first = item->first;
+    weigh_block(t, item, first, r, s, shrink);
+    pack_weights(s, weights);
+#pragma unroll 1
+    for (int i = 1; i < item->blocks; i++) {
+        const u32 q = wgmma_tile(queries, 0), k = tile_of_keys(t), v = tile_of_values(t);
+        mbarrier_wait(&t->b->k_full[t->keys.stage], t->keys.parity);
+        wgmma_fence();
+        multiply_keys(q, k, s);
+        await_values(t, item, first);
+        wgmma_fence();
+        multiply_values(weights, v, o);
+        wgmma_wait_group(1);
+        hold_scores(s);
+        pass_keys(t);
+        first += KEYS;
+        const int grew = weigh_block(t, item, first, r, s, shrink);
+        hold_scores(s);
+        compute_by_now(r->sum[0]);
+        compute_by_now(r->sum[1]);
+        wgmma_wait_group(0);
+        hold_sums(o);
+        pass_values(t);
+        if (grew) {
+#pragma unroll
+            for (int j = 0; j < NUM_SUMS; j++) o[j] *= shrink[j / 2 % 2];
+        }
+        pack_weights(s, weights);
+    }
+    await_values(t, item, first);
+    wgmma_fence();
+    multiply_values(weights, tile_of_values(t), o);
+    wgmma_wait_group(0);
+    hold_sums(o);
+    pass_values(t);
+}
+
+/* Of an item without rows of this warpgroup: blocks pass unused. */
+QI_INLINE void skip_blocks(worker *t, const tile_item *item)
+{
+#pragma unroll 1
+    for (int i = 0; i < item->blocks; i++) {
+        mbarrier_wait(&t->b->k_full[t->keys.stage], t->keys.parity);
+        bar_sync(1 + t->group, 128); /* or a stage could pass a warp twice */
+        pass_keys(t);
+        mbarrier_wait(&t->b->v_full[t->values.stage], t->values.parity);
+        bar_sync(1 + t->group, 128);
+        pass_values(t);
+    }
+}
+
+/* ---- results -------------------------------------------------------------------------------- */
+
+/* Completes the lane's two rows but for o: norm multiplies their weighted sums of v. */
+QI_INLINE void finish_rows_of_lane(const attention_cuda_params *c, const tile_item *item,
+                                   const two_rows *r, float norm[2])
+{
+    const qi_work *w = &item->notes->work;
+    const int lane = tid_x() % WARP;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const int m = r->m[h];
+        float total = r->sum[h], mine = 1.f;
+        total += __shfl_xor_sync(ALL_LANES, total, 1);
+        total += __shfl_xor_sync(ALL_LANES, total, 2);
+        if (lane % 4 == 0 && m < w->num_rows * GROUP_SIZE) {
+            const int seen = total > 0.f || total != total;
+            if (w->slot < 0) {
+                mine = finish_row(c, item->rows[m].row, prefill_head(w, m), r->max[h], total, 1);
+            } else {
+                if (SOFTMAX) mine = seen ? 1.f / total : 0.f;
+                c->at.plan.lse_partial[(i64)w->slot + m] =
+                    seen ? r->max[h] + log2f(total) : -QI_INFINITY;
+            }
+        }
+        norm[h] = __shfl_sync(ALL_LANES, mine, lane & ~3);
+    }
+}
+
+/* 16 bytes of a row of 128 in shared memory, where rows of 64 dims stand one beside the other as those of queries: piece
+ * i of row `row` of the warp. Exchanged, so that neither rows nor columns meet in a bank. */
+QI_INLINE char *staged_piece(char *stage, int row, int i)
+{
+    return stage + i / 8 * Q_CHUNK_BYTES + row * 128 + ((i % 8) ^ (row % 8)) * 16;
+}
+
+#if !defined(VARIANT_OUTPUT) && (DTYPE_O == 1 || DTYPE_O == 2)
+enum { PLAIN_OUTPUTS = 1 }; /* 16 bits, and no more to do */
+#else
+enum { PLAIN_OUTPUTS = 0 };
+#endif
+_Static_assert(QI_F16 == 1 && QI_BF16 == 2, "as above");
+
+/* Writes the warp's 16 rows of the tile, from row_begin on, by way of shared memory where their queries were. */
+QI_INLINE void store_plain_rows(const attention_cuda_params *c, const tile_item *item,
+                                const float *o, const float norm[2], char *stage, int row_begin)
+{
+    enum { PASS = QK_CHUNKS < VO_CHUNKS ? 64 * QK_CHUNKS : COLUMNS, PIECES = PASS / 8 };
+    const attention_params *p = &c->at;
+    const qi_work *w = &item->notes->work;
+    const int lane = tid_x() % WARP, all = w->num_rows * GROUP_SIZE;
+#pragma unroll
+    for (int pass = 0; pass < COLUMNS; pass += PASS) {
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < PIECES && pass / 8 + i < COLUMNS / 8; i++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const float *x = &o[4 * (pass / 8 + i) + 2 * h];
+                const float even = x[0] * norm[h], odd = x[1] * norm[h];
+                *(u32 *)(staged_piece(stage, lane / 4 + 8 * h, i) + lane % 4 * 4) =
+                    DTYPE_O == QI_BF16 ? f32_to_bf16x2(even, odd) : f32_to_f16x2(even, odd);
+            }
+        __syncwarp();
+#pragma unroll 4
+        for (int i = lane; i < 16 * PIECES; i += WARP) {
+            const int row = i / PIECES, piece = i % PIECES, d = pass + piece * 8;
+            const int m = row_begin + row;
+            if (m >= all || d >= HEAD_DIM_VO) continue;
+            const i64 at =
+                item->rows[m].row.token * p->o_stride[0] + prefill_head(w, m) * p->o_stride[1] + d;
+            *(uint4 *)qi_to(p->o, DTYPE_O, at) = *(const uint4 *)staged_piece(stage, row, piece);
+        }
+    }
+}
+
+/* The same of rows of any type, and of partial ones: as f32. */
+QI_INLINE void store_rows(const attention_cuda_params *c, const tile_item *item, const float *o,
+                          const float norm[2], char *stage, int row_begin, int aligned)
+{
+    enum { PASS = 32 * QK_CHUNKS, EIGHTS = PASS / 8 };
+    const qi_work *w = &item->notes->work;
+    const int lane = tid_x() % WARP, all = w->num_rows * GROUP_SIZE;
+#pragma unroll
+    for (int pass = 0; pass < COLUMNS; pass += PASS) {
+        __syncwarp();
+#pragma unroll
+        for (int j = 0; j < EIGHTS && pass / 8 + j < COLUMNS / 8; j++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const float *x = &o[4 * (pass / 8 + j) + 2 * h];
+                *(float2 *)(staged_piece(stage, lane / 4 + 8 * h, 2 * j + lane % 4 / 2) +
+                            lane % 2 * 8) = make_float2(x[0] * norm[h], x[1] * norm[h]);
+            }
+        __syncwarp();
+#pragma unroll 1
+        for (int i = lane; i < 16 * EIGHTS; i += WARP) {
+            const int row = i / EIGHTS, j = i % EIGHTS, d = pass + j * 8, m = row_begin + row;
+            float x[8];
+            if (m >= all || d >= HEAD_DIM_VO) continue;
+            *(float4 *)&x[0] = *(const float4 *)staged_piece(stage, row, 2 * j);
+            *(float4 *)&x[4] = *(const float4 *)staged_piece(stage, row, 2 * j + 1);
+            if (w->slot < 0)
+                store_piece(c, &item->rows[m], prefill_head(w, m), d, x, aligned);
+            else
+                qi_store(c->at.plan.o_partial + ((i64)w->slot + m) * HEAD_DIM_VO + d, x, QI_F32, 8);
+        }
+    }
+}
+
+/* The block that finishes a tile's last piece merges it. */
+QI_INLINE void finish_piece_of(worker *t, const qi_work *w)
+{
+    const attention_cuda_params *c = &t->p->c;
+    const qi_merge *tile = &c->at.plan.merge[w->merge];
+    const int tid = t->group * 128 + t->tid;
+    bar_sync(BAR_CONSUMERS, CONSUMERS);
+    if (tid == 0) t->b->is_last = draw_ticket(&c->at, w->merge) == tile->num_pieces - 1;
+    bar_sync(BAR_CONSUMERS, CONSUMERS);
+    if (t->b->is_last) merge_tile(c, tile, w->merge, tid, CONSUMERS);
+}
+
+/* ---- items ---------------------------------------------------------------------------------- */
+
+QI_INLINE void compute_item(worker *t, const prefill_item_notes *notes, u32 buffer)
+{
+    const attention_cuda_params *c = &t->p->c;
+    char *queries = t->shared + buffer * Q_BYTES;
+    tile_item item = {notes, item_rows(t->shared, buffer), 0, 0};
+    const qi_work *w = &item.notes->work;
+    item.first = first_key(t->p, w->kv_begin);
+    item.blocks = num_blocks(item.first, w->kv_end);
+    if (w->num_rows * GROUP_SIZE <= 64 * t->group) {
+        skip_blocks(t, &item);
+        return;
+    }
+    const int row_begin = t->group * 64 + t->tid / WARP * 16;
+    two_rows r;
+    float o[NUM_SUMS], norm[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        r.m[h] = row_begin + t->tid % WARP / 4 + 8 * h;
+        r.scale[h] = GENERAL_SCORES || SOFT_CAP ? 1.f : fabsf(item.rows[r.m[h]].scale) * QI_LOG2E;
+        r.max[h] = PREFILL_LOWEST;
+        r.sum[h] = 0.f;
+    }
+    walk_blocks(t, &item, queries, &r, o);
+    finish_rows_of_lane(c, &item, &r, norm);
+    bar_sync(1 + t->group, 128); /* all of the warpgroup's products with its queries are done */
+    const int aligned = outputs_aligned(&c->at);
+    if (PLAIN_OUTPUTS && aligned && w->slot < 0 && qi_scale_is_one(&c->o_scale))
+        store_plain_rows(c, &item, o, norm, queries + row_begin * 128, row_begin);
+    else
+        store_rows(c, &item, o, norm, queries + row_begin * 128, row_begin, aligned);
+    fence_proxy_async();
+}
+
+QI_INLINE void compute_items(const wgmma_params *p, char *shared)
+{
+    const int tid = (int)threadIdx.x - 128, one_level = p->c.at.plan.header->num_levels == 1;
+    worker t = {p,      shared, barriers_of(shared), (int)uniform((u32)tid / 128), tid % 128,
+                {0, 0}, {0, 0}};
+    ring note = {0, 0}, buffer = {0, 0};
+#pragma unroll 1
+    for (;;) {
+        const prefill_item_notes *notes = item_notes(shared, note.stage);
+        mbarrier_wait(&t.b->noted[note.stage], note.parity);
+        if (notes->work.num_rows == 0) return;
+        mbarrier_wait(&t.b->rows_full[buffer.stage], buffer.parity);
+        compute_item(&t, notes, buffer.stage);
+        const qi_work w = notes->work;
+        forget_item(t.b, note.stage);
+        if (t.tid % WARP == 0) mbarrier_arrive(&t.b->rows_empty[buffer.stage]);
+        if (w.slot >= 0 && one_level) finish_piece_of(&t, &w);
+        ring_next(&note, WGMMA_NOTES);
+        ring_next(&buffer, BUFFERS);
+    }
+}
+
+#endif
