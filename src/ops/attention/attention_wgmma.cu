@@ -46,6 +46,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
 }
 
+#if MIXED /* several levels */
 extern "C" __global__ void __launch_bounds__(MERGE_THREADS, 4)
     attention_levels(const __grid_constant__ attention_cuda_params p)
 {
@@ -54,3 +55,4 @@ extern "C" __global__ void __launch_bounds__(MERGE_THREADS, 4)
     griddepcontrol_launch_dependents();
     merge_levels(&p, lists);
 }
+#endif

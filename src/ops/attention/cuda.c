@@ -141,7 +141,7 @@ static qkv_status compile_kernels(qkv_attention *a)
         write_constants(a, constants);
     qi_write_defines(&a->row->cuda, constants, defines, sizeof defines);
     return qi_variant_compile_cuda(a->ctx, &a->spec, &a->variant, a->row, defines, names,
-                                   a->cuda.functions);
+                                   a->limits.max_levels > 1 ? 2 : 1, a->cuda.functions);
 }
 
 qkv_status qi_attention_cuda_compile(qkv_attention *a)

@@ -164,8 +164,8 @@ qkv_status qi_variant_compile(const qkv_context *ctx, const qkv_attention_spec *
 
 qkv_status qi_variant_compile_cuda(const qkv_context *ctx, const qkv_attention_spec *spec,
                                    const variant_table *table, const qi_kernel *row,
-                                   const char *defines, const char *const names[2],
-                                   cu_function out[2])
+                                   const char *defines, const char *const *names, i32 count,
+                                   cu_function *out)
 {
     char what[VARIANT_MAX_NAME + 16], *header = NULL;
     qi_source source = {
@@ -177,7 +177,7 @@ qkv_status qi_variant_compile_cuda(const qkv_context *ctx, const qkv_attention_s
         source.what = what;
         source.header = header;
     }
-    const qkv_status status = qi_compile_cuda(ctx, &source, names, 2, out);
+    const qkv_status status = qi_compile_cuda(ctx, &source, names, count, out);
     free(header);
     return status;
 }

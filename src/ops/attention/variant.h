@@ -38,11 +38,11 @@ qkv_status qi_variant_read(const qkv_variant *variant, variant_table *out);
 qkv_status qi_variant_compile(const qkv_context *ctx, const qkv_attention_spec *spec,
                               const variant_table *table, qi_cpu_kernel entries[2]);
 
-/* The same on a GPU, with or without a variant: out[i] is the kernel names[i] of the row's file. */
+/* The same on a GPU, with or without a variant: out[i] is the kernel names[i] of the row's file, for i < count. */
 qkv_status qi_variant_compile_cuda(const qkv_context *ctx, const qkv_attention_spec *spec,
                                    const variant_table *table, const qi_kernel *row,
-                                   const char *defines, const char *const names[2],
-                                   cu_function out[2]);
+                                   const char *defines, const char *const *names, i32 count,
+                                   cu_function *out);
 
 /* Fills variant_params from a layer's arguments. INVALID names the parameter. */
 qkv_status qi_variant_pack(const variant_table *table, const qkv_attention_io *io,
