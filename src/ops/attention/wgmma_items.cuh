@@ -38,7 +38,7 @@ typedef struct tile_barriers {
     u64 rows_full[BUFFERS], rows_empty[BUFFERS];    /* queries and what is noted of rows */
     u64 k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
     int is_last;                      /* did this block finish the item's tile? */
-    int plain_q[ITEM_THREADS / WARP]; /* of each warp's rows */
+    u32 queries[ITEM_THREADS / WARP]; /* their kind, of each warp's rows */
 } tile_barriers;
 _Static_assert(sizeof(tile_barriers) <= WGMMA_BARRIERS_BYTES, "as launched");
 
@@ -147,15 +147,39 @@ QI_INLINE void convert_queries(const attention_cuda_params *c, const qi_work *w,
     fence_proxy_async();
 }
 
-/* Can the item's queries be copied as they are: are its tokens neighbours, and no scale negative? Asked of this
- * thread's rows. */
-QI_INLINE int plain_queries(const wgmma_params *p, const qi_work *w, const prefill_row *rows,
-                            int tid)
+/* The same of queries that can be copied as they are. */
+QI_INLINE void copy_queries(const attention_cuda_params *c, const qi_work *w,
+                            const prefill_row *rows, char *q, int tid)
 {
-    int plain = p->q_by_tma && !CHANGES_QUERIES;
-    for (int m = tid; m < w->num_rows * GROUP_SIZE; m += ITEM_THREADS)
-        plain &= rows[m].scale > 0.f && rows[m].row.token == rows[0].row.token + m / GROUP_SIZE;
-    return plain;
+    enum { PIECES = QK_CHUNKS * 8 };
+    const attention_params *p = &c->at;
+#pragma unroll 2
+    for (int i = tid; i < w->num_rows * GROUP_SIZE * PIECES; i += ITEM_THREADS) {
+        const int m = i / PIECES, d = i % PIECES * 8, left = (HEAD_DIM_QK - d) * 2;
+        const int bytes = left < 0 ? 0 : left < 16 ? left : 16;
+        const i64 at = rows[m].row.token * p->q_stride[0] + prefill_head(w, m) * p->q_stride[1];
+        cp_async_16(query_at(q, m, d), qi_at(p->q, DTYPE_Q, at + (bytes > 0 ? d : 0)), (u32)bytes);
+    }
+    cp_async_commit_group();
+    cp_async_wait_group(0);
+    fence_proxy_async();
+}
+
+/* How an item's queries come: by way of f32; as they are, unless a scale is negative or they are of another type or
+ * at odd addresses; in one box, where tokens are neighbours, too. */
+enum { QUERIES_CONVERTED, QUERIES_COPIED, QUERIES_BOXED };
+
+/* Asked of this thread's rows. */
+QI_INLINE u32 kind_of_queries(const wgmma_params *p, const qi_work *w, const prefill_row *rows,
+                              int tid)
+{
+    u32 kind = QUERIES_BOXED;
+    if (!p->q_by_tma || CHANGES_QUERIES) return QUERIES_CONVERTED;
+    for (int m = tid; m < w->num_rows * GROUP_SIZE; m += ITEM_THREADS) {
+        if (rows[m].scale < 0.f) return QUERIES_CONVERTED;
+        if (rows[m].row.token != rows[0].row.token + m / GROUP_SIZE) kind = QUERIES_COPIED;
+    }
+    return kind;
 }
 
 /* ---- which items ---------------------------------------------------------------------------- */
@@ -207,11 +231,14 @@ QI_INLINE void prepare_rows(const wgmma_params *p, const prefill_item_notes *not
     for (int m = tid; m < TILE_ROWS; m += ITEM_THREADS)
         rows[m] = make_prefill_row(&p->c, w, &notes->group, m);
     bar_sync(BAR_ITEMS, ITEM_THREADS);
-    const int plain = __all_sync(ALL_LANES, plain_queries(p, w, rows, tid));
-    if (tid % WARP == 0) b->plain_q[tid / WARP] = plain;
+    const u32 of_warp = __reduce_min_sync(ALL_LANES, kind_of_queries(p, w, rows, tid));
+    if (tid % WARP == 0) b->queries[tid / WARP] = of_warp;
     bar_sync(BAR_ITEMS, ITEM_THREADS);
-    if (!b->plain_q[0] || !b->plain_q[1]) {
+    const u32 kind = b->queries[0] < b->queries[1] ? b->queries[0] : b->queries[1];
+    if (kind == QUERIES_CONVERTED) {
         convert_queries(&p->c, w, rows, q, tid);
+    } else if (kind == QUERIES_COPIED) {
+        copy_queries(&p->c, w, rows, q, tid);
     } else if (tid == 0) {
         enum { ROWS = TILE_ROWS / GROUP_SIZE * GROUP_SIZE };
         mbarrier_arrive_expect_tx(&b->rows_full[buffer], ROWS * 128 * QK_CHUNKS);
