@@ -8,6 +8,7 @@
 #include "support.h"
 
 #include <limits.h>
+#include <unistd.h>
 
 /* Types, as qi_dtype has them. */
 enum { F32, F16, BF16, E4M3, E5M2, I8 };
@@ -176,6 +177,44 @@ static void kernels_compile_for_every_generation(void **state)
     }
 }
 
+/* Where a disassembler is at hand: Hopper's kernel multiplies by warpgroups, copies by TMA, and gives registers from
+ * warpgroup to warpgroup. */
+static void hopper_uses_its_own_instructions(void **state)
+{
+    (void)state;
+    static const char *const wanted[] = {"HGMMA", "UTMALDG", "USETMAXREG"};
+    enum { WANTED = sizeof wanted / sizeof wanted[0] };
+    const qi_nvrtc *nvrtc = qi_nvrtc_find(0);
+    if (!nvrtc || system("nvdisasm --version >/dev/null 2>&1") != 0) skip();
+    const qi_kernel *row = find_row("attention.wgmma");
+    char defines[1024], path[] = "/tmp/qkv-wgmma-XXXXXX", command[64], line[512];
+    for (int i = 0; i < NUM_KERNELS; i++)
+        if (strcmp(kernels[i].row, row->name) == 0)
+            qi_write_defines(&row->cuda, kernels[i].constants, defines, sizeof defines);
+    const qi_jit_job job = {.what = row->name,
+                            .device = kDLCUDA,
+                            .level = "sm_90a",
+                            .defines = defines,
+                            .header = "",
+                            .main = row->cuda.file};
+    void *image;
+    size_t bytes;
+    EXPECT_OK(qi_nvrtc_compile(nvrtc, &job, &image, &bytes, NULL));
+    const int file = mkstemp(path);
+    assert_true(file >= 0 && write(file, image, bytes) == (ssize_t)bytes);
+    close(file);
+    free(image);
+    snprintf(command, sizeof command, "nvdisasm -c %s", path);
+    FILE *text = popen(command, "r");
+    bool found[WANTED] = {false};
+    while (text && fgets(line, sizeof line, text))
+        for (int i = 0; i < WANTED; i++) found[i] |= strstr(line, wanted[i]) != NULL;
+    assert_int_equal(text ? pclose(text) : -1, 0);
+    unlink(path);
+    for (int i = 0; i < WANTED; i++)
+        if (!found[i]) fail_msg("no %s in %s", wanted[i], row->name);
+}
+
 /* What a compiler says of a broken kernel reaches the caller. */
 static void errors_name_the_line(void **state)
 {
@@ -266,6 +305,7 @@ int main(void)
         cmocka_unit_test(every_row_is_here),
         cmocka_unit_test(results_are_kept_by_content),
         cmocka_unit_test(kernels_compile_for_every_generation),
+        cmocka_unit_test(hopper_uses_its_own_instructions),
         cmocka_unit_test(errors_name_the_line),
         cmocka_unit_test(levels_follow_the_device),
     };
