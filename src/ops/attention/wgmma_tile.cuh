@@ -117,11 +117,10 @@ QI_INLINE int weigh_block(const worker *t, const tile_item *item, int first, two
     return grew;
 }
 
-/* The item's rows of this warpgroup: their weighted sums of v to o. */
+/* 64 rows of the item, whose queries these are: their weighted sums of v to o. */
 QI_INLINE void walk_blocks(worker *t, const tile_item *item, const char *queries, two_rows *r,
                            float *o)
 {
-    queries += t->group * 8192;
     float s[NUM_SCORES], shrink[2];
     u32 weights[NUM_SCORES / 2];
 #pragma unroll
@@ -307,7 +306,8 @@ QI_INLINE void finish_piece_of(worker *t, const qi_work *w)
 
 /* ---- items ---------------------------------------------------------------------------------- */
 
-QI_INLINE void compute_item(worker *t, const prefill_item_notes *notes, u32 buffer)
+/* Warpgroups take 64 rows each; items of no more, which are often short, in turn. */
+QI_INLINE void compute_item(worker *t, const prefill_item_notes *notes, u32 buffer, int turn)
 {
     const attention_cuda_params *c = &t->p->c;
     char *queries = t->shared + buffer * Q_BYTES;
@@ -315,11 +315,12 @@ QI_INLINE void compute_item(worker *t, const prefill_item_notes *notes, u32 buff
     const qi_work *w = &item.notes->work;
     item.first = first_key(t->p, w->kv_begin);
     item.blocks = num_blocks(item.first, w->kv_end);
-    if (w->num_rows * GROUP_SIZE <= 64 * t->group) {
+    const int all = w->num_rows * GROUP_SIZE, part = all <= 64 ? 0 : t->group;
+    if (all <= 64 ? t->group != turn : all <= 64 * part) {
         skip_blocks(t, &item);
         return;
     }
-    const int row_begin = t->group * 64 + t->tid / WARP * 16;
+    const int row_begin = part * 64 + t->tid / WARP * 16;
     two_rows r;
     float o[NUM_SUMS], norm[2];
 #pragma unroll
@@ -329,7 +330,7 @@ QI_INLINE void compute_item(worker *t, const prefill_item_notes *notes, u32 buff
         r.max[h] = PREFILL_LOWEST;
         r.sum[h] = 0.f;
     }
-    walk_blocks(t, &item, queries, &r, o);
+    walk_blocks(t, &item, queries + part * 64 * 128, &r, o);
     finish_rows_of_lane(c, &item, &r, norm);
     bar_sync(1 + t->group, 128); /* all of the warpgroup's products with its queries are done */
     const int aligned = outputs_aligned(&c->at);
@@ -346,13 +347,14 @@ QI_INLINE void compute_items(const wgmma_params *p, char *shared)
     worker t = {p,      shared, barriers_of(shared), (int)uniform((u32)tid / 128), tid % 128,
                 {0, 0}, {0, 0}};
     ring note = {0, 0}, buffer = {0, 0};
+    int turn = 0;
 #pragma unroll 1
-    for (;;) {
+    for (;; turn = (turn + 1) % WARPGROUPS) {
         const prefill_item_notes *notes = item_notes(shared, note.stage);
         mbarrier_wait(&t.b->noted[note.stage], note.parity);
         if (notes->work.num_rows == 0) return;
         mbarrier_wait(&t.b->rows_full[buffer.stage], buffer.parity);
-        compute_item(&t, notes, buffer.stage);
+        compute_item(&t, notes, buffer.stage, turn);
         const qi_work w = notes->work;
         forget_item(t.b, note.stage);
         if (t.tid % WARP == 0) mbarrier_arrive(&t.b->rows_empty[buffer.stage]);
