@@ -93,8 +93,7 @@ typedef struct qi_plan {
     qi_work *work;    /* [max_work] */
     qi_merge *merge;  /* [max_merges] ascending slot */
     i32 *ticket;      /* [max_merges] pieces done; the last arriver merges and writes back 0 */
-    i32 *
-        claims; /* [2] a GPU's: items that blocks have taken, blocks that are done; 0 between runs */
+    i32 *claims;      /* [2] of a GPU: items taken, blocks done; 0 between runs */
     qi_group *groups; /* [max_groups] */
     i32 *rows;        /* [max_tokens] token of each row; one level: NULL, row = token */
     i32 *row_merge;   /* [max_levels][max_tokens][num_kv_heads] merge of a row's tile in a level, or

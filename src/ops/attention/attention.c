@@ -83,11 +83,8 @@ const qi_kernel qi_attention_kernels[] = {
      .reject = reject_builtin}, /* compiled by create */
     QI_CUDA_ROW("attention.wgmma", reject_wgmma, "ops/attention/attention_wgmma.cu", "attention",
                 QI_WGMMA_CONSTANT_NAMES),
-    QI_CUDA_ROW(
-        "attention.mma", reject_mma, "ops/attention/attention_mma.cu", "attention",
-        "HEAD_DIM_QK HEAD_DIM_VO GROUP_SIZE PAGE_SIZE DTYPE_Q DTYPE_KV DTYPE_O CAUSAL WINDOW "
-        "SOFT_CAP ALIBI CUSTOM_MASK SPARSE MIXED DECODE_ROWS DECODE_STAGES PREFILL "
-        "BLOCKS_PER_SM THREADS"),
+    QI_CUDA_ROW("attention.mma", reject_mma, "ops/attention/attention_mma.cu", "attention",
+                QI_SPEC_CONSTANT_NAMES "DECODE_ROWS DECODE_STAGES PREFILL BLOCKS_PER_SM THREADS"),
     QI_CUDA_ROW("attention.cuda", NULL, "ops/attention/attention.cu", "attention", "THREADS"),
     {0},
 };
@@ -299,8 +296,7 @@ enum { FIXED_CUT = 2048 };
 static i32 rows_of_tile(const qkv_attention *a)
 {
     if (a->ctx->device.device_type != kDLCUDA) return PREFILL_M;
-    return qi_attention_is_wgmma(a) ? 64 * a->wgmma.warpgroups
-                                    : PREFILL_TILE_M(a->spec.head_dim_vo);
+    return a->wgmma.used ? 64 * a->wgmma.warpgroups : PREFILL_TILE_M(a->spec.head_dim_vo);
 }
 
 /* What the scheduler needs, from a spec and limits with their defaults filled in. Costs are in
@@ -336,7 +332,7 @@ static qi_limits schedule_limits(const qkv_attention *a, qkv_attention_limits *l
         .cost_pair = 1,
         .cost_strip = cuda ? 0 : 4000, /* some 5 us: what waking a thread costs */
         .cost_cut = cuda ? 39000 : 0,
-        .cost_cut_prefill = cuda && qi_attention_is_wgmma(a) ? 500000 : 0, /* some 10 us */
+        .cost_cut_prefill = cuda && a->wgmma.used ? 500000 : 0, /* some 10 us */
         .num_units = cuda ? a->ctx->cuda.num_sms : 0,
     };
     const int64_t enough = enough_split_rows(&s, spec, limits);
@@ -426,7 +422,7 @@ void qi_attention_bind(qkv_attention *a, char *plan, char *scratch)
 static int32_t num_workers(const qkv_attention *a)
 {
     if (a->ctx->device.device_type != kDLCUDA) return qkv_context_num_threads(a->ctx);
-    return (qi_attention_is_wgmma(a) ? 1 : a->cuda.blocks_per_sm) * a->ctx->cuda.num_sms;
+    return (a->wgmma.used ? 1 : a->cuda.blocks_per_sm) * a->ctx->cuda.num_sms;
 }
 
 /* Reads spec and limits, chooses a row and measures the workspace; binds nothing. */
@@ -444,6 +440,7 @@ static qkv_status prepare(qkv_context *ctx, const qkv_attention_spec *spec,
         qi_attention_wgmma_configure(a);
     }
     QI_TRY(qi_select(ctx, qi_attention_kernels, a, &a->row));
+    a->wgmma.used = strcmp(a->row->name, "attention.wgmma") == 0;
     QI_TRY(qi_select(ctx, qi_attention_levels_kernels, a, &a->levels_row));
     if (a->limits.max_workers == 0) a->limits.max_workers = num_workers(a);
     a->schedule = schedule_limits(a, &a->limits);

@@ -272,10 +272,3 @@ QI_KERNEL(attention, attention_cuda_params)
         if (w.slot >= 0 && one_level) finish_piece(&p, &w, &t->is_last);
     }
 }
-
-QI_KERNEL(attention_levels, attention_cuda_params)
-{
-    extern __shared__ __align__(16) char lists[];
-    griddepcontrol_wait();
-    merge_levels(&p, lists);
-}

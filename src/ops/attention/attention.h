@@ -29,8 +29,9 @@ typedef struct attention_cuda {
     i32 stage, next; /* of the last plan; of the one being made */
 } attention_cuda;
 
-/* On Hopper, for operators that attention_wgmma.cu takes. */
+/* Shapes of attention_wgmma.cu's tiles. */
 typedef struct attention_wgmma {
+    i32 used;             /* was its row chosen? */
     i32 warpgroups, keys; /* that compute, of 64 rows each; keys of a block */
     i32 stages, buffers;  /* of keys and values; of queries */
     i32 piece;            /* keys that one copy brings, 0: they come row by row */
@@ -41,6 +42,12 @@ static inline i32 qi_attention_wgmma_threads(const attention_wgmma *w)
 {
     return 128 * (1 + w->warpgroups);
 }
+
+/* What the rows for tensor cores are compiled for of spec and limits, first of their constants. */
+enum { QI_SPEC_CONSTANTS = 14 };
+#define QI_SPEC_CONSTANT_NAMES                                                                     \
+    "HEAD_DIM_QK HEAD_DIM_VO GROUP_SIZE PAGE_SIZE DTYPE_Q DTYPE_KV DTYPE_O CAUSAL WINDOW "         \
+    "SOFT_CAP ALIBI CUSTOM_MASK SPARSE MIXED "
 
 struct qkv_attention {
     qkv_context *ctx;
@@ -87,6 +94,7 @@ void qi_attention_bind(qkv_attention *a, char *plan, char *scratch);
 
 /* cuda.c: what create, plan, run and destroy do beside on a GPU. */
 void qi_attention_cuda_configure(qkv_attention *a);
+void qi_attention_spec_constants(const qkv_attention *a, i32 out[QI_SPEC_CONSTANTS]);
 qkv_status qi_attention_cuda_compile(qkv_attention *a);
 qkv_status qi_attention_cuda_alloc(qkv_attention *a, const qkv_workspace_size *size,
                                    qkv_workspace *out);

@@ -58,14 +58,3 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     }
 #endif
 }
-
-#if MIXED /* several levels */
-extern "C" __global__ void __launch_bounds__(MERGE_THREADS, 4)
-    attention_levels(const __grid_constant__ attention_cuda_params p)
-{
-    extern __shared__ __align__(16) char lists[];
-    griddepcontrol_wait();
-    griddepcontrol_launch_dependents();
-    merge_levels(&p, lists);
-}
-#endif

@@ -45,14 +45,3 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         compute_items(&p, shared);
     }
 }
-
-#if MIXED /* several levels */
-extern "C" __global__ void __launch_bounds__(MERGE_THREADS, 4)
-    attention_levels(const __grid_constant__ attention_cuda_params p)
-{
-    extern __shared__ __align__(16) char lists[];
-    griddepcontrol_wait();
-    griddepcontrol_launch_dependents();
-    merge_levels(&p, lists);
-}
-#endif

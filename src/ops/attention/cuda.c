@@ -15,7 +15,7 @@
 enum {
     THREADS = 128,
     WARPS = THREADS / 32,
-    NUM_CONSTANTS = 19,
+    NUM_CONSTANTS = QI_SPEC_CONSTANTS + 5,
     MOST_CONSTANTS = QI_WGMMA_CONSTANTS
 };
 
@@ -55,11 +55,9 @@ void qi_attention_cuda_configure(qkv_attention *a)
     c->shared_bytes = (u32)max32(c->decode_rows ? shared + c->decode_stages * slots : 0, prefill);
 }
 
-/* Of attention.mma, in the order of its row's names. */
-static void write_constants(const qkv_attention *a, i32 *out)
+void qi_attention_spec_constants(const qkv_attention *a, i32 out[QI_SPEC_CONSTANTS])
 {
     const qkv_attention_spec *s = &a->spec;
-    const attention_cuda *c = &a->cuda;
     const i32 constants[] = {
         s->head_dim_qk,
         s->head_dim_vo,
@@ -75,14 +73,20 @@ static void write_constants(const qkv_attention *a, i32 *out)
         s->mask == QKV_MASK_CUSTOM,
         a->limits.max_row_blocks > 0,
         a->limits.max_levels > 1,
-        c->decode_rows,
-        c->decode_stages,
-        c->prefill,
-        c->blocks_per_sm,
-        THREADS,
     };
-    _Static_assert(sizeof constants / sizeof *constants == NUM_CONSTANTS, "the row's names");
+    _Static_assert(sizeof constants / sizeof *constants == QI_SPEC_CONSTANTS, "their names");
     memcpy(out, constants, sizeof constants);
+}
+
+/* Of attention.mma, in the order of its row's names. */
+static void write_constants(const qkv_attention *a, i32 *out)
+{
+    const attention_cuda *c = &a->cuda;
+    const i32 own[] = {c->decode_rows, c->decode_stages, c->prefill, c->blocks_per_sm, THREADS};
+    _Static_assert(QI_SPEC_CONSTANTS + sizeof own / sizeof *own == NUM_CONSTANTS,
+                   "the row's names");
+    qi_attention_spec_constants(a, out);
+    memcpy(out + QI_SPEC_CONSTANTS, own, sizeof own);
 }
 
 static int is_reference(const qkv_attention *a)
@@ -135,7 +139,7 @@ static qkv_status compile_kernels(qkv_attention *a)
     if (is_reference(a))
         a->cuda.shared_bytes =
             (u32)ATTENTION_SHARED_BYTES(a->spec.head_dim_qk, a->spec.head_dim_vo);
-    else if (qi_attention_is_wgmma(a))
+    else if (a->wgmma.used)
         qi_attention_wgmma_constants(a, constants);
     else
         write_constants(a, constants);
@@ -326,7 +330,7 @@ qkv_status qi_attention_cuda_run(qkv_attention *a, const attention_params *p,
                           .threads = THREADS,
                           .shared_bytes = a->cuda.shared_bytes,
                           .overlaps_before = 1};
-    if (qi_attention_is_wgmma(a))
+    if (a->wgmma.used)
         QI_TRY(qi_attention_wgmma_run(a, &c, stream));
     else
         QI_TRY(qi_cuda_launch(&a->ctx->cuda, a->cuda.functions[0], &grid, &c, stream));

@@ -163,4 +163,15 @@ QI_INLINE void merge_levels(const attention_cuda_params *c, char *shared)
     }
 }
 
+#if !defined(MIXED) || MIXED /* else there is one level */
+extern "C" __global__ void __launch_bounds__(MERGE_THREADS, 4)
+    attention_levels(const __grid_constant__ attention_cuda_params p)
+{
+    extern __shared__ __align__(16) char lists[];
+    griddepcontrol_wait();
+    griddepcontrol_launch_dependents();
+    merge_levels(&p, lists);
+}
+#endif
+
 #endif

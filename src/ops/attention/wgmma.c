@@ -83,39 +83,17 @@ const char *qi_attention_reject_wgmma(const qkv_attention *a)
     return NULL;
 }
 
-int qi_attention_is_wgmma(const qkv_attention *a)
-{
-    return strcmp(a->row->name, "attention.wgmma") == 0;
-}
-
 void qi_attention_wgmma_constants(const qkv_attention *a, i32 out[QI_WGMMA_CONSTANTS])
 {
-    const qkv_attention_spec *s = &a->spec;
     const attention_wgmma *w = &a->wgmma;
-    const i32 constants[QI_WGMMA_CONSTANTS] = {
-        s->head_dim_qk,
-        s->head_dim_vo,
-        s->num_qo_heads / s->num_kv_heads,
-        s->page_size,
-        (i32)qi_dtype_of(s->dtype_q),
-        (i32)qi_dtype_of(s->dtype_kv),
-        (i32)qi_dtype_of(s->dtype_o),
-        s->mask == QKV_MASK_CAUSAL,
-        (s->features & QKV_FEATURE_WINDOW) != 0,
-        (s->features & QKV_FEATURE_SOFT_CAP) != 0,
-        (s->features & QKV_FEATURE_ALIBI) != 0,
-        s->mask == QKV_MASK_CUSTOM,
-        0,
-        a->limits.max_levels > 1,
-        w->keys,
-        64 * WGMMA_CHUNKS(s->head_dim_vo),
-        w->piece,
-        w->warpgroups,
-        w->stages,
-        w->buffers,
-        qi_attention_wgmma_threads(w),
+    const i32 own[] = {
+        w->keys,    64 * WGMMA_CHUNKS(a->spec.head_dim_vo), w->piece, w->warpgroups, w->stages,
+        w->buffers, qi_attention_wgmma_threads(w),
     };
-    memcpy(out, constants, sizeof constants);
+    _Static_assert(QI_SPEC_CONSTANTS + sizeof own / sizeof *own == QI_WGMMA_CONSTANTS,
+                   "the row's names");
+    qi_attention_spec_constants(a, out);
+    memcpy(out + QI_SPEC_CONSTANTS, own, sizeof own);
 }
 
 /* ---- run ---------------------------------------------------------------------------------- */

@@ -8,17 +8,12 @@
 /* Why the kernel does not take what a was asked for; NULL: it does. a->wgmma says how it is compiled then. */
 const char *qi_attention_reject_wgmma(const qkv_attention *a);
 
-/* Was its row chosen? */
-int qi_attention_is_wgmma(const qkv_attention *a);
-
-/* Shapes of the kernel's tiles for a's spec and limits; keys 0: none. */
+/* Shapes of the kernel's tiles for a's spec and limits. */
 void qi_attention_wgmma_configure(qkv_attention *a);
 
-enum { QI_WGMMA_CONSTANTS = 21 };
+enum { QI_WGMMA_CONSTANTS = QI_SPEC_CONSTANTS + 7 };
 #define QI_WGMMA_CONSTANT_NAMES                                                                    \
-    "HEAD_DIM_QK HEAD_DIM_VO GROUP_SIZE PAGE_SIZE DTYPE_Q DTYPE_KV DTYPE_O CAUSAL WINDOW "         \
-    "SOFT_CAP ALIBI CUSTOM_MASK SPARSE MIXED KEYS COLUMNS PIECE WARPGROUPS STAGES BUFFERS "        \
-    "THREADS"
+    QI_SPEC_CONSTANT_NAMES "KEYS COLUMNS PIECE WARPGROUPS STAGES BUFFERS THREADS"
 void qi_attention_wgmma_constants(const qkv_attention *a, i32 out[QI_WGMMA_CONSTANTS]);
 
 /* Enqueues the launch. */
