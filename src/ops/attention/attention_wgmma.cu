@@ -11,7 +11,7 @@
 #include "ops/attention/wgmma_loads.cuh"
 #include "ops/attention/wgmma_tile.cuh"
 
-/* 65536 registers among the warpgroups. */
+/* Registers of a thread, of those that the block is launched with: a warpgroup that asks for more waits for ever. */
 #if WARPGROUPS == 3
 #define LOADING_REGISTERS   32
 #define COMPUTING_REGISTERS 160
@@ -22,6 +22,9 @@
 #define LOADING_REGISTERS   56
 #define COMPUTING_REGISTERS 224
 #endif
+_Static_assert(LOADING_REGISTERS * 128 + COMPUTING_REGISTERS * CONSUMERS <=
+                   65536 / THREADS / 8 * 8 * THREADS,
+               "as launched");
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attention(const __grid_constant__ wgmma_params p)
