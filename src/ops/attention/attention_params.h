@@ -72,6 +72,7 @@ enum {
     MAX_TILE_M = 32,     /* largest vector and panel of rows of any level */
     MERGE_THREADS = 128, /* of a block that merges levels on a GPU, and its shared memory */
     MERGE_SHARED_BYTES = 1024,
+    MERGE_BLOCKS = 8, /* of them at most, an SM: some wait while others end */
 };
 
 /* M of a prefill tile on a GPU: four warps of 32 rows, or of 16 where the sums of v take more registers. */

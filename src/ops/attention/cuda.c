@@ -310,6 +310,15 @@ qkv_status qi_attention_cuda_upload(qkv_attention *a, const qi_lengths *lengths,
 
 /* ---- run ---------------------------------------------------------------------------------- */
 
+/* A warp for each (row, query head), as far as is worth it: beside each other they hide that a row's loads wait for each
+ * other. */
+static u32 merge_blocks(const qkv_attention *a)
+{
+    const i32 warps = MERGE_THREADS / 32, parts = (a->spec.num_qo_heads + warps - 1) / warps;
+    const i64 all = a->limits.max_tokens * parts, most = MERGE_BLOCKS * a->ctx->cuda.num_sms;
+    return (u32)(all < most ? all : most);
+}
+
 qkv_status qi_attention_cuda_run(qkv_attention *a, const attention_params *p,
                                  const qi_scale scales[4], float sm_scale, void *stream)
 {
@@ -335,7 +344,7 @@ qkv_status qi_attention_cuda_run(qkv_attention *a, const attention_params *p,
     else
         QI_TRY(qi_cuda_launch(&a->ctx->cuda, a->cuda.functions[0], &grid, &c, stream));
     if (a->limits.max_levels == 1) return QKV_OK;
-    const qi_grid merge = {.x = (u32)a->limits.max_workers,
+    const qi_grid merge = {.x = merge_blocks(a),
                            .threads = MERGE_THREADS,
                            .shared_bytes = MERGE_SHARED_BYTES,
                            .overlaps_before = 1};
