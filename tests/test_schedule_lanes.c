@@ -75,10 +75,13 @@ static void schedule_in_many_lanes_gives_the_bytes_of_one(void **state)
             .cost_key = 1 + (i32)test_below(5),
             .cost_pair = 1,
             .cost_strip = test_below(2) ? 0 : test_below(5000),
+            .cost_piece = test_below(2) ? 0 : 1 + test_below(1000),
+            .near_keys = (i32)test_below(3) * 1000,
             .fixed_cuts = test_below(4) == 0,
             .max_split_rows = test_below(3) ? 1 << 20 : test_below(200),
         };
         if (limits.fixed_cuts) limits.cut_align = 512;
+        if (limits.near_keys > 0) limits.cost_cut_prefill = 1 + test_below(20000);
         i32 tokens = 0;
         qi_span spans[MAX_REQUESTS + 1];
         qi_strip begins[MAX_WORKERS + 1];

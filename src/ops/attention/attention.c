@@ -299,6 +299,13 @@ static i32 rows_of_tile(const qkv_attention *a)
     return a->wgmma.used ? 64 * a->wgmma.warpgroups : PREFILL_TILE_M(a->spec.head_dim_vo);
 }
 
+/* Keys of a KV head that take, with their values, 4 MB: a part of L2 that is in it whatever else is. */
+static i32 near_keys(const qkv_attention_spec *spec)
+{
+    const i32 bytes = (i32)qi_dtype_bytes((qi_dtype)qi_dtype_of(spec->dtype_kv));
+    return (4 << 20) / ((spec->head_dim_qk + spec->head_dim_vo) * bytes);
+}
+
 /* What the scheduler needs, from a spec and limits with their defaults filled in. Costs are in
  * units of one multiply-add over a whole head: reading a key costs about 3 of them a byte of its
  * elements on the CPUs measured (docs/performance.md), starting a tile about 200; on GPUs, whose
@@ -321,6 +328,7 @@ static qi_limits schedule_limits(const qkv_attention *a, qkv_attention_limits *l
         .window_left = spec->window_left,
         .window_right = spec->window_right,
         .cut_align = fixed                           ? FIXED_CUT
+                     : a->wgmma.used                 ? a->wgmma.keys
                      : !cuda && spec->page_size > 64 ? spec->page_size
                                                      : 64,
         .fixed_cuts = fixed,
@@ -331,8 +339,10 @@ static qi_limits schedule_limits(const qkv_attention *a, qkv_attention_limits *l
             (cuda ? 150 : 3) * (int32_t)qi_dtype_bytes((qi_dtype)qi_dtype_of(spec->dtype_kv)),
         .cost_pair = 1,
         .cost_strip = cuda ? 0 : 4000, /* some 5 us: what waking a thread costs */
+        .cost_piece = a->wgmma.used && limits->max_levels > 1 ? 200000 : 0, /* some 9000 cycles */
         .cost_cut = cuda ? 39000 : 0,
-        .cost_cut_prefill = cuda && a->wgmma.used ? 500000 : 0, /* some 10 us */
+        .cost_cut_prefill = a->wgmma.used ? 500000 : 0, /* some 10 us */
+        .near_keys = a->wgmma.used ? near_keys(spec) : 0,
         .num_units = cuda ? a->ctx->cuda.num_sms : 0,
     };
     const int64_t enough = enough_split_rows(&s, spec, limits);

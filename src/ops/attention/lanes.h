@@ -43,7 +43,7 @@ typedef struct qi_lanes {
     i32 id, count;
 } qi_lanes;
 
-enum { NUM_SUMS = 4, NUM_MOST = 2 };
+enum { NUM_SUMS = 6, NUM_MOST = 2 };
 
 #ifndef QI_LANES
 /* Each of NUM_SUMS values becomes the sum over lower lanes, totals that over all; and each of NUM_MOST numbers,

@@ -98,7 +98,7 @@ QI_INLINE i64 lanes_sum(qi_lanes lanes, i64 value)
 /* Complemented, the smallest is the largest. */
 QI_INLINE i64 lanes_min(qi_lanes lanes, i64 value)
 {
-    i64 none[NUM_SUMS] = {0, 0, 0, 0}, totals[NUM_SUMS];
+    i64 none[NUM_SUMS] = {0}, totals[NUM_SUMS];
     i64 most[NUM_MOST] = {0x7fffffffffffffffLL - value, 0};
     lanes_add(lanes, none, totals, most);
     return 0x7fffffffffffffffLL - most[0];

@@ -31,7 +31,7 @@ static void find_tile(const strips *s, const qi_lengths *in, const qi_limits *li
     }
     tile t;
     tile_at(in, limits, strip->group, index, &t);
-    const int cut = may_cut(s, limits, &t) && (!limits->fixed_cuts || span->pieces > 1);
+    const int cut = may_cut(s, &t) && (!limits->fixed_cuts || span->pieces > 1);
     strip->index = index;
     strip->nearer = cut_key(limits, &t, into, 0);
     strip->key = cut ? cut_key(limits, &t, into, 1) : strip->nearer;
@@ -117,7 +117,7 @@ static void cut_tiles(qi_lanes lanes, const strips *s, const qi_lengths *in,
                       const qi_limits *limits, i64 spare, i64 *totals)
 {
     const share own = share_of(lanes, s->last - 1); /* and 1 more: strip 0 begins with the line */
-    i64 sums[NUM_SUMS] = {0, 0, 0, 0}, most[NUM_MOST] = {0, 0};
+    i64 sums[NUM_SUMS] = {0}, most[NUM_MOST] = {0};
     QI_ROLLED
     for (i32 w = own.begin + 1; w <= own.end; w++) find_tile(s, in, limits, w);
     lanes_sync(lanes);
@@ -165,16 +165,14 @@ static i32 put_pieces(qi_work *work, const qi_work *piece, i32 index, i32 until,
 }
 
 /* Writes the pieces of a tile that end at or before key, but never the last; *w is the piece that
- * follows. Returns where that one goes. */
-static i32 emit_until(const qi_limits *limits, const tile *t, i32 key, i32 at, qi_work *w,
-                      const qi_plan *out)
+ * follows. parts: of each piece; 0: up to key is one. Returns where the piece that follows goes. */
+static i32 emit_until(const qi_limits *limits, const tile *t, i32 parts, i32 key, i32 at,
+                      qi_work *w, const qi_plan *out)
 {
     const i32 rows = (i32)rows_of(limits, t), align = limits->cut_align;
     QI_ROLLED
     for (;;) {
-        i32 end = key;
-        if (limits->fixed_cuts)
-            end = t->flags == QI_TILE_DECODE ? (w->kv_begin / align + 1) * align : t->kv_end;
+        const i32 end = parts > 0 ? (w->kv_begin / align + parts) * align : key;
         if (end <= w->kv_begin || end > key || end >= t->kv_end) return at;
         w->kv_end = end;
         put_pieces(out->work, w, at, at + 1, 1);
@@ -244,9 +242,9 @@ static void emit_begins(qi_lanes lanes, const strips *s, const qi_lengths *in, c
 }
 
 /* Writes tile `index`, its pieces between the strips from *w on that begin in it, and their work_indptr. *w
- * becomes the first that does not. */
+ * becomes the first that does not. place: of the tile among those of its group. */
 static void emit(const qi_lengths *in, const qi_limits *limits, i32 group, const tile *t, i32 index,
-                 i32 *w, const qi_plan *out)
+                 i32 place, i32 *w, const qi_plan *out)
 {
     const qi_group *g = &in->groups[group];
     const qi_span *span = &in->spans[group];
@@ -256,7 +254,7 @@ static void emit(const qi_lengths *in, const qi_limits *limits, i32 group, const
     QI_ROLLED
     while (next < past && in->strips[next].index == index) next++;
     const i32 pieces = span->pieces + in->strips[next].work - first->work;
-    i32 at = span->work + index * span->pieces + first->work, slot = -1, merge = -1;
+    i32 at = span->work + place * span->pieces + first->work, slot = -1, merge = -1;
     if (span->partial || pieces > 1) {
         slot = span->slots + first->slots;
         merge = span->merges + first->merges;
@@ -268,21 +266,22 @@ static void emit(const qi_lengths *in, const qi_limits *limits, i32 group, const
         merge += index;
     }
     qi_work piece = first_piece(group, t, slot, merge);
+    const i32 parts = span->pieces > 1 ? parts_of_piece(limits, t, span->pieces) : 0;
     QI_ROLLED
     for (; *w < next; ++*w) {
         const i32 key = in->strips[*w].key;
-        at = emit_until(limits, t, key, at, &piece, out);
+        at = emit_until(limits, t, parts, key, at, &piece, out);
         out->work_indptr[*w] = key == piece.kv_begin ? at : at + 1;
     }
-    if (pieces > 1) at = emit_until(limits, t, t->kv_end, at, &piece, out);
+    if (pieces > 1) at = emit_until(limits, t, parts, t->kv_end, at, &piece, out);
     piece.kv_end = t->kv_end;
     put_pieces(out->work, &piece, at, at + 1, 1);
     if (merge >= 0) emit_merge(in, limits, g, t, pieces, slot, merge, out);
 }
 
-/* Writes tiles of a group: `index` and every step-th after it. */
-static void emit_group(const qi_lengths *in, const qi_limits *limits, i32 group, i32 index,
-                       i32 step, const qi_plan *out)
+/* Writes tiles of a group: `index` and every step-th after it. turns: heads may take turns. */
+static void emit_group(const qi_lengths *in, const qi_limits *limits, i32 turns, i32 group,
+                       i32 index, i32 step, const qi_plan *out)
 {
     const qi_group *g = &in->groups[group];
     const qi_span *span = &in->spans[group];
@@ -309,14 +308,15 @@ static void emit_group(const qi_lengths *in, const qi_limits *limits, i32 group,
             t.kv_head = first_head + index;
         else
             make_prefill_tile(limits, g, index, &t);
-        emit(in, limits, group, &t, index, &w, out);
+        const i32 place = turns && !decode ? place_of(limits, g, index) : index;
+        emit(in, limits, group, &t, index, place, &w, out);
         index += step;
     }
 }
 
 /* Writes the work list: so many lanes a group as groups have tiles. */
-static void emit_all(qi_lanes lanes, const qi_lengths *in, const qi_limits *limits, i64 work,
-                     const qi_plan *out)
+static void emit_all(qi_lanes lanes, const qi_lengths *in, const qi_limits *limits, i32 turns,
+                     i64 work, const qi_plan *out)
 {
     i32 team = 1;
     QI_ROLLED
@@ -325,7 +325,7 @@ static void emit_all(qi_lanes lanes, const qi_lengths *in, const qi_limits *limi
     if (lanes.id >= teams * team) return;
     QI_ROLLED
     for (i32 g = lanes.id / team; g < in->num_groups; g += teams)
-        emit_group(in, limits, g, lanes.id % team, team, out);
+        emit_group(in, limits, turns, g, lanes.id % team, team, out);
 }
 
 /* Rows that a level has no tile for have nothing to merge there. */
@@ -343,6 +343,12 @@ static void clear_row_merge(qi_lanes lanes, const qi_lengths *in, const qi_limit
 
 /* ---- bounds ------------------------------------------------------------------------------- */
 
+/* Pieces of tiles beside their first, of all tiles together. */
+static i64 max_pieces(const qi_limits *limits)
+{
+    return limits->cost_piece > 0 ? (i64)ROUNDS * limits->num_workers : limits->num_workers - 1;
+}
+
 i64 qi_schedule_max_work(const qi_limits *limits, i64 max_tokens, i64 max_groups, i64 max_rows)
 {
     i64 tiles = max_groups < max_tokens ? max_groups : max_tokens;
@@ -352,7 +358,7 @@ i64 qi_schedule_max_work(const qi_limits *limits, i64 max_tokens, i64 max_groups
         tiles += limits->num_kv_heads * (max_tokens / limits->tile_rows +
                                          (long_groups < max_groups ? long_groups : max_groups));
     }
-    return tiles + limits->num_workers - 1;
+    return tiles + max_pieces(limits);
 }
 
 i64 qi_schedule_split_rows(const qi_limits *limits, i64 max_rows)
@@ -361,16 +367,17 @@ i64 qi_schedule_split_rows(const qi_limits *limits, i64 max_rows)
     i64 rows = decode * limits->group_size * (limits->split_heads ? 1 : limits->num_kv_heads);
     if (max_rows > limits->decode_rows && rows < (i64)limits->tile_rows * limits->group_size)
         rows = (i64)limits->tile_rows * limits->group_size;
-    return 2 * (i64)(limits->num_workers - 1) *
-           rows; /* n cuts make at most 2 n pieces of cut tiles */
+    /* n cuts make at most 2 n pieces of cut tiles; with several levels a tile's first has its partial rows anyhow */
+    return (limits->cost_piece > 0 ? 1 : 2) * max_pieces(limits) * rows;
 }
 
 i64 qi_schedule_rows_needed(const qi_lengths *in, const qi_limits *limits)
 {
-    i64 sums[NUM_SUMS] = {0, 0, 0, 0}, most[NUM_MOST] = {0, 0};
+    i64 sums[NUM_SUMS] = {0}, most[NUM_MOST] = {0};
     qi_span span;
     QI_ROLLED
-    for (i32 g = 0; g < in->num_groups; g++) measure(limits, &in->groups[g], &span, sums, most);
+    for (i32 g = 0; g < in->num_groups; g++)
+        measure(in, limits, &in->groups[g], 0, &span, sums, most);
     return sums[SLOTS];
 }
 
@@ -410,22 +417,102 @@ static i64 whole_strips(const strips *s, const qi_limits *limits, i64 largest)
     return largest * quotient(tiles + workers - 1, workers) <= longest ? workers : 0;
 }
 
+/* What pieces of tiles should cost, where workers take items as they come free, those of shared levels first: so that
+ * there are as many pieces of these as workers, or a few times as many where a worker's take less time then. No more than
+ * ROUNDS pieces a worker of all tiles. 0: strips cut them. */
+static i64 piece_cost(const qi_limits *limits, const i64 *totals)
+{
+    const i64 tiles = totals[SHARED], workers = limits->num_workers;
+    if (limits->cost_piece == 0 || limits->fixed_cuts || tiles == 0) return 0;
+    const i64 cost = quotient(totals[SHARED_COST], tiles);
+    i64 pieces = 1, least = NOWHERE;
+    QI_ROLLED
+    for (i64 rounds = 1; rounds <= ROUNDS; rounds++) {
+        const i64 n = quotient(rounds * workers, tiles);
+        if (n == 0) continue;
+        const i64 taken = quotient(tiles * n + workers - 1, workers);
+        const i64 time = taken * (limits->cost_piece + quotient(cost, n));
+        if (time >= least) continue;
+        least = time;
+        pieces = n;
+    }
+    const i64 piece = quotient(cost, pieces), smallest = quotient(totals[COST], ROUNDS * workers);
+    return piece > smallest ? piece : smallest + 1;
+}
+
+/* Measures all groups. Collective. */
+QI_OUTLINED void measure_all(qi_lanes lanes, const qi_lengths *in, const qi_limits *limits,
+                             i64 piece, i64 *sums, i64 *totals, i64 *most)
+{
+    const share own = share_of(lanes, in->num_groups);
+    for (int k = 0; k < NUM_SUMS; k++) sums[k] = 0;
+    for (int k = 0; k < NUM_MOST; k++) most[k] = 0;
+    QI_ROLLED
+    for (i32 g = own.begin; g < own.end; g++)
+        measure(in, limits, &in->groups[g], piece, &in->spans[g], sums, most);
+    lanes_add(lanes, sums, totals, most);
+}
+
+/* The same, of tiles in pieces where that is better and partial rows suffice. Returns whether they are. */
+static i32 measure_pieces(qi_lanes lanes, const qi_lengths *in, const qi_limits *limits, i64 *sums,
+                          i64 *totals, i64 *most)
+{
+    const i64 piece = piece_cost(limits, totals);
+    if (piece == 0) return 0;
+    measure_all(lanes, in, limits, piece, sums, totals, most);
+    if (totals[SLOTS] <= limits->max_split_rows) return 1;
+    measure_all(lanes, in, limits, 0, sums, totals, most);
+    return 0;
+}
+
+/* Where the work of shared levels ends, or begins: groups of either kind stand together. */
+static i32 border_of_shared(const qi_lengths *in, i32 work)
+{
+    i32 low = 0, high = in->num_groups;
+    QI_ROLLED
+    while (low < high) {
+        const i32 middle = low + (high - low) / 2;
+        if (is_shared(in, &in->groups[middle]) == is_shared(in, &in->groups[0]))
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    if (low == in->num_groups) return work;
+    return in->spans[low].work + in->strips[in->spans[low].strip].work;
+}
+
+/* Are workers to take items as they come free? Unless there are few, made equal by cuts. */
+static i32 is_claimed(const strips *s, const qi_limits *limits, i32 levels, i64 work, i64 merges,
+                      i64 largest_prefill)
+{
+    enum { MANY = 4 }; /* for a worker */
+    if (limits->cost_cut_prefill == 0) return 0;
+    return levels > 1 || merges == 0 || work >= (i64)MANY * limits->num_workers ||
+           (largest_prefill > 0 && !s->cut_prefill);
+}
+
 static void finish(qi_lanes lanes, const strips *s, const qi_lengths *in, const qi_limits *limits,
-                   const i64 *totals, const i64 *cuts, const qi_plan *out)
+                   const i64 *totals, const i64 *cuts, const i64 *most, const qi_plan *out)
 {
     const i32 work = (i32)(totals[WORK] + cuts[WORK]);
     QI_ROLLED
     for (i32 w = s->last + lanes.id; w <= limits->num_workers; w += lanes.count)
         out->work_indptr[w] = work;
     if (lanes.id != 0) return;
-    const qi_plan_header header = {.num_tokens = in->num_tokens,
-                                   .num_requests = in->num_requests,
-                                   .num_work = work,
-                                   .num_merges = (i32)(totals[MERGES] + cuts[MERGES]),
-                                   .num_strips = s->count,
-                                   .num_levels = in->num_levels,
-                                   .num_split_rows = totals[SLOTS] + cuts[SLOTS],
-                                   .cost_per_worker = s->size + (s->longer > 0)};
+    qi_plan_header header = {.num_tokens = in->num_tokens,
+                             .num_requests = in->num_requests,
+                             .num_work = work,
+                             .num_merges = (i32)(totals[MERGES] + cuts[MERGES]),
+                             .num_strips = s->count,
+                             .num_levels = in->num_levels,
+                             .num_split_rows = totals[SLOTS] + cuts[SLOTS],
+                             .cost_per_worker = s->size + (s->longer > 0)};
+    header.claimed = is_claimed(s, limits, in->num_levels, work, header.num_merges, most[PREFILL]);
+    if (in->num_levels > 1) {
+        const i32 border = border_of_shared(in, work), first = is_shared(in, &in->groups[0]);
+        header.shared_begin = first ? 0 : border;
+        header.num_shared = first ? border : work - border;
+    }
     out->work_indptr[0] = 0;
     *out->header = header;
 }
@@ -433,30 +520,31 @@ static void finish(qi_lanes lanes, const strips *s, const qi_lengths *in, const 
 void qi_schedule(qi_lanes lanes, const qi_lengths *in, const qi_limits *limits, const qi_plan *out)
 {
     const share groups = share_of(lanes, in->num_groups);
-    i64 sums[NUM_SUMS] = {0, 0, 0, 0}, totals[NUM_SUMS], cuts[NUM_SUMS], most[NUM_MOST] = {0, 0};
+    i64 sums[NUM_SUMS], totals[NUM_SUMS], cuts[NUM_SUMS], most[NUM_MOST];
     clear_row_merge(lanes, in, limits, out);
-    QI_ROLLED
-    for (i32 g = groups.begin; g < groups.end; g++)
-        measure(limits, &in->groups[g], &in->spans[g], sums, most);
-    lanes_add(lanes, sums, totals, most);
-    const i64 spare = limits->max_split_rows - totals[SLOTS];
-    if (spare < 0) {
+    measure_all(lanes, in, limits, 0, sums, totals, most);
+    if (totals[SLOTS] > limits->max_split_rows) {
         qi_schedule_nothing(lanes, limits, QI_PLAN_SPLIT_ROWS * 256, -1, out);
         return;
     }
+    const i32 in_pieces = measure_pieces(lanes, in, limits, sums, totals, most);
+    const i64 spare = limits->max_split_rows - totals[SLOTS];
     strips s = make_strips(limits, totals[COST], limits->num_workers);
-    if (limits->cost_cut > 0 && !limits->fixed_cuts && most[PREFILL] == 0) {
+    s.whole = in_pieces;
+    if (limits->cost_cut > 0 && !limits->fixed_cuts && !in_pieces && most[PREFILL] == 0) {
         const i64 count = whole_strips(&s, limits, most[DECODE]);
         if (count > 0 && count != s.count) s = make_strips(limits, totals[COST], count);
         s.whole = count > 0;
     }
-    s.cut_prefill = most[PREFILL] >
-                    (limits->cost_cut_prefill > 0 ? s.size + limits->cost_cut_prefill : s.size / 8);
+    s.cut_prefill =
+        !limits->fixed_cuts && !in_pieces &&
+        most[PREFILL] >
+            (limits->cost_cut_prefill > 0 ? s.size + limits->cost_cut_prefill : s.size / 8);
     place(&s, in, groups, sums);
     if (lanes.id == 0) in->spans[in->num_groups].strip = s.last;
     lanes_sync(lanes);
     cut_tiles(lanes, &s, in, limits, spare, cuts);
     emit_begins(lanes, &s, in, out);
-    emit_all(lanes, in, limits, totals[WORK], out);
-    finish(lanes, &s, in, limits, totals, cuts, out);
+    emit_all(lanes, in, limits, limits->near_keys > 0 && !s.cut_prefill, totals[WORK], out);
+    finish(lanes, &s, in, limits, totals, cuts, most, out);
 }

@@ -37,6 +37,9 @@ typedef struct qi_lengths {
     qi_strip *strips; /* [num_workers + 1] */
 } qi_lengths;
 
+/* Pieces that a worker takes at most of tiles that are cut equally. */
+enum { ROUNDS = 4 };
+
 /* What the operator's spec and limits fix. */
 typedef struct qi_limits {
     i32 num_workers;
@@ -53,9 +56,12 @@ typedef struct qi_limits {
     i32 cost_pair;  /* of one (query row, key) pair of one query head */
     i64 cost_strip; /* a strip costs at least this, or it is not worth a worker; 0 = no minimum */
     i64 max_split_rows; /* capacity of partial rows */
-    i64 cost_cut;       /* what partial rows and their merge cost a strip; 0: as good as nothing */
+    i64 cost_piece; /* of several levels, where workers take items as they come free: what a piece of a tile
+                       costs beside its keys; 0: they do not */
+    i64 cost_cut; /* what partial rows and their merge cost a strip; 0: as good as nothing */
     i64 cost_cut_prefill; /* the same of prefill tiles, where workers take items as they come free: a tile
                              stays whole unless it is longer than a strip by that; 0: they do not */
+    i32 near_keys; /* where they do, prefill tiles of KV heads take turns that have no more keys together */
     i32 num_units; /* what workers share evenly: a worker alone on a unit is that much faster */
 } qi_limits;
 
@@ -105,6 +111,15 @@ void qi_schedule_nothing(qi_lanes lanes, const qi_limits *limits, i32 status, i3
  * exceeds 1/8 of a strip (then cutting one gains less than its merge costs). At most num_workers -
  * 1 extra pieces and merges arise; no heap, O((groups + strips + tiles) / lanes), and log tiles for a strip
  * that begins in a prefill group.
+ *
+ * With cost_piece and several levels strips cut no tile. Each tile of a shared level, or of a few rows, is cut at
+ * multiples of cut_align into equal pieces instead, of a cost such that shared levels have about as many as there are
+ * workers, or up to ROUNDS times as many if those end sooner; but no more than ROUNDS * num_workers are added. Where
+ * partial rows do not suffice for them, strips cut tiles as ever.
+ *
+ * With cost_cut_prefill, the header says whether workers are to take items as they come free. Prefill tiles of a causal
+ * prompt that are not cut then stand in another order than in the line: of as many heads as near_keys allows the
+ * first tiles, then their second ones, and so on, so that from the last to the first long ones come first.
  *
  * A batch that needs more than max_split_rows partial rows gets no work, and header.status says so.
  *

@@ -50,10 +50,9 @@ static void next_strip(const strips *s, mark *m)
 
 /* ---- cuts --------------------------------------------------------------------------------- */
 
-static int may_cut(const strips *s, const qi_limits *limits, const tile *t)
+static int may_cut(const strips *s, const tile *t)
 {
-    if (s->whole) return 0;
-    return t->flags == QI_TILE_DECODE || (s->cut_prefill && !limits->fixed_cuts);
+    return !s->whole && (t->flags == QI_TILE_DECODE || s->cut_prefill);
 }
 
 /* The key at which a strip that begins `into` cost units into the tile takes over: the tile's begin
@@ -74,22 +73,44 @@ static i32 cut_key(const qi_limits *limits, const tile *t, i64 into, int cut)
     return (i32)key;
 }
 
-/* Pieces that fixed cuts make of a tile. */
-static i32 fixed_pieces(const qi_limits *limits, const tile *t)
+/* Between multiples of cut_align, the parts that a tile's keys have. */
+static i32 parts_of(const qi_limits *limits, const tile *t)
 {
     const i32 align = limits->cut_align;
-    if (t->flags != QI_TILE_DECODE || t->kv_begin == t->kv_end) return 1;
-    return (t->kv_end - 1) / align - t->kv_begin / align + 1;
+    return t->kv_begin == t->kv_end ? 1 : (t->kv_end - 1) / align - t->kv_begin / align + 1;
+}
+
+/* So many of them are in each of its pieces but the last, of all groups' that are not cut by strips. */
+static i32 parts_of_piece(const qi_limits *limits, const tile *t, i32 pieces)
+{
+    return (i32)((u32)(parts_of(limits, t) + pieces - 1) / (u32)pieces);
+}
+
+/* Pieces of a tile of this cost that each cost about as much as `piece`. */
+static i32 equal_pieces(const qi_limits *limits, const tile *t, i64 cost, i64 piece)
+{
+    const i32 parts = parts_of(limits, t);
+    const i64 n = quotient(4 * cost + piece, 4 * piece); /* down, but for a last quarter */
+    const u32 each = (u32)parts_of_piece(limits, t, n < 1 ? 1 : n < parts ? (i32)n : parts);
+    return (i32)(((u32)parts + each - 1) / each);
 }
 
 /* ---- groups along the line ------------------------------------------------------------------ */
 
-/* Sums over groups: cost, and of the plan what there is without a cut at a strip's begin. */
-enum { COST, WORK, MERGES, SLOTS };
+/* Sums over groups: cost, and of the plan what there is without a cut at a strip's begin; tiles of shared levels, and
+ * their cost. */
+enum { COST, WORK, MERGES, SLOTS, SHARED, SHARED_COST };
 enum { PREFILL, DECODE };
 
-/* Fills the group's span, adds it to sums and raises most[] to the cost of its largest tile. */
-static void measure(const qi_limits *limits, const qi_group *g, qi_span *span, i64 *sums, i64 *most)
+static i32 is_shared(const qi_lengths *in, const qi_group *g)
+{
+    return g->level + 1 < in->num_levels;
+}
+
+/* Fills the group's span, adds it to sums and raises most[] to the cost of its largest tile. piece: what a piece
+ * should cost of tiles that strips do not cut; 0: they do. */
+static void measure(const qi_lengths *in, const qi_limits *limits, const qi_group *g, i64 piece,
+                    qi_span *span, i64 *sums, i64 *most)
 {
     const i32 tiles = tiles_of(limits, g), decode = is_decode(limits, g);
     i64 cost = 0, repeats = tiles, largest = 0;
@@ -99,11 +120,15 @@ static void measure(const qi_limits *limits, const qi_group *g, qi_span *span, i
         make_tile(limits, g, tiles - 1, &t);
         largest = cost = t.cost;
         if (decode) {
-            if (limits->fixed_cuts) pieces = fixed_pieces(limits, &t);
+            if (limits->fixed_cuts) pieces = parts_of(limits, &t);
         } else if (full_tiles(limits, g) > 0) {
             const i64 full = largest_of(limits, g, full_tiles(limits, g));
             if (full > largest) largest = full;
             cost += cost_before(limits, g, full_tiles(limits, g));
+        }
+        if (piece > 0 && (decode || sees_alike(g))) {
+            const i64 mean = decode ? cost : quotient(cost, full_tiles(limits, g) + 1);
+            pieces = equal_pieces(limits, &t, mean, piece);
         }
         if (!decode) repeats = heads_of(limits, g);
     }
@@ -122,6 +147,10 @@ static void measure(const qi_limits *limits, const qi_group *g, qi_span *span, i
     sums[WORK] += span->work;
     sums[MERGES] += span->merges;
     sums[SLOTS] += span->slots;
+    if (is_shared(in, g)) {
+        sums[SHARED] += tiles;
+        sums[SHARED_COST] += span->position;
+    }
     i64 *of_kind = &most[decode ? DECODE : PREFILL];
     if (largest > *of_kind) *of_kind = largest;
 }

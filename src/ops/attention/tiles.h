@@ -155,4 +155,17 @@ QI_OUTLINED i64 largest_of(const qi_limits *limits, const qi_group *g, i32 n)
     return largest;
 }
 
+/* Where tile `index` of a group stands among its tiles where workers take these from the last to the first. */
+static i32 place_of(const qi_limits *limits, const qi_group *g, i32 index)
+{
+    const i32 heads = heads_of(limits, g), per_head = full_tiles(limits, g) + 1;
+    if (!limits->causal || sees_alike(g) || g->kv_len == 0) return index;
+    i32 together = (i32)((u32)limits->near_keys / (u32)g->kv_len);
+    if (together > heads) together = heads;
+    if (together <= 1) return index;
+    const i32 head = (i32)((u32)index / (u32)per_head), t = index - head * per_head;
+    const i32 first = head - (i32)((u32)head % (u32)together), left = heads - first;
+    return first * per_head + t * (left < together ? left : together) + head - first;
+}
+
 #endif
