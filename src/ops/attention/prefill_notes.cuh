@@ -56,8 +56,8 @@ QI_INLINE int prefill_head(const qi_work *w, int m)
     return w->kv_head * GROUP_SIZE + m % GROUP_SIZE;
 }
 
-/* Row m of an item; past the last: that one, for what looks at all of them. Where a group's rows stand side by side
- * they follow from it, without a look at their requests. */
+/* Row m of an item; past the last: that one, for what looks at all of them. Rows of one request follow from its group,
+ * without a look at that. */
 QI_INLINE prefill_row make_prefill_row(const attention_cuda_params *c, const qi_work *w,
                                        const qi_group *g, int m)
 {
@@ -65,14 +65,13 @@ QI_INLINE prefill_row make_prefill_row(const attention_cuda_params *c, const qi_
     if (m >= all) m = all - 1;
     const int row = w->row_begin + m / GROUP_SIZE;
     prefill_row r;
-    if (!MIXED) { /* one level: rows are tokens */
-        r.row.token = row;
-        r.row.request = g->request;
-    } else {
+    if (MIXED && g->flags & QI_GROUP_MIXED) {
         r.row = row_at(&c->at, row);
-    }
-    if (!MIXED || !(g->flags & QI_GROUP_MIXED))
+    } else {
+        r.row.token = MIXED ? token_at(&c->at, row) : row;
+        r.row.request = g->request;
         r.row.position = (int)g->pos_first + row - g->row_begin;
+    }
     r.scale = query_scale(c, prefill_head(w, m));
     if (r.scale == 0.f) r.scale = 1e-30f;
     return r;

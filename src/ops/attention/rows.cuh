@@ -12,11 +12,16 @@ typedef struct tile_row {
     int position, token, request;
 } tile_row;
 
+QI_INLINE int token_at(const attention_params *p, int row)
+{
+    return p->plan.header->num_levels > 1 ? p->plan.rows[row] : row;
+}
+
 /* The row of q that stands at `row` in the plan's order. */
 QI_INLINE tile_row row_at(const attention_params *p, int row)
 {
     tile_row r;
-    r.token = p->plan.header->num_levels > 1 ? p->plan.rows[row] : row;
+    r.token = token_at(p, row);
     r.request = p->plan.token_request[r.token];
     r.position = p->plan.qo_pos[r.request] + (r.token - p->plan.qo_indptr[r.request]);
     return r;

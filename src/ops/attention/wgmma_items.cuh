@@ -35,6 +35,7 @@ _Static_assert(THREADS == 128 + CONSUMERS && KEYS % 16 == 0, "as launched");
 /* full: what was loaded is there; empty: it was used. */
 typedef struct tile_barriers {
     u64 noted[WGMMA_NOTES], forgotten[WGMMA_NOTES]; /* items */
+    u64 loaded[WGMMA_NOTES];                        /* of an item all keys were asked for */
     u64 rows_full[BUFFERS], rows_empty[BUFFERS];    /* queries and what is noted of rows */
     u64 k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
     int is_last;                      /* did this block finish the item's tile? */
@@ -53,6 +54,7 @@ QI_INLINE void init_barriers(tile_barriers *b)
     for (int i = 0; i < WGMMA_NOTES; i++) {
         mbarrier_init(&b->noted[i], 1);
         mbarrier_init(&b->forgotten[i], 2 + CONSUMERS / WARP); /* whoever reads notes, by warps */
+        mbarrier_init(&b->loaded[i], 1);
     }
     for (int i = 0; i < BUFFERS; i++) {
         mbarrier_init(&b->rows_full[i], ITEM_THREADS);
@@ -166,14 +168,17 @@ QI_INLINE void copy_queries(const attention_cuda_params *c, const qi_work *w,
 }
 
 /* How an item's queries come: by way of f32; as they are, unless a scale is negative or they are of another type or
- * at odd addresses; in one box, where tokens are neighbours, too. */
+ * at odd addresses; in one box of a whole tile's, where tokens are neighbours, too, and more than a few. */
 enum { QUERIES_CONVERTED, QUERIES_COPIED, QUERIES_BOXED };
+enum {
+    FEW_QUERIES = 16
+}; /* a box brings 8 times as many from L2, as much as half a block of keys and values */
 
 /* Asked of this thread's rows. */
 QI_INLINE u32 kind_of_queries(const wgmma_params *p, const qi_work *w, const prefill_row *rows,
                               int tid)
 {
-    u32 kind = QUERIES_BOXED;
+    u32 kind = w->num_rows * GROUP_SIZE > FEW_QUERIES ? QUERIES_BOXED : QUERIES_COPIED;
     if (!p->q_by_tma || CHANGES_QUERIES) return QUERIES_CONVERTED;
     for (int m = tid; m < w->num_rows * GROUP_SIZE; m += ITEM_THREADS) {
         if (rows[m].scale < 0.f) return QUERIES_CONVERTED;
@@ -184,36 +189,40 @@ QI_INLINE u32 kind_of_queries(const wgmma_params *p, const qi_work *w, const pre
 
 /* ---- which items ---------------------------------------------------------------------------- */
 
-/* Where a block finds its items. Where few tiles were cut so that strips are equal, in its strip of the plan. Otherwise
- * whoever is free takes the next of all, from the last to the first, so that blocks are at keys of the same few
- * requests, which stay in L2, and of each request the long tiles come first. */
+/* Where a block finds its items: in its strip of the plan, where few tiles were cut so that strips are equal; otherwise
+ * whoever is free takes the next of all: first what levels share, long pieces, of which there are about as many as
+ * blocks; then the others from the last to the first, so that blocks are at keys of the same few requests, which stay
+ * in L2, and of each request the long tiles come first. */
 typedef struct item_source {
     int begin, end; /* left of a strip */
-    int shared_by_all;
+    int claimed;    /* 0: a strip; 1: of all, none yet; more: some */
 } item_source;
 
 QI_INLINE item_source find_items(const qi_plan *plan)
 {
-    enum { MANY = 4 }; /* for each block */
-    const int all = plan->header->num_work;
-    item_source s = {plan->work_indptr[blockIdx.x], plan->work_indptr[blockIdx.x + 1], 0};
-    if (plan->header->num_merges > 0 && all < MANY * (int)gridDim.x) return s;
-    s.begin = 0, s.end = all, s.shared_by_all = 1;
+    const item_source s = {plan->work_indptr[blockIdx.x], plan->work_indptr[blockIdx.x + 1],
+                           plan->header->claimed};
     return s;
 }
 
 /* The next item, -1: no more. */
 QI_INLINE int take_item(const qi_plan *plan, item_source *s)
 {
-    if (!s->shared_by_all) return s->begin < s->end ? s->begin++ : -1;
-    const int item = s->end - 1 - atomicAdd(&plan->claims[0], 1);
-    return item < 0 ? -1 : item;
+    const qi_plan_header *h = plan->header;
+    if (!s->claimed) return s->begin < s->end ? s->begin++ : -1;
+    /* The first without a wait for the count, which is then of the others. */
+    const int n =
+        s->claimed++ == 1 ? (int)blockIdx.x : (int)gridDim.x + atomicAdd(&plan->claims[0], 1);
+    if (n < h->num_shared) return h->shared_begin + n;
+    if (n >= h->num_work) return -1;
+    const int past = h->shared_begin > 0 ? h->shared_begin : h->num_work; /* of the others */
+    return past - 1 - (n - h->num_shared);
 }
 
 /* After a block's last: the last block to come here leaves the counts as they were found. */
 QI_INLINE void end_items(const qi_plan *plan, const item_source *s)
 {
-    if (!s->shared_by_all || atomicAdd(&plan->claims[1], 1) < (int)gridDim.x - 1) return;
+    if (!s->claimed || atomicAdd(&plan->claims[1], 1) < (int)gridDim.x - 1) return;
     plan->claims[0] = plan->claims[1] = 0;
 }
 
@@ -227,8 +236,10 @@ QI_INLINE void prepare_rows(const wgmma_params *p, const prefill_item_notes *not
     const qi_work *w = &notes->work;
     prefill_row *rows = item_rows(shared, buffer);
     char *q = shared + buffer * Q_BYTES;
+    const int noted =
+        w->num_rows * GROUP_SIZE <= 64 ? 64 : TILE_ROWS; /* by warpgroups that read them */
 #pragma unroll 1
-    for (int m = tid; m < TILE_ROWS; m += ITEM_THREADS)
+    for (int m = tid; m < noted; m += ITEM_THREADS)
         rows[m] = make_prefill_row(&p->c, w, &notes->group, m);
     bar_sync(BAR_ITEMS, ITEM_THREADS);
     const u32 of_warp = __reduce_min_sync(ALL_LANES, kind_of_queries(p, w, rows, tid));
@@ -258,51 +269,66 @@ QI_INLINE void store_word(void *to, int bytes, int lane, u32 word)
     if (lane < bytes / 4) ((u32 *)to)[lane] = word;
 }
 
-/* Takes item after item, notes it for all, and prepares its rows. A lane has a word of what is looked up in memory, for
- * the next item while this one is prepared. */
+/* Items as the first of these warps takes them. A lane has a word of what is looked up in memory. */
+typedef struct item_queue {
+    item_source source;
+    int item, next; /* next: of lane 0, taken ahead, or NOT_YET */
+    u32 work;       /* of the item, whose first word is the group */
+} item_queue;
+enum { NOT_YET = -2 };
+
+/* On to the next item, and to the one after it if that is to be taken ahead. */
+QI_INLINE void advance(const qi_plan *plan, item_queue *q, int lane, int ahead)
+{
+    int item = 0;
+    if (lane == 0) item = q->next == NOT_YET ? take_item(plan, &q->source) : q->next;
+    q->item = __shfl_sync(ALL_LANES, item, 0);
+    if (q->item >= 0) q->work = WORD_OF(&plan->work[q->item], lane);
+    q->next = NOT_YET;
+    if (lane == 0 && ahead && item >= 0) q->next = take_item(plan, &q->source);
+}
+
+/* Takes item after item, notes it for all, and prepares its rows. Short items are taken ahead, so that nobody waits for
+ * what is looked up; after a longer one the next is taken when the last of its keys have been asked for, some
+ * two blocks before its end: whoever is in a long item leaves the others to those that are free. */
 QI_INLINE void prepare_items(const wgmma_params *p, char *shared, int tid)
 {
     const qi_plan *plan = &p->c.at.plan;
     tile_barriers *b = barriers_of(shared);
-    item_source source = find_items(plan);
+    item_queue queue = {find_items(plan), -1, NOT_YET, 0};
     ring note = {0, 0}, buffer = {0, 0};
-    int item = -1, next = -1; /* of lane 0 of the first warp */
-    u32 work = 0;             /* of the item, whose first word is the group */
-    if (tid == 0) {
-        item = take_item(plan, &source);
-        if (item >= 0) next = take_item(plan, &source);
-        if (p->q_by_tma) tma_prefetch_map(&p->q);
-    }
-    if (tid < WARP) {
-        item = __shfl_sync(ALL_LANES, item, 0);
-        if (item >= 0) work = WORD_OF(&plan->work[item], tid);
-    }
+    if (tid == 0 && p->q_by_tma) tma_prefetch_map(&p->q);
+    if (tid < WARP) advance(plan, &queue, tid, 0);
 #pragma unroll 1
     for (;;) {
         prefill_item_notes *notes = item_notes(shared, note.stage);
         if (tid < WARP) {
-            const u32 group = __shfl_sync(ALL_LANES, work, 0);
-            const u32 word = item < 0 ? 0 : WORD_OF(&plan->groups[group], tid);
+            const u32 group = __shfl_sync(ALL_LANES, queue.work, 0);
+            const u32 word = queue.item < 0 ? 0 : WORD_OF(&plan->groups[group], tid);
             mbarrier_wait(&b->forgotten[note.stage], note.parity ^ 1);
-            store_word(&notes->work, sizeof notes->work, tid, item < 0 ? 0 : work);
+            store_word(&notes->work, sizeof notes->work, tid, queue.item < 0 ? 0 : queue.work);
             store_word(&notes->group, sizeof notes->group, tid, word);
             __syncwarp();
             if (tid == 0) {
                 note_plain_keys(&p->c.at, notes);
                 mbarrier_arrive(&b->noted[note.stage]);
             }
-            item = __shfl_sync(ALL_LANES, next, 0);
-            if (item >= 0) work = WORD_OF(&plan->work[item], tid);
-            if (tid == 0 && item >= 0) next = take_item(plan, &source);
         }
         mbarrier_wait(&b->noted[note.stage], note.parity);
         if (notes->work.num_rows == 0) break;
+        const int is_short = notes->work.num_rows * GROUP_SIZE <= 64 &&
+                             notes->work.kv_end - notes->work.kv_begin <= KEYS;
+        if (tid < WARP && is_short) advance(plan, &queue, tid, 1);
         mbarrier_wait(&b->rows_empty[buffer.stage], buffer.parity ^ 1);
         prepare_rows(p, notes, buffer.stage, shared, tid);
+        if (tid < WARP && !is_short) {
+            mbarrier_wait(&b->loaded[note.stage], note.parity);
+            advance(plan, &queue, tid, 0);
+        }
         ring_next(&note, WGMMA_NOTES);
         ring_next(&buffer, BUFFERS);
     }
-    if (tid == 0) end_items(plan, &source);
+    if (tid == 0) end_items(plan, &queue.source);
 }
 
 #endif

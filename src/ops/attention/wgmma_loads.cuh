@@ -234,6 +234,7 @@ QI_INLINE void load_items(const wgmma_params *p, char *shared, const int is_v)
             load_by_tma(p, &k, &l, is_v);
         else
             load_by_rows(p, &k, &l, aligned, is_v);
+        if (!is_v && l.lane == 0) mbarrier_arrive(&b->loaded[note.stage]);
     }
 }
 

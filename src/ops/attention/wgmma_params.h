@@ -22,7 +22,7 @@ _Static_assert(sizeof(wgmma_params) <= 4096, "a kernel's parameters");
 #define WGMMA_TILE_BYTES(rows, dim)             ((rows)*128 * WGMMA_CHUNKS(dim))
 #define WGMMA_NOTES                             4 /* items that are noted at a time */
 #define WGMMA_ROWS_BYTES(warpgroups)            (64 * (warpgroups)*PREFILL_ROW_BYTES)
-#define WGMMA_BARRIERS_BYTES                    256
+#define WGMMA_BARRIERS_BYTES                    320
 #define WGMMA_RINGS_AT(qk, warpgroups, buffers) ((buffers)*WGMMA_TILE_BYTES(64 * (warpgroups), qk))
 #define WGMMA_NOTES_AT(qk, vo, keys, warpgroups, stages, buffers)                                  \
     (WGMMA_RINGS_AT(qk, warpgroups, buffers) +                                                     \

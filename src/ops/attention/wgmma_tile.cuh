@@ -258,7 +258,7 @@ QI_INLINE void store_plain_rows(const attention_cuda_params *c, const tile_item 
     }
 }
 
-/* The same of rows of any type, and of partial ones: as f32. */
+/* The same of rows of any type: as f32. */
 QI_INLINE void store_rows(const attention_cuda_params *c, const tile_item *item, const float *o,
                           const float norm[2], char *stage, int row_begin, int aligned)
 {
@@ -284,11 +284,25 @@ QI_INLINE void store_rows(const attention_cuda_params *c, const tile_item *item,
             if (m >= all || d >= HEAD_DIM_VO) continue;
             *(float4 *)&x[0] = *(const float4 *)staged_piece(stage, row, 2 * j);
             *(float4 *)&x[4] = *(const float4 *)staged_piece(stage, row, 2 * j + 1);
-            if (w->slot < 0)
-                store_piece(c, &item->rows[m], prefill_head(w, m), d, x, aligned);
-            else
-                qi_store(c->at.plan.o_partial + ((i64)w->slot + m) * HEAD_DIM_VO + d, x, QI_F32, 8);
+            store_piece(c, &item->rows[m], prefill_head(w, m), d, x, aligned);
         }
+    }
+}
+
+/* The lane's part of partial rows: four lanes write a sector of 32 bytes, which is as good as longer stores. */
+QI_INLINE void store_partial_rows(const attention_cuda_params *c, const qi_work *w, const float *o,
+                                  const float norm[2], int row_begin)
+{
+    const int lane = tid_x() % WARP;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const int m = row_begin + lane / 4 + 8 * h;
+        float *to = c->at.plan.o_partial + ((i64)w->slot + m) * HEAD_DIM_VO + lane % 4 * 2;
+        if (m >= w->num_rows * GROUP_SIZE) continue;
+#pragma unroll
+        for (int i = 0; i < HEAD_DIM_VO / 8; i++)
+            *(float2 *)(to + 8 * i) =
+                make_float2(o[4 * i + 2 * h] * norm[h], o[4 * i + 2 * h + 1] * norm[h]);
     }
 }
 
@@ -332,9 +346,13 @@ QI_INLINE void compute_item(worker *t, const prefill_item_notes *notes, u32 buff
     }
     walk_blocks(t, &item, queries + part * 64 * 128, &r, o);
     finish_rows_of_lane(c, &item, &r, norm);
+    if (w->slot >= 0) {
+        store_partial_rows(c, w, o, norm, row_begin);
+        return;
+    }
     bar_sync(1 + t->group, 128); /* all of the warpgroup's products with its queries are done */
     const int aligned = outputs_aligned(&c->at);
-    if (PLAIN_OUTPUTS && aligned && w->slot < 0 && qi_scale_is_one(&c->o_scale))
+    if (PLAIN_OUTPUTS && aligned && qi_scale_is_one(&c->o_scale))
         store_plain_rows(c, &item, o, norm, queries + row_begin * 128, row_begin);
     else
         store_rows(c, &item, o, norm, queries + row_begin * 128, row_begin, aligned);
