@@ -17,11 +17,6 @@ QI_INLINE u64 wgmma_descriptor(u32 tile, u32 bytes)
     return (rows_of_8 >> 4 | swizzled_128 << 30) << 32 | (tile + (bytes >> 4));
 }
 
-QI_INLINE void compute_by_now(float x)
-{
-    (void)x;
-}
-
 QI_INLINE void wgmma_fence()
 {
 }

@@ -49,13 +49,6 @@ QI_INLINE void wgmma_commit_group()
 /* After a wait: reads of an accumulator are not moved across. */
 #define wgmma_hold(x) asm volatile("" : "+f"(x)::"memory")
 
-/* Has x, which is not negative, computed by now, with all that it follows from: ptxas would move that behind the
- * next wait, where no product runs beside it. */
-QI_INLINE void compute_by_now(float x)
-{
-    if (x < 0.f) asm volatile("nanosleep.u32 20;" ::: "memory");
-}
-
 /* Constraints of d[i] and what follows it. */
 #define QI_D8(i)                                                                                   \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]),    \

@@ -124,13 +124,20 @@ QI_INLINE float add_logit(float logit, float *max, float *sum)
     return shrink;
 }
 
+/* The query heads of a KV head: a constant in kernels that are compiled for one. */
+#ifdef GROUP_SIZE
+#define HEADS_OF_GROUP(p) GROUP_SIZE
+#else
+#define HEADS_OF_GROUP(p) ((p)->num_qo_heads / (p)->num_kv_heads)
+#endif
+
 /* Completes a row whose weights sum to `sum` relative to 2^max: returns the factor of its weighted sum of
  * v. One thread a row (first) writes lse. */
 QI_INLINE float finish_row(const attention_cuda_params *c, tile_row row, int qo_head, float max,
                            float sum, int first)
 {
     const attention_params *p = &c->at;
-    const int kv_head = qo_head / (p->num_qo_heads / p->num_kv_heads);
+    const int kv_head = qo_head / HEADS_OF_GROUP(p);
     float norm = 1.f;
     if (SOFTMAX) {
         if (p->sink) norm *= add_logit(p->sink[qo_head], &max, &sum);

@@ -41,30 +41,36 @@ QI_INLINE void cap_scores(float cap, const tile_item *t, const two_rows *r, floa
     }
 }
 
+/* A bit for each of the lane's KEYS / 4 keys of a row: those before key `end` of the block. */
+QI_INLINE u32 keys_before(int end)
+{
+    const int mine = end - tid_x() % 4 * 2, pair = mine % 8 < 2 ? mine % 8 : 2;
+    const int count = mine <= 0 ? 0 : mine / 8 * 2 + pair;
+    return count < 32 ? (1u << count) - 1 : ~0u;
+}
+_Static_assert(KEYS / 4 <= 32, "bits of a word");
+
 /* Hides from the rows what they do not see of the block at key `first`: keys outside the item's, too. */
 QI_INLINE void mask_scores(const attention_params *p, const tile_item *t, int first,
                            const two_rows *r, float *s)
 {
     const prefill_item_notes *n = t->notes;
-    const int column = tid_x() % 4 * 2;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        /* the row itself, and keys from low to high, as numbers of the block's */
+        /* the row itself, and keys from low to before end, as numbers of the block's */
         const i64 own = (i64)t->rows[r->m[h]].row.position - n->group.kv_offset - first;
-        i64 low = n->work.kv_begin - first, high = n->work.kv_end - 1 - first;
-        if (CAUSAL && own < high) high = own;
-        if (WINDOW && p->window_right >= 0 && own + p->window_right < high)
-            high = own + p->window_right;
+        i64 low = n->work.kv_begin - first, end = n->work.kv_end - first;
+        if (CAUSAL && own + 1 < end) end = own + 1;
+        if (WINDOW && p->window_right >= 0 && own + p->window_right + 1 < end)
+            end = own + p->window_right + 1;
         if (WINDOW && p->window_left >= 0 && own - p->window_left > low) low = own - p->window_left;
-        const int from = (int)(low < 0 ? 0 : low < KEYS ? low : KEYS) - column;
-        const int to = (int)(high < -1 ? -1 : high < KEYS ? high : KEYS) - column;
+        u32 seen = keys_before((int)(end < 0 ? 0 : end < KEYS ? end : KEYS));
+        seen &= ~keys_before((int)(low < 0 ? 0 : low < KEYS ? low : KEYS));
 #pragma unroll
-        for (int i = h * 2; i < NUM_SCORES; i += 4)
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                const int key = i / 4 * 8 + j;
-                if (key > to || key < from) s[i + j] = -QI_INFINITY;
-            }
+        for (int i = 0; i < KEYS / 4; i++) {
+            float *x = &s[i / 2 * 4 + h * 2 + i % 2];
+            *x = (seen >> i & 1) ? *x : -QI_INFINITY;
+        }
     }
 }
 

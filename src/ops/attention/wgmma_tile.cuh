@@ -149,9 +149,6 @@ QI_INLINE void walk_blocks(worker *t, const tile_item *item, const char *queries
         pass_keys(t);
         first += KEYS;
         const int grew = weigh_block(t, item, first, r, s, shrink);
-        hold_scores(s);
-        compute_by_now(r->sum[0]);
-        compute_by_now(r->sum[1]);
         wgmma_wait_group(0);
         hold_sums(o);
         pass_values(t);
@@ -185,29 +182,28 @@ QI_INLINE void skip_blocks(worker *t, const tile_item *item)
 
 /* ---- results -------------------------------------------------------------------------------- */
 
-/* Completes the lane's two rows but for o: norm multiplies their weighted sums of v. */
+/* Completes the lane's two rows but for o: norm multiplies their weighted sums of v. The four lanes of a row do the
+ * same; one writes lse. */
 QI_INLINE void finish_rows_of_lane(const attention_cuda_params *c, const tile_item *item,
                                    const two_rows *r, float norm[2])
 {
     const qi_work *w = &item->notes->work;
-    const int lane = tid_x() % WARP;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        const int m = r->m[h];
-        float total = r->sum[h], mine = 1.f;
+        const int m = r->m[h], first = tid_x() % 4 == 0 && m < w->num_rows * GROUP_SIZE;
+        float total = r->sum[h];
         total += __shfl_xor_sync(ALL_LANES, total, 1);
         total += __shfl_xor_sync(ALL_LANES, total, 2);
-        if (lane % 4 == 0 && m < w->num_rows * GROUP_SIZE) {
-            const int seen = total > 0.f || total != total;
-            if (w->slot < 0) {
-                mine = finish_row(c, item->rows[m].row, prefill_head(w, m), r->max[h], total, 1);
-            } else {
-                if (SOFTMAX) mine = seen ? 1.f / total : 0.f;
-                c->at.plan.lse_partial[(i64)w->slot + m] =
-                    seen ? r->max[h] + log2f(total) : -QI_INFINITY;
-            }
+        if (w->slot < 0) {
+            norm[h] =
+                finish_row(c, item->rows[m].row, prefill_head(w, m), r->max[h], total, first);
+            continue;
         }
-        norm[h] = __shfl_sync(ALL_LANES, mine, lane & ~3);
+        const int seen = total > 0.f || total != total;
+        norm[h] = !SOFTMAX ? 1.f : seen ? 1.f / total : 0.f;
+        if (first)
+            c->at.plan.lse_partial[(i64)w->slot + m] =
+                seen ? r->max[h] + log2f(total) : -QI_INFINITY;
     }
 }
 
