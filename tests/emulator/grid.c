@@ -504,6 +504,8 @@ bool grid_run(const grid_launch *l)
     machine.mbarrier_test = mbarrier_test;
     machine.mbarrier_wait = mbarrier_wait;
     machine.tensor_load = tensor_load;
+    machine.tensor_store = tensor_store;
+    machine.tensor_await_stores = tensor_await_stores;
     machine.fault = fault;
     *l->module->machine = &machine;
     catch_signals(before, &stack_before);

@@ -104,6 +104,8 @@ void mbarrier_describe(const void *at, char *text, size_t bytes);
 void tensor_begin(void);        /* a block */
 const char *tensor_check(void); /* of a block that has ended: what is wrong, NULL: nothing */
 void tensor_load(void *to, const void *map, void *barrier, unsigned rank, const int *at);
+void tensor_store(const void *map, const void *from, unsigned rank, const int *at);
+void tensor_await_stores(void);
 void tensor_perform(const void *barrier); /* all whose bytes count there */
 bool tensor_perform_awaited(void);        /* those of a barrier that a thread waits at, if any */
 

@@ -106,7 +106,9 @@ typedef struct emulator_machine {
     int (*mbarrier_test)(void *barrier, unsigned parity);
     void (*mbarrier_wait)(void *barrier, unsigned parity);
     void (*tensor_load)(void *to, const void *map, void *barrier, unsigned rank, const int *at);
-    void (*fault)(const char *what); /* ends the launch; does not return */
+    void (*tensor_store)(const void *map, const void *from, unsigned rank, const int *at);
+    void (*tensor_await_stores)(void); /* this thread's */
+    void (*fault)(const char *what);   /* ends the launch; does not return */
 } emulator_machine;
 
 /* Of each kernel, under its name. */

@@ -1,6 +1,6 @@
-/* tensor.c - the copy engine: maps of tensors, and copies of their boxes to shared memory. A copy is performed as
- * late as the program allows: when nobody can go on, and somebody waits for its bytes. In random runs half of
- * them are performed at once.
+/* tensor.c - the copy engine: maps of tensors, and copies of their boxes to shared memory and from there. A copy is
+ * performed as late as the program allows: when nobody can go on, and somebody waits for its bytes; a store when its
+ * thread waits for its stores. In random runs half of them are performed at once.
  * SPDX-License-Identifier: Apache-2.0 */
 #include <stdlib.h>
 #include <string.h>
@@ -14,7 +14,7 @@ static const uint64_t mark = 0x70616d726f736e74;
 /* What the 128 bytes hold. */
 typedef struct tensor_map {
     uint64_t mark;
-    const char *base;
+    char *base;
     uint64_t strides[MAX_RANK];             /* bytes; of the first dimension an element's size */
     uint32_t last[MAX_RANK], box[MAX_RANK]; /* last: coordinate */
     uint8_t rank, swizzle;
@@ -92,15 +92,15 @@ static const tensor_map *map_at(const void *p)
 
 /* ---- copies --------------------------------------------------------------------------------- */
 
-typedef struct load {
-    char *to;
+typedef struct box_copy {
+    char *shared;
     const tensor_map *map;
-    void *barrier;
+    void *barrier; /* of a load; a store has none */
     int at[MAX_RANK];
     unsigned thread;
-} load;
+} box_copy;
 
-static load *loads; /* to be performed; oldest first */
+static box_copy *pending; /* to be performed; oldest first */
 static size_t count, room;
 
 void tensor_begin(void)
@@ -110,7 +110,7 @@ void tensor_begin(void)
 
 const char *tensor_check(void)
 {
-    return count ? "the block ended before its copies to shared memory had" : NULL;
+    return count ? "the block ended before its copies to or from shared memory had" : NULL;
 }
 
 static uint32_t inner_bytes(const tensor_map *m)
@@ -125,51 +125,57 @@ static uint32_t num_rows(const tensor_map *m)
     return rows;
 }
 
-/* Row r of the box: what lies outside the tensor is 0. */
-static void read_row(const load *l, uint32_t r, char *row)
+/* Where row r of the box lies; bytes [begin, end) of it are in the tensor. */
+static char *find_row(const box_copy *c, uint32_t r, uint64_t *begin, uint64_t *end)
 {
-    const tensor_map *m = l->map;
-    const char *from = m->base;
-    const int64_t x = l->at[0], end = x + m->box[0], last = m->last[0];
-    const int64_t first = x < 0 ? 0 : x, past = end > last + 1 ? last + 1 : end;
+    const tensor_map *m = c->map;
+    const uint64_t element = m->strides[0];
+    char *row = m->base;
+    const int64_t x = c->at[0], behind = x + m->box[0], last = m->last[0];
+    const int64_t first = x < 0 ? 0 : x, past = behind > last + 1 ? last + 1 : behind;
     bool inside = first < past;
     for (int i = 1; i < m->rank; i++) {
-        const int64_t at = (int64_t)l->at[i] + r % m->box[i];
+        const int64_t at = (int64_t)c->at[i] + r % m->box[i];
         r /= m->box[i];
         inside = inside && at >= 0 && at <= m->last[i];
-        if (inside) from += (uint64_t)at * m->strides[i];
+        if (inside) row += (uint64_t)at * m->strides[i];
     }
-    const uint64_t element = m->strides[0];
-    memset(row, 0, inner_bytes(m));
-    if (inside)
-        memcpy(row + (uint64_t)(first - x) * element, from + (uint64_t)first * element,
-               (uint64_t)(past - first) * element);
+    *begin = inside ? (uint64_t)(first - x) * element : 0;
+    *end = inside ? (uint64_t)(past - x) * element : 0;
+    return inside ? row + x * (int64_t)element : row;
 }
 
-/* Piece by piece to where swizzling puts them, by bits of the address. */
-static void write_row(const tensor_map *m, char *to, const char *row)
+/* Where swizzling, by bits of the address, puts the piece that would be here. */
+static char *swizzled(const tensor_map *m, char *piece)
 {
-    const uintptr_t mask = (1u << m->swizzle) - 1;
-    for (uint32_t i = 0; i < inner_bytes(m); i += PIECE) {
-        const uintptr_t at = (uintptr_t)(to + i);
-        memcpy(to + i + ((at ^ (at >> 7 & mask) << 4) - at), row + i, PIECE);
-    }
+    const uintptr_t mask = (1u << m->swizzle) - 1, at = (uintptr_t)piece;
+    return piece + ((at ^ (at >> 7 & mask) << 4) - at);
 }
 
-static void perform(const load *l)
+static void perform(const box_copy *c)
 {
     char row[MAX_BOX * sizeof(double)];
-    const uint32_t rows = num_rows(l->map), bytes = inner_bytes(l->map);
-    grid_blame(l->thread);
+    const uint32_t rows = num_rows(c->map), bytes = inner_bytes(c->map);
+    grid_blame(c->thread);
     for (uint32_t r = 0; r < rows; r++) {
-        read_row(l, r, row);
-        write_row(l->map, l->to + r * bytes, row);
+        uint64_t begin, end;
+        char *there = find_row(c, r, &begin, &end), *here = c->shared + r * bytes;
+        if (c->barrier) {
+            memset(row, 0, bytes); /* what lies outside the tensor */
+            memcpy(row + begin, there + begin, end - begin);
+            for (uint32_t i = 0; i < bytes; i += PIECE)
+                memcpy(swizzled(c->map, here + i), row + i, PIECE);
+        } else {
+            for (uint32_t i = 0; i < bytes; i += PIECE)
+                memcpy(row + i, swizzled(c->map, here + i), PIECE);
+            memcpy(there + begin, row + begin, end - begin);
+        }
     }
-    mbarrier_complete(l->barrier, (int)(rows * bytes));
+    if (c->barrier) mbarrier_complete(c->barrier, (int)(rows * bytes));
     grid_blame(NOBODY);
 }
 
-void tensor_load(void *to, const void *map, void *barrier, unsigned rank, const int *at)
+static void begin(void *shared, const void *map, void *barrier, unsigned rank, const int *at)
 {
     const tensor_map *m = map_at(map);
     const uint32_t inner = inner_bytes(m), rows = num_rows(m);
@@ -179,13 +185,16 @@ void tensor_load(void *to, const void *map, void *barrier, unsigned rank, const 
     if (m->swizzle != SWIZZLE_NONE && inner != 16u << m->swizzle)
         grid_fault("swizzled rows of %u bytes are not emulated: %u expected", inner,
                    16u << m->swizzle);
-    if ((uintptr_t)to % alignment)
-        grid_fault("a tensor's copy to %p, which is not aligned to %d bytes", to, (int)alignment);
-    if (!grid_is_shared(to, (size_t)rows * inner))
-        grid_fault("a tensor's copy of %u bytes to %p: not shared memory", rows * inner, to);
-    mbarrier_check(barrier);
-    load new = {
-        .to = to, .map = m, .barrier = barrier, .thread = grid_warp() * LANES + grid_lane()};
+    if ((uintptr_t)shared % alignment)
+        grid_fault("a tensor's copy at %p, which is not aligned to %d bytes", shared,
+                   (int)alignment);
+    if (!grid_is_shared(shared, (size_t)rows * inner))
+        grid_fault("a tensor's copy of %u bytes at %p: not shared memory", rows * inner, shared);
+    if (barrier) mbarrier_check(barrier);
+    box_copy new = {.shared = shared,
+                    .map = m,
+                    .barrier = barrier,
+                    .thread = grid_warp() * LANES + grid_lane()};
     memcpy(new.at, at, rank * sizeof *at);
     if (grid_is_random() && grid_random(2)) {
         perform(&new);
@@ -193,28 +202,49 @@ void tensor_load(void *to, const void *map, void *barrier, unsigned rank, const 
     }
     if (count == room) {
         room = room ? 2 * room : 64;
-        loads = realloc(loads, room * sizeof *loads);
-        if (!loads) abort();
+        pending = realloc(pending, room * sizeof *pending);
+        if (!pending) abort();
     }
-    loads[count++] = new;
+    pending[count++] = new;
+}
+
+void tensor_load(void *to, const void *map, void *barrier, unsigned rank, const int *at)
+{
+    begin(to, map, barrier, rank, at);
+}
+
+void tensor_store(const void *map, const void *from, unsigned rank, const int *at)
+{
+    begin((void *)(uintptr_t)from, map, NULL, rank, at);
+}
+
+/* Performs copies that count at this barrier; without one, this thread's stores. */
+static void perform_all(const void *barrier, unsigned thread)
+{
+    size_t kept = 0;
+    for (size_t i = 0; i < count; i++)
+        if (pending[i].barrier == barrier && (barrier || pending[i].thread == thread))
+            perform(&pending[i]);
+        else
+            pending[kept++] = pending[i];
+    count = kept;
 }
 
 void tensor_perform(const void *barrier)
 {
-    size_t kept = 0;
-    for (size_t i = 0; i < count; i++)
-        if (loads[i].barrier == barrier)
-            perform(&loads[i]);
-        else
-            loads[kept++] = loads[i];
-    count = kept;
+    perform_all(barrier, NOBODY);
+}
+
+void tensor_await_stores(void)
+{
+    perform_all(NULL, grid_warp() * LANES + grid_lane());
 }
 
 bool tensor_perform_awaited(void)
 {
     for (size_t i = 0; i < count; i++)
-        if (mbarrier_is_awaited(loads[i].barrier)) {
-            tensor_perform(loads[i].barrier);
+        if (pending[i].barrier && mbarrier_is_awaited(pending[i].barrier)) {
+            tensor_perform(pending[i].barrier);
             return true;
         }
     return false;

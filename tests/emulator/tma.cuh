@@ -46,6 +46,17 @@ QI_INLINE void tma_load_4d(void *to, const qi_tensor_map *map, u64 *barrier, int
     emulator->tensor_load(to, map, barrier, 4, at);
 }
 
+QI_INLINE void tma_store_4d(const qi_tensor_map *map, const void *from, int x, int y, int z, int w)
+{
+    const int at[] = {x, y, z, w};
+    emulator->tensor_store(map, from, 4, at);
+}
+
+QI_INLINE void tma_await_reads()
+{
+    emulator->tensor_await_stores();
+}
+
 QI_INLINE void tma_prefetch_map(const qi_tensor_map *map)
 {
     prefetch_l2(map);

@@ -79,6 +79,23 @@ QI_INLINE void tma_load_4d(void *to, const qi_tensor_map *map, u64 *barrier, int
                  : "memory");
 }
 
+/* The box of `map` at these coordinates from shared memory; of what lies outside the tensor nothing is written. */
+QI_INLINE void tma_store_4d(const qi_tensor_map *map, const void *from, int x, int y, int z, int w)
+{
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group "
+                 "[%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
+                 "r"(shared_address(from)), "r"(x), "r"(y), "r"(z), "r"(w)
+                 : "memory");
+}
+
+/* Waits until this thread's stores have read shared memory. */
+QI_INLINE void tma_await_reads()
+{
+    asm volatile("cp.async.bulk.commit_group;\n"
+                 "cp.async.bulk.wait_group.read 0;" ::
+                     : "memory");
+}
+
 QI_INLINE void tma_prefetch_map(const qi_tensor_map *map)
 {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");

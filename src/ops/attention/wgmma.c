@@ -109,17 +109,17 @@ static int aligned(const void *base, const i64 *strides, int n)
     return (bits & 15) == 0;
 }
 
-/* Queries in boxes of a tile's tokens and a KV head's query heads. */
-static qi_box_tensor map_queries(const qkv_attention *a, const attention_params *p,
-                                 qi_tensor_map *map)
+/* Rows of queries or outputs, `rows` of a tile in a box: tokens times a KV head's query heads. */
+static qi_box_tensor map_rows(const attention_params *p, const void *base, const i64 *stride,
+                              i32 dim, int is_bf16, i32 rows, qi_tensor_map *map)
 {
-    const i64 group = p->num_qo_heads / p->num_kv_heads, head = p->q_stride[1] * 2;
+    const i64 group = p->num_qo_heads / p->num_kv_heads, head = stride[1] * 2;
     return (qi_box_tensor){
-        .base = (void *)(uintptr_t)p->q,
-        .sizes = {(u64)p->head_dim_qk, (u64)group, (u64)p->num_kv_heads, (u64)p->q_rows},
-        .strides = {(u64)head, (u64)(head * group), (u64)p->q_stride[0] * 2},
-        .box = {64, (u32)group, 1, (u32)(64 * a->wgmma.warpgroups / group)},
-        .is_bf16 = p->dtype_q == QI_BF16,
+        .base = (void *)(uintptr_t)base,
+        .sizes = {(u64)dim, (u64)group, (u64)p->num_kv_heads, (u64)p->q_rows},
+        .strides = {(u64)head, (u64)(head * group), (u64)stride[0] * 2},
+        .box = {64, (u32)group, 1, (u32)(rows / group)},
+        .is_bf16 = is_bf16,
         .map = map,
     };
 }
@@ -145,15 +145,24 @@ qkv_status qi_attention_wgmma_run(const qkv_attention *a, const attention_cuda_p
                                   void *stream)
 {
     const attention_params *p = &c->at;
+    enum { ROWS_OF_WARP = 16 };
+    const i32 group = p->num_qo_heads / p->num_kv_heads;
     const int paged = p->page_size > 0, skip = !paged; /* without pages there is no such stride */
     wgmma_params w = {.c = *c};
     w.q_by_tma = p->dtype_q == p->dtype_kv && aligned(p->q, p->q_stride, 2);
     w.kv_by_tma = a->wgmma.piece > 0 && p->kv_extent > 0 &&
                   aligned(p->k, p->k_stride + skip, 3 - skip) &&
                   aligned(p->v, p->v_stride + skip, 3 - skip);
-    qi_box_tensor boxes[3];
+    w.o_by_tma = qi_dtype_bytes((qi_dtype)p->dtype_o) == 2 && ROWS_OF_WARP % group == 0 &&
+                 aligned(p->o, p->o_stride, 2);
+    qi_box_tensor boxes[4];
     i32 count = 0;
-    if (w.q_by_tma) boxes[count++] = map_queries(a, p, &w.q);
+    if (w.q_by_tma)
+        boxes[count++] = map_rows(p, p->q, p->q_stride, p->head_dim_qk, p->dtype_q == QI_BF16,
+                                  64 * a->wgmma.warpgroups, &w.q);
+    if (w.o_by_tma)
+        boxes[count++] = map_rows(p, p->o, p->o_stride, p->head_dim_vo, p->dtype_o == QI_BF16,
+                                  ROWS_OF_WARP, &w.o);
     if (w.kv_by_tma) {
         boxes[count++] = map_keys(a, p, p->k, p->k_stride, p->head_dim_qk, &w.k);
         boxes[count++] = map_keys(a, p, p->v, p->v_stride, p->head_dim_vo, &w.v);

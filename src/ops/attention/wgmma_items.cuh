@@ -298,6 +298,7 @@ QI_INLINE void prepare_items(const wgmma_params *p, char *shared, int tid)
     item_queue queue = {find_items(plan), -1, NOT_YET, 0};
     ring note = {0, 0}, buffer = {0, 0};
     if (tid == 0 && p->q_by_tma) tma_prefetch_map(&p->q);
+    if (tid == 0 && p->o_by_tma) tma_prefetch_map(&p->o);
     if (tid < WARP) advance(plan, &queue, tid, 0);
 #pragma unroll 1
     for (;;) {

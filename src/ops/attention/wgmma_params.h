@@ -7,13 +7,14 @@
 #include "kern/tensor_map.h"
 #include "ops/attention/attention_params.h"
 
+/* Tensors as the copy engine sees them, in boxes 64 dims wide. */
 typedef struct wgmma_params {
-    qi_tensor_map
-        q; /* [tokens, kv heads, group, head_dim_qk]: boxes of a tile's rows, 64 dims wide */
-    qi_tensor_map k,
-        v; /* [pages, heads, tokens of a page, dims]: boxes of PIECE tokens, 64 dims wide */
+    qi_tensor_map q; /* [tokens, kv heads, group, head_dim_qk]: a tile's rows */
+    qi_tensor_map o; /* [tokens, kv heads, group, head_dim_vo]: 16 rows, a warp's */
+    qi_tensor_map k; /* [pages, heads, tokens of a page, head_dim_qk]: PIECE tokens */
+    qi_tensor_map v; /* the same, head_dim_vo */
     attention_cuda_params c;
-    i32 q_by_tma, kv_by_tma; /* 0: addresses or strides that the copy engine does not take */
+    i32 q_by_tma, kv_by_tma, o_by_tma; /* 0: not as the copy engine takes it */
 } wgmma_params;
 _Static_assert(sizeof(wgmma_params) <= 4096, "a kernel's parameters");
 

@@ -195,8 +195,7 @@ QI_INLINE void finish_rows_of_lane(const attention_cuda_params *c, const tile_it
         total += __shfl_xor_sync(ALL_LANES, total, 1);
         total += __shfl_xor_sync(ALL_LANES, total, 2);
         if (w->slot < 0) {
-            norm[h] =
-                finish_row(c, item->rows[m].row, prefill_head(w, m), r->max[h], total, first);
+            norm[h] = finish_row(c, item->rows[m].row, prefill_head(w, m), r->max[h], total, first);
             continue;
         }
         const int seen = total > 0.f || total != total;
@@ -221,14 +220,16 @@ enum { PLAIN_OUTPUTS = 0 };
 #endif
 _Static_assert(QI_F16 == 1 && QI_BF16 == 2, "as above");
 
-/* Writes the warp's 16 rows of the tile, from row_begin on, by way of shared memory where their queries were. */
-QI_INLINE void store_plain_rows(const attention_cuda_params *c, const tile_item *item,
-                                const float *o, const float norm[2], char *stage, int row_begin)
+/* Writes the warp's 16 rows of the tile, from row_begin on, by way of shared memory where their queries were: as a box,
+ * if all are there. */
+QI_INLINE void store_plain_rows(const wgmma_params *params, const tile_item *item, const float *o,
+                                const float norm[2], char *stage, int row_begin)
 {
     enum { PASS = QK_CHUNKS < VO_CHUNKS ? 64 * QK_CHUNKS : COLUMNS, PIECES = PASS / 8 };
-    const attention_params *p = &c->at;
+    const attention_params *p = &params->c.at;
     const qi_work *w = &item->notes->work;
     const int lane = tid_x() % WARP, all = w->num_rows * GROUP_SIZE;
+    const int boxed = params->o_by_tma && row_begin + 16 <= all;
 #pragma unroll
     for (int pass = 0; pass < COLUMNS; pass += PASS) {
         __syncwarp();
@@ -241,7 +242,15 @@ QI_INLINE void store_plain_rows(const attention_cuda_params *c, const tile_item 
                 *(u32 *)(staged_piece(stage, lane / 4 + 8 * h, i) + lane % 4 * 4) =
                     DTYPE_O == QI_BF16 ? f32_to_bf16x2(even, odd) : f32_to_f16x2(even, odd);
             }
+        if (boxed) fence_proxy_async();
         __syncwarp();
+        if (boxed && lane == 0) {
+            for (int i = 0; i < PASS / 64 && pass + 64 * i < COLUMNS; i++)
+                tma_store_4d(&params->o, stage + i * Q_CHUNK_BYTES, pass + 64 * i, 0, w->kv_head,
+                             item->rows[row_begin].row.token);
+            tma_await_reads();
+        }
+        if (boxed) continue;
 #pragma unroll 4
         for (int i = lane; i < 16 * PIECES; i += WARP) {
             const int row = i / PIECES, piece = i % PIECES, d = pass + piece * 8;
@@ -349,7 +358,7 @@ QI_INLINE void compute_item(worker *t, const prefill_item_notes *notes, u32 buff
     bar_sync(1 + t->group, 128); /* all of the warpgroup's products with its queries are done */
     const int aligned = outputs_aligned(&c->at);
     if (PLAIN_OUTPUTS && aligned && qi_scale_is_one(&c->o_scale))
-        store_plain_rows(c, &item, o, norm, queries + row_begin * 128, row_begin);
+        store_plain_rows(t->p, &item, o, norm, queries + row_begin * 128, row_begin);
     else
         store_rows(c, &item, o, norm, queries + row_begin * 128, row_begin, aligned);
     fence_proxy_async();
