@@ -131,7 +131,7 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * CONSUMERS, 1)
     if (tid_x() == 128) *p.arrived = arrived;
 }
 
-/* ---- a copy --------------------------------------------------------------------------------- */
+/* ---- a copy, and back ------------------------------------------------------------------------ */
 
 extern "C" __global__ void __launch_bounds__(128) copy(const __grid_constant__ hopper_params p)
 {
@@ -150,6 +150,9 @@ extern "C" __global__ void __launch_bounds__(128) copy(const __grid_constant__ h
     }
     while (!mbarrier_test_wait(&barrier, 0)) continue;
     for (int i = tid_x(); i < p.bytes; i += 128) p.out[i] = shared[p.offset + i];
+    if (tid_x() != 0) return;
+    tma_store_4d(&p.q, shared + p.offset, p.at[0], p.at[1], p.at[2], p.at[3]);
+    tma_await_reads();
 }
 
 /* ---- what is wrong -------------------------------------------------------------------------------- */
@@ -187,6 +190,7 @@ QI_INLINE void wrong_copy(const hopper_params *p, char *shared, u64 *barrier)
     if (mode == FAULT_PAST_SHARED) tma_load_4d(shared + p->bytes, &p->k, barrier, 0, 0, 0, 0);
     if (mode == FAULT_NO_MAP) tma_load_4d(shared, &p->q, barrier, 0, 0, 0, 0);
     if (mode == FAULT_COPY_NOT_AWAITED) tma_load_4d(shared, &p->k, barrier, 0, 0, 0, 0);
+    if (mode == FAULT_STORE_NOT_AWAITED) tma_store_4d(&p->k, shared, 0, 0, 0, 0);
 }
 
 QI_INLINE void wrong_product(const hopper_params *p, char *shared)

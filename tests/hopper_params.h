@@ -22,6 +22,7 @@ enum {
     FAULT_PAST_SHARED,
     FAULT_NO_MAP,
     FAULT_COPY_NOT_AWAITED,
+    FAULT_STORE_NOT_AWAITED,
     FAULT_PRODUCTS_NOT_AWAITED,
     FAULT_OPERANDS_DIFFER,
     FAULT_OPERAND_OUTSIDE,
@@ -32,7 +33,7 @@ enum {
 
 typedef struct hopper_params {
     qi_tensor_map q, k,
-        v;        /* [tokens, heads, HEAD_DIM] of 2-byte floats; `copy` and `fault` have k alone */
+        v; /* [tokens, heads, HEAD_DIM] of 2-byte floats; `copy` goes from k to q, `fault` has k */
     float *s;     /* [128, num_tiles * TILE] */
     float *o;     /* [128, HEAD_DIM] */
     char *out;    /* `copy`: [bytes], shared memory after it */

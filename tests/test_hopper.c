@@ -382,7 +382,8 @@ static const copy_case copy_cases[] = {
     {"rows that overlap", {64, 100, 16, 2}, {16, 512, 8192}, {64, 8, 2, 1}, {0, 5, 1, 0}, 0, 0},
 };
 
-static void expect_copy(const copy_case *c, const uint16_t *from, char *want)
+/* want: shared memory with the box; stored: the tensor that it is written to. */
+static void expect_copy(const copy_case *c, const uint16_t *from, char *want, uint16_t *stored)
 {
     const u32 rows = c->box[1] * c->box[2] * c->box[3], row_bytes = c->box[0] * 2;
     const u32 mask = (1u << c->swizzle) - 1;
@@ -399,14 +400,27 @@ static void expect_copy(const copy_case *c, const uint16_t *from, char *want)
             }
             const u32 place = (u32)c->offset + r * row_bytes + x * 2;
             const uint16_t value = inside ? from[bytes / 2] : 0;
+            if (inside) stored[bytes / 2] = value;
             memcpy(want + ((place ^ (place >> 7 & mask) << 4) - (u32)c->offset), &value, 2);
         }
 }
 
+static int expect_bytes(const char *where, const void *got, const void *want, int bytes)
+{
+    for (int i = 0; i < bytes; i++) {
+        const int is = ((const uint8_t *)got)[i], ought = ((const uint8_t *)want)[i];
+        if (is == ought) continue;
+        fprintf(stderr, "byte %d of %d of %s: got %02x, want %02x\n", i, bytes, where, is, ought);
+        return FAILED;
+    }
+    return SUCCEEDED;
+}
+
+/* A box to shared memory, and from there to another tensor. */
 static int run_copy(const void *argument)
 {
     const copy_case *c = argument;
-    static uint16_t from[ELEMENTS];
+    static uint16_t from[ELEMENTS], stored[ELEMENTS], back[ELEMENTS];
     static char want[MAX_BYTES], got[MAX_BYTES];
     for (int i = 0; i < ELEMENTS; i++) from[i] = (uint16_t)(test_below(65535) + 1);
     hopper_params p = {.bytes = (i32)(c->box[0] * c->box[1] * c->box[2] * c->box[3] * 2),
@@ -422,17 +436,17 @@ static int run_copy(const void *argument)
     memcpy(e.strides, c->strides, sizeof c->strides);
     memcpy(e.box, c->box, sizeof c->box);
     MUST(encode(e));
+    e.map = &p.q;
+    e.base = device_memory(sizeof back, back); /* zeros, of which `from` has none */
+    MUST(encode(e));
     p.out = device_memory((size_t)p.bytes, NULL);
     MUST(launch(0, "copy", 128, c->offset + p.bytes, &p));
     read_back(got, p.out, (size_t)p.bytes);
-    expect_copy(c, from, want);
-    for (int i = 0; i < p.bytes; i++)
-        if (got[i] != want[i]) {
-            fprintf(stderr, "byte %d of %d: got %02x, want %02x\n", i, p.bytes, got[i] & 0xff,
-                    want[i] & 0xff);
-            return FAILED;
-        }
-    return SUCCEEDED;
+    read_back(back, e.base, sizeof back);
+    expect_copy(c, from, want, stored);
+    return expect_bytes("shared memory", got, want, p.bytes) == SUCCEEDED
+               ? expect_bytes("the tensor", back, stored, sizeof back)
+               : FAILED;
 }
 
 static void copies_put_every_byte_where_it_belongs(void **state)
@@ -541,6 +555,7 @@ static void faults_are_told(void **state)
         {FAULT_PAST_SHARED, "not shared memory"},
         {FAULT_NO_MAP, "is no tensor map"},
         {FAULT_COPY_NOT_AWAITED, "before its copies"},
+        {FAULT_STORE_NOT_AWAITED, "before its copies"},
         {FAULT_PRODUCTS_NOT_AWAITED, "before its products"},
         {FAULT_OPERANDS_DIFFER, "threads 0 and 7 of a warpgroup have different operands"},
         {FAULT_OPERAND_OUTSIDE, "rows at"},
