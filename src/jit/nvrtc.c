@@ -141,15 +141,16 @@ void qi_nvrtc_level(const qi_nvrtc *n, int major, int minor, char level[QI_ARCH_
 
 /* ---- running it --------------------------------------------------------------------------- */
 
-enum { MAX_HEADERS = 64 };
+#define ONE_MORE(id, path) +1
+enum { NUM_HEADERS = QI_BUNDLE_SHARED(ONE_MORE) QI_BUNDLE_CUDA(ONE_MORE) + 1 };
 
 /* The bundled files under their paths, and the variant's text; returns how many. */
-static int list_headers(const qi_jit_job *job, const char *texts[MAX_HEADERS],
-                        const char *names[MAX_HEADERS])
+static int list_headers(const qi_jit_job *job, const char *texts[NUM_HEADERS],
+                        const char *names[NUM_HEADERS])
 {
     int count = 0;
     qi_bundle_file file;
-    for (int i = 0; qi_bundle(kDLCUDA, i, &file) && count < MAX_HEADERS - 1; i++) {
+    for (int i = 0; qi_bundle(kDLCUDA, i, &file); i++) {
         names[count] = file.path;
         texts[count++] = file.text; /* a zero follows */
     }
@@ -222,7 +223,7 @@ qkv_status qi_nvrtc_compile(const qi_nvrtc *n, const qi_jit_job *job, void **ima
                 "%s: expected NVRTC 12.8 or newer (libnvrtc.so, of a CUDA toolkit or a Python "
                 "package; or QKV_NVRTC) to compile it with, found none",
                 job->what);
-    const char *texts[MAX_HEADERS], *names[MAX_HEADERS];
+    const char *texts[NUM_HEADERS], *names[NUM_HEADERS];
     const int count = list_headers(job, texts, names);
     const size_t room = strlen(job->defines) + strlen(job->main) + 32;
     char *source = malloc(room);
