@@ -71,12 +71,12 @@ typedef struct case_kv {
     const qkv_scale *scale;
 } case_kv;
 
-/* Keys or values of one list, from this page list or token on. */
-static inline void case_fill_list(const attn_case *a, const case_kv *kv, int32_t len,
+/* Keys or values of one list from `begin` on, the list from this page list or token on. */
+static inline void case_fill_list(const attn_case *a, const case_kv *kv, int32_t begin, int32_t len,
                                   const int32_t *pages, int64_t token)
 {
     const qkv_attention_spec *s = &a->config.spec;
-    for (int64_t j = 0; j < len; j++) {
+    for (int64_t j = begin; j < len; j++) {
         const int64_t page = s->page_size ? pages[j / s->page_size] : 0;
         const int64_t slot = s->page_size ? j % s->page_size : token + j;
         for (int64_t h = 0; h < s->num_kv_heads; h++) {
@@ -110,9 +110,12 @@ static inline void case_fill_kv(attn_case *a, bool values)
                         .scale = values ? &a->io.v_scale : &a->io.k_scale};
     for (int32_t level = 0; level <= c->num_shared_levels; level++) {
         const case_level *l = case_level_at(a, level);
-        for (int32_t g = 0; g < case_num_groups(c, level); g++)
-            case_fill_list(a, &kv, case_group_len(c, level, g), a->pages + l->first_page[g],
+        for (int32_t g = 0; g < case_num_groups(c, level); g++) {
+            const int32_t len = case_group_len(c, level, g);
+            const int32_t unseen = c->forgets ? len - c->qo_len[g] - s->window_left : 0;
+            case_fill_list(a, &kv, unseen > 0 ? unseen : 0, len, a->pages + l->first_page[g],
                            s->page_size ? 0 : case_ints(&l->kv_indptr)[g]);
+        }
     }
 }
 

@@ -100,6 +100,47 @@ static void attention_decodes_one_long_request(void **state)
     }
 }
 
+/* What lies past a request's last key, and before a window's first, is NaN. */
+static void attention_decodes_from_pages_of_any_size(void **state)
+{
+    (void)state;
+    const struct {
+        const char *why;
+        int32_t num_qo_heads, num_kv_heads, dim_qk, dim_vo, page_size, window_left;
+        DLDataType dtype_kv;
+    } rows[] = {
+        {"as many keys as a tile of GPUs has", 4, 2, 128, 128, 16, -1, QKV_BF16},
+        {"half as many", 8, 1, 128, 128, 8, -1, QKV_BF16},
+        {"twice as many, windows that begin within a page", 8, 2, 64, 64, 32, 37, QKV_F16},
+        {"neither", 2, 2, 256, 64, 24, 30, QKV_BF16},
+        {"too few to copy at once", 4, 2, 128, 128, 4, 21, QKV_BF16},
+        {"ragged, a window", 4, 2, 192, 128, 0, 21, QKV_BF16},
+        {"8 bits, half as many as a tile has", 8, 2, 128, 128, 16, 50, QKV_E4M3},
+        {"8 bits, a quarter, more than 8 rows", 16, 1, 256, 128, 8, -1, QKV_E5M2},
+        {"8 bits, more than a tile has", 4, 4, 128, 256, 96, 77, QKV_E4M3},
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+        for (int strided = 0; strided < 2; strided++) {
+            qkv_attention_spec s = spec_of(rows[i].num_qo_heads, rows[i].num_kv_heads,
+                                           rows[i].dim_qk, rows[i].page_size, QKV_BF16);
+            s.head_dim_vo = rows[i].dim_vo;
+            s.dtype_kv = rows[i].dtype_kv;
+            if (s.dtype_kv.bits == 16) s.dtype_q = s.dtype_o = s.dtype_kv;
+            s.kv_layout = test_below(2) ? QKV_NHD : QKV_HND;
+            s.window_left = rows[i].window_left;
+            s.window_right = -1;
+            if (s.window_left >= 0) s.features |= QKV_FEATURE_WINDOW;
+            case_config c = case_config_init(s);
+            if (s.page_size == 0) c.form = CASE_RAGGED;
+            c.strided = strided;
+            c.forgets = s.window_left >= 0;
+            c.limits.max_qo_len = 1;
+            c.limits.max_workers = 5;
+            for (int32_t len = 1; len < 600; len += 1 + len / 4) case_add(&c, 1, len);
+            try_everywhere(&c, 2);
+        }
+}
+
 static void attention_runs_one_giant_among_many_tiny(void **state)
 {
     (void)state;
@@ -375,6 +416,7 @@ int main(void)
         cmocka_unit_test(attention_runs_batches_without_work),
         cmocka_unit_test(attention_takes_null_data_of_empty_tensors),
         cmocka_unit_test(attention_decodes_one_long_request),
+        cmocka_unit_test(attention_decodes_from_pages_of_any_size),
         cmocka_unit_test(attention_runs_one_giant_among_many_tiny),
         cmocka_unit_test(attention_prefills_a_long_prompt),
         cmocka_unit_test(attention_takes_extreme_sizes),
