@@ -229,11 +229,11 @@ qkv_status qi_cuda_launch(const qi_cuda_device *device, cu_function function, co
 
 static int encode_maps(const qi_box_tensor *tensors, i32 count)
 {
-    static const u32 steps[4] = {1, 1, 1, 1};
+    static const u32 steps[5] = {1, 1, 1, 1, 1};
     int result = CU_SUCCESS;
     for (const qi_box_tensor *t = tensors; t < tensors + count && result == CU_SUCCESS; t++)
-        result = qi_cuda.encode_tensor_map(t->map, t->is_bf16 ? CU_MAP_BF16 : CU_MAP_F16, 4,
-                                           t->base, t->sizes, t->strides, t->box, steps, 0,
+        result = qi_cuda.encode_tensor_map(t->map, t->element_bytes == 1 ? CU_MAP_U8 : CU_MAP_U16,
+                                           t->axes, t->base, t->sizes, t->strides, t->box, steps, 0,
                                            CU_MAP_SWIZZLE_128B, CU_MAP_PROMOTE_256B, 0);
     return result;
 }

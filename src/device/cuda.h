@@ -57,14 +57,15 @@ typedef struct qi_grid {
 qkv_status qi_cuda_launch(const qi_cuda_device *device, cu_function function, const qi_grid *grid,
                           const void *params, void *stream);
 
-/* A tensor of four axes as the copy engine (sm_90 and later) takes boxes of it: rows of `sizes[0]` elements of 2
- * bytes, strides of the other axes in bytes. A box is 64 elements wide, which shared memory gets as rows of 128 bytes
- * in the exchanged order that wgmma reads. Base and strides are multiples of 16 bytes. */
+/* A tensor as the copy engine (sm_90 and later) takes boxes of it: rows of `sizes[0]` elements, strides of the other
+ * axes in bytes. A box is 128 bytes wide, which shared memory gets as rows in the exchanged order that wgmma reads.
+ * Base and strides are multiples of 16 bytes. */
 typedef struct qi_box_tensor {
     void *base;
-    u64 sizes[4], strides[3];
-    u32 box[4];
-    i32 is_bf16;        /* else f16 */
+    u64 sizes[5], strides[4];
+    u32 box[5];
+    u32 axes;           /* up to 5 */
+    u32 element_bytes;  /* 1 or 2 */
     qi_tensor_map *map; /* where it goes */
 } qi_box_tensor;
 

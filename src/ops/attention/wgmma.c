@@ -4,21 +4,8 @@
 
 #include <string.h>
 
+#include "ops/attention/boxes.h"
 #include "ops/attention/wgmma_params.h"
-
-/* Keys that lie side by side in every page and divide a tile's: what one copy of the copy engine brings. 0: they are
- * no whole 8 rows. */
-static i32 piece_of(i32 page_size, i32 keys)
-{
-    i32 a = page_size, b = keys;
-    if (page_size == 0) return keys;
-    while (b > 0) {
-        const i32 rest = a % b;
-        a = b;
-        b = rest;
-    }
-    return a % 8 == 0 ? a : 0;
-}
 
 static i32 shared_bytes(const qkv_attention_spec *s, const attention_wgmma *w)
 {
@@ -48,7 +35,7 @@ void qi_attention_wgmma_configure(qkv_attention *a)
                            .keys = keys,
                            .buffers = 2,
                            .stages = 2,
-                           .piece = piece_of(s->page_size, keys)};
+                           .piece = qi_box_keys(s->page_size, keys)};
     if (qk == 1 && vo == 1 && !general && w->piece > 0)
         w->warpgroups = 3; /* others take more registers */
     if (shared_bytes(s, w) > room) w->buffers = 1;
@@ -98,20 +85,9 @@ void qi_attention_wgmma_constants(const qkv_attention *a, i32 out[QI_WGMMA_CONST
 
 /* ---- run ---------------------------------------------------------------------------------- */
 
-/* Can the copy engine take a tensor at this address with these strides, in elements? */
-static int aligned(const void *base, const i64 *strides, int n)
-{
-    u64 bits = (u64)(uintptr_t)base;
-    for (int i = 0; i < n; i++) {
-        if (strides[i] <= 0 || strides[i] >= (i64)1 << 38) return 0;
-        bits |= (u64)strides[i] * 2;
-    }
-    return (bits & 15) == 0;
-}
-
 /* Rows of queries or outputs, `rows` of a tile in a box: tokens times a KV head's query heads. */
 static qi_box_tensor map_rows(const attention_params *p, const void *base, const i64 *stride,
-                              i32 dim, int is_bf16, i32 rows, qi_tensor_map *map)
+                              i32 dim, i32 rows, qi_tensor_map *map)
 {
     const i64 group = p->num_qo_heads / p->num_kv_heads, head = stride[1] * 2;
     return (qi_box_tensor){
@@ -119,24 +95,8 @@ static qi_box_tensor map_rows(const attention_params *p, const void *base, const
         .sizes = {(u64)dim, (u64)group, (u64)p->num_kv_heads, (u64)p->q_rows},
         .strides = {(u64)head, (u64)(head * group), (u64)stride[0] * 2},
         .box = {64, (u32)group, 1, (u32)(rows / group)},
-        .is_bf16 = is_bf16,
-        .map = map,
-    };
-}
-
-/* Keys or values; ragged ones are a single page. */
-static qi_box_tensor map_keys(const qkv_attention *a, const attention_params *p, const void *base,
-                              const i64 *stride, i32 dim, qi_tensor_map *map)
-{
-    const int paged = p->page_size > 0;
-    const i64 token = stride[1] * 2, page = paged ? stride[0] * 2 : token;
-    return (qi_box_tensor){
-        .base = (void *)(uintptr_t)base,
-        .sizes = {(u64)dim, (u64)(paged ? p->page_size : p->kv_extent), (u64)p->num_kv_heads,
-                  (u64)(paged ? p->kv_extent : 1)},
-        .strides = {(u64)token, (u64)stride[2] * 2, (u64)page},
-        .box = {64, (u32)a->wgmma.piece, 1, 1},
-        .is_bf16 = p->dtype_kv == QI_BF16,
+        .axes = 4,
+        .element_bytes = 2,
         .map = map,
     };
 }
@@ -147,25 +107,21 @@ qkv_status qi_attention_wgmma_run(const qkv_attention *a, const attention_cuda_p
     const attention_params *p = &c->at;
     enum { ROWS_OF_WARP = 16 };
     const i32 group = p->num_qo_heads / p->num_kv_heads;
-    const int paged = p->page_size > 0, skip = !paged; /* without pages there is no such stride */
     wgmma_params w = {.c = *c};
-    w.q_by_tma = p->dtype_q == p->dtype_kv && aligned(p->q, p->q_stride, 2);
-    w.kv_by_tma = a->wgmma.piece > 0 && p->kv_extent > 0 &&
-                  aligned(p->k, p->k_stride + skip, 3 - skip) &&
-                  aligned(p->v, p->v_stride + skip, 3 - skip);
+    w.q_by_tma = p->dtype_q == p->dtype_kv && qi_box_fits(p->q, p->q_stride, 2, 2);
+    w.kv_by_tma = a->wgmma.piece > 0 && qi_box_keys_fit(p);
     w.o_by_tma = qi_dtype_bytes((qi_dtype)p->dtype_o) == 2 && ROWS_OF_WARP % group == 0 &&
-                 aligned(p->o, p->o_stride, 2);
+                 qi_box_fits(p->o, p->o_stride, 2, 2);
     qi_box_tensor boxes[4];
     i32 count = 0;
     if (w.q_by_tma)
-        boxes[count++] = map_rows(p, p->q, p->q_stride, p->head_dim_qk, p->dtype_q == QI_BF16,
-                                  64 * a->wgmma.warpgroups, &w.q);
+        boxes[count++] =
+            map_rows(p, p->q, p->q_stride, p->head_dim_qk, 64 * a->wgmma.warpgroups, &w.q);
     if (w.o_by_tma)
-        boxes[count++] = map_rows(p, p->o, p->o_stride, p->head_dim_vo, p->dtype_o == QI_BF16,
-                                  ROWS_OF_WARP, &w.o);
+        boxes[count++] = map_rows(p, p->o, p->o_stride, p->head_dim_vo, ROWS_OF_WARP, &w.o);
     if (w.kv_by_tma) {
-        boxes[count++] = map_keys(a, p, p->k, p->k_stride, p->head_dim_qk, &w.k);
-        boxes[count++] = map_keys(a, p, p->v, p->v_stride, p->head_dim_vo, &w.v);
+        boxes[count++] = qi_box_of_keys(p, a->wgmma.piece, &w.k);
+        boxes[count++] = qi_box_of_values(p, a->wgmma.piece, &w.v);
     }
     if (count > 0) QI_TRY(qi_cuda_tensor_maps(&a->ctx->cuda, boxes, count));
     const qi_grid grid = {.x = (u32)a->limits.max_workers,
