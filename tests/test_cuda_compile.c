@@ -36,12 +36,19 @@ static const struct {
     {"attention.cuda", {128}},
     {"attention.plan", {512}},
     {"attention.mma",
-     {128, 128, 4, 16, BF16, BF16, BF16, 1, 0, 0, 0, 0, 0, 0, 8, 3, 0, 2, 128}}, /* decode */
-    {"attention.mma", {128, 128, 4, 1, BF16, E4M3, BF16, 1, 0, 0, 0, 0, 0, 0, 8, 3, 0, 2, 128}},
-    {"attention.mma", {64, 64, 1, 0, F16, F16, F16, 1, 1, 1, 1, 1, 1, 1, 16, 5, 0, 2, 128}},
+     {128, 128, 4, 16, BF16, BF16, BF16, 1, 0, 0, 0, 0, 0, 0, 8, 3, 0, 0, 2, 128}}, /* decode */
+    {"attention.mma", {128, 128, 4, 1, BF16, E4M3, BF16, 1, 0, 0, 0, 0, 0, 0, 8, 3, 0, 0, 2, 128}},
+    {"attention.mma", {64, 64, 1, 0, F16, F16, F16, 1, 1, 1, 1, 1, 1, 1, 16, 5, 0, 0, 2, 128}},
     {"attention.mma",
-     {128, 128, 4, 16, BF16, BF16, BF16, 1, 0, 0, 0, 0, 0, 0, 16, 3, 1, 2, 128}}, /* prefill */
-    {"attention.mma", {64, 64, 4, 0, BF16, BF16, BF16, 0, 0, 0, 0, 0, 0, 0, 16, 5, 1, 2, 128}},
+     {128, 128, 4, 16, BF16, BF16, BF16, 1, 0, 0, 0, 0, 0, 0, 16, 3, 0, 1, 2, 128}}, /* prefill */
+    {"attention.mma", {64, 64, 4, 0, BF16, BF16, BF16, 0, 0, 0, 0, 0, 0, 0, 16, 5, 0, 1, 2, 128}},
+    {"attention.mma", /* the same by Hopper's copy engine */
+     {128, 128, 4, 16, BF16, BF16, BF16, 1, 0, 0, 0, 0, 0, 0, 8, 3, 16, 0, 2, 128}},
+    {"attention.mma",
+     {128, 128, 8, 16, BF16, E4M3, BF16, 1, 0, 0, 0, 0, 0, 0, 8, 3, 16, 0, 2, 128}},
+    {"attention.mma", {64, 64, 4, 0, F16, F16, F16, 1, 1, 1, 1, 1, 0, 1, 8, 5, 16, 0, 2, 128}},
+    {"attention.mma", {192, 128, 8, 0, BF16, BF16, BF16, 0, 0, 0, 0, 0, 0, 0, 8, 2, 16, 0, 2, 128}},
+    {"attention.mma", {256, 256, 8, 8, BF16, I8, BF16, 1, 0, 0, 0, 0, 0, 0, 8, 3, 8, 0, 1, 128}},
     {"attention.wgmma",
      {128, 128, 4, 16, BF16, BF16, BF16, 1, 0, 0, 0, 0, 0, 0, 128, 128, 16, 2, 2, 2, 384}},
     {"attention.wgmma",
@@ -69,10 +76,13 @@ static const struct {
     {"sample.cuda", {BF16, 8, 512}},
 };
 
-/* Rows for one generation only. */
-static bool is_for(const char *row, const char *level)
+/* Rows, or constants of theirs, for one generation only. */
+static bool is_for(const char *row, const i32 *constants, const char *level)
 {
-    return strcmp(row, "attention.wgmma") != 0 || strcmp(level, "sm_90a") == 0;
+    enum { DECODE_PIECE = 16 };
+    const bool hopper = strcmp(row, "attention.wgmma") == 0 ||
+                        (strcmp(row, "attention.mma") == 0 && constants[DECODE_PIECE] > 0);
+    return !hopper || strcmp(level, "sm_90a") == 0;
 }
 
 /* Bytes of registers that a kernel may spill; most promise none. */
@@ -144,7 +154,7 @@ static void kernels_compile_for_every_generation(void **state)
         const qi_kernel *row = find_row(kernels[i / NUM_LEVELS].row);
         const char *level = levels[i % NUM_LEVELS];
         compiled *c = &jobs[num_jobs];
-        if (!is_for(row->name, level)) continue;
+        if (!is_for(row->name, kernels[i / NUM_LEVELS].constants, level)) continue;
         of_job[num_jobs++] = i / NUM_LEVELS;
         qi_write_defines(&row->cuda, kernels[i / NUM_LEVELS].constants, c->defines,
                          sizeof c->defines);
@@ -177,17 +187,12 @@ static void kernels_compile_for_every_generation(void **state)
     }
 }
 
-/* Where a disassembler is at hand: Hopper's kernel multiplies by warpgroups, copies by TMA, and gives registers from
- * warpgroup to warpgroup. */
-static void hopper_uses_its_own_instructions(void **state)
+/* Has the row's kernel, with the last of its constants above, all of these instructions? By a disassembler. */
+static void expect_instructions(const qi_nvrtc *nvrtc, const char *name, const char *const wanted[])
 {
-    (void)state;
-    static const char *const wanted[] = {"HGMMA", "UTMALDG", "USETMAXREG"};
-    enum { WANTED = sizeof wanted / sizeof wanted[0] };
-    const qi_nvrtc *nvrtc = qi_nvrtc_find(0);
-    if (!nvrtc || system("nvdisasm --version >/dev/null 2>&1") != 0) skip();
-    const qi_kernel *row = find_row("attention.wgmma");
-    char defines[1024], path[] = "/tmp/qkv-wgmma-XXXXXX", command[64], line[512];
+    enum { MOST = 4 };
+    const qi_kernel *row = find_row(name);
+    char defines[1024], path[] = "/tmp/qkv-hopper-XXXXXX", command[64], line[512];
     for (int i = 0; i < NUM_KERNELS; i++)
         if (strcmp(kernels[i].row, row->name) == 0)
             qi_write_defines(&row->cuda, kernels[i].constants, defines, sizeof defines);
@@ -206,13 +211,25 @@ static void hopper_uses_its_own_instructions(void **state)
     free(image);
     snprintf(command, sizeof command, "nvdisasm -c %s", path);
     FILE *text = popen(command, "r");
-    bool found[WANTED] = {false};
+    bool found[MOST] = {false};
     while (text && fgets(line, sizeof line, text))
-        for (int i = 0; i < WANTED; i++) found[i] |= strstr(line, wanted[i]) != NULL;
+        for (int i = 0; wanted[i]; i++) found[i] |= strstr(line, wanted[i]) != NULL;
     assert_int_equal(text ? pclose(text) : -1, 0);
     unlink(path);
-    for (int i = 0; i < WANTED; i++)
-        if (!found[i]) fail_msg("no %s in %s", wanted[i], row->name);
+    for (int i = 0; wanted[i]; i++)
+        if (!found[i]) fail_msg("no %s in %s", wanted[i], name);
+}
+
+/* Where a disassembler is at hand: Hopper's kernel multiplies by warpgroups, copies by TMA, and gives registers from
+ * warpgroup to warpgroup; decode copies by TMA, too. */
+static void hopper_uses_its_own_instructions(void **state)
+{
+    (void)state;
+    const qi_nvrtc *nvrtc = qi_nvrtc_find(0);
+    if (!nvrtc || system("nvdisasm --version >/dev/null 2>&1") != 0) skip();
+    expect_instructions(nvrtc, "attention.wgmma",
+                        (const char *const[]){"HGMMA", "UTMALDG", "USETMAXREG", NULL});
+    expect_instructions(nvrtc, "attention.mma", (const char *const[]){"UTMALDG.5D", NULL});
 }
 
 /* What a compiler says of a broken kernel reaches the caller. */

@@ -56,7 +56,9 @@
     X(cuda_rows, "ops/attention/rows.cuh")                                                         \
     X(cuda_merge_rows, "ops/attention/merge_rows.cuh")                                             \
     X(mma_types, "ops/attention/mma_types.cuh")                                                    \
+    X(mma_params, "ops/attention/mma_params.h")                                                    \
     X(decode_stream, "ops/attention/decode_stream.cuh")                                            \
+    X(decode_loads, "ops/attention/decode_loads.cuh")                                              \
     X(prefill_notes, "ops/attention/prefill_notes.cuh")                                            \
     X(decode_ahead, "ops/attention/decode_ahead.cuh")                                              \
     X(decode_mma, "ops/attention/decode_mma.cuh")                                                  \

@@ -46,6 +46,13 @@ QI_INLINE void tma_load_4d(void *to, const qi_tensor_map *map, u64 *barrier, int
     emulator->tensor_load(to, map, barrier, 4, at);
 }
 
+QI_INLINE void tma_load_5d_evict_first(void *to, const qi_tensor_map *map, u64 *barrier, int x,
+                                       int y, int z, int w, int u)
+{
+    const int at[] = {x, y, z, w, u};
+    emulator->tensor_load(to, map, barrier, 5, at);
+}
+
 QI_INLINE void tma_store_4d(const qi_tensor_map *map, const void *from, int x, int y, int z, int w)
 {
     const int at[] = {x, y, z, w};

@@ -79,6 +79,19 @@ QI_INLINE void tma_load_4d(void *to, const qi_tensor_map *map, u64 *barrier, int
                  : "memory");
 }
 
+/* A box of five axes, which is the first to leave L2 again. */
+QI_INLINE void tma_load_5d_evict_first(void *to, const qi_tensor_map *map, u64 *barrier, int x,
+                                       int y, int z, int w, int u)
+{
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(shared_address(to)),
+        "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "r"(w), "r"(u), "l"(policy)
+        : "memory");
+}
+
 /* The box of `map` at these coordinates from shared memory; of what lies outside the tensor nothing is written. */
 QI_INLINE void tma_store_4d(const qi_tensor_map *map, const void *from, int x, int y, int z, int w)
 {

@@ -84,7 +84,8 @@ const qi_kernel qi_attention_kernels[] = {
     QI_CUDA_ROW("attention.wgmma", reject_wgmma, "ops/attention/attention_wgmma.cu", "attention",
                 QI_WGMMA_CONSTANT_NAMES),
     QI_CUDA_ROW("attention.mma", reject_mma, "ops/attention/attention_mma.cu", "attention",
-                QI_SPEC_CONSTANT_NAMES "DECODE_ROWS DECODE_STAGES PREFILL BLOCKS_PER_SM THREADS"),
+                QI_SPEC_CONSTANT_NAMES
+                "DECODE_ROWS DECODE_STAGES DECODE_PIECE PREFILL BLOCKS_PER_SM THREADS"),
     QI_CUDA_ROW("attention.cuda", NULL, "ops/attention/attention.cu", "attention", "THREADS"),
     {0},
 };

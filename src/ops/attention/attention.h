@@ -15,8 +15,9 @@ enum { MAX_IN_FLIGHT = 16 };
 /* On a GPU: how the kernels are compiled and launched, and the plan block there, a copy of the host's. */
 typedef struct attention_cuda {
     i32 decode_rows, decode_stages; /* 0: no tile has few rows */
+    i32 decode_piece;               /* keys that one copy brings; 0: they come 16 bytes at a time */
     i32 prefill;                    /* 0: no tile has many */
-    i32 blocks_per_sm;
+    i32 threads, blocks_per_sm;
     u32 shared_bytes;         /* of a block; more than there is: the kernel declines */
     char *block;              /* [workspace size's plan_bytes] */
     char *stages;             /* pinned blocks like it, one after another, to make plans in */

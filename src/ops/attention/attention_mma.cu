@@ -8,6 +8,7 @@
  * SPDX-License-Identifier: Apache-2.0 */
 #include "kern/cuda/prelude.cuh"
 #include "ops/attention/merge_rows.cuh"
+#include "ops/attention/mma_params.h"
 #if DECODE_ROWS
 #include "ops/attention/decode_ahead.cuh"
 #include "ops/attention/decode_mma.cuh"
@@ -26,26 +27,27 @@ QI_INLINE int any_item(const attention_params *p, int begin, int end, int flags)
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
-    attention(const __grid_constant__ attention_cuda_params p)
+    attention(const __grid_constant__ mma_params p)
 {
-    extern __shared__ __align__(16) char shared[];
+    extern __shared__ __align__(1024) char shared[];
 #if DECODE_ROWS
-    char *ring = shared + DECODE_SHARED_ROOM(HEAD_DIM_QK, DECODE_ROWS);
+    decode_shared *decode = (decode_shared *)(shared + RINGS_BYTES);
     decode_guess guess;
     decode_guess_nothing(&guess);
-    touch_parameters(&p, (decode_shared *)shared);
+    touch_parameters(&p, decode);
+    decode_ring ring = decode_ring_open(&p, shared, decode);
 #if __CUDA_ARCH__ >= 900 /* else no launch overlaps the one before */
-    decode_ahead(&p, (ahead_shared *)ring, &guess);
+    decode_ahead(&p.c, (ahead_shared *)shared, &guess);
 #endif
 #endif
     griddepcontrol_wait();
     griddepcontrol_launch_dependents();
-    const attention_params *a = &p.at;
+    const attention_params *a = &p.c.at;
     const int one_level = a->plan.header->num_levels == 1;
     const int begin = a->plan.work_indptr[blockIdx.x], end = a->plan.work_indptr[blockIdx.x + 1];
 #if DECODE_ROWS
     if (!PREFILL || any_item(a, begin, end, QI_TILE_DECODE))
-        decode_items(&p, begin, end, one_level, &guess, ring, (decode_shared *)shared);
+        decode_items(&p, begin, end, one_level, &guess, &ring, decode);
 #endif
 #if PREFILL
     int *is_last = (int *)shared;
@@ -53,8 +55,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     for (int i = begin; i < end; i++) {
         const qi_work *w = &a->plan.work[i];
         if (w->flags != QI_TILE_PREFILL) continue;
-        prefill_item(&p, w, shared + PREFILL_SHARED_ROOM);
-        if (w->slot >= 0 && one_level) finish_piece(&p, w, is_last);
+        prefill_item(&p.c, w, shared + PREFILL_SHARED_ROOM);
+        if (w->slot >= 0 && one_level) finish_piece(&p.c, w, is_last);
     }
 #endif
 }

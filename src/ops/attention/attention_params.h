@@ -78,21 +78,24 @@ enum {
 /* M of a prefill tile on a GPU: four warps of 32 rows, or of 16 where the sums of v take more registers. */
 #define PREFILL_TILE_M(dim_vo) ((dim_vo) <= 128 ? 128 : 64)
 
-/* Decode tiles on a GPU (decode_mma.cuh): keys of a tile; 16-byte pieces of a row in shared memory, an odd
- * number, so that eight rows are on different banks; bytes of a slot of a warp's ring, which takes a tile or
- * the sums of v of `rows` rows. */
-#define DECODE_TILE(kv_bytes)        ((kv_bytes) == 1 ? 32 : 16)
-#define DECODE_CHUNKS(dim, kv_bytes) (((dim) + 15) / 16 * (kv_bytes) | 1)
-#define DECODE_TILE_BYTES(qk, vo, kv_bytes)                                                        \
-    (16 * DECODE_TILE(kv_bytes) * (DECODE_CHUNKS(qk, kv_bytes) + DECODE_CHUNKS(vo, kv_bytes)))
-#define DECODE_SUM_BYTES(vo, rows) (4 * (rows) * (((vo) + 15) / 16 * 16 + 4))
-#define DECODE_SLOT_BYTES(qk, vo, kv_bytes, rows)                                                  \
-    (DECODE_TILE_BYTES(qk, vo, kv_bytes) > DECODE_SUM_BYTES(vo, rows)                              \
-         ? DECODE_TILE_BYTES(qk, vo, kv_bytes)                                                     \
+/* Decode tiles on a GPU (decode_mma.cuh): keys of a tile; bytes of a row in shared memory, as it is where the copy
+ * engine brings pieces of `piece` keys, else (0) an odd number of 16 bytes, so that eight rows are on different
+ * banks; bytes of a slot of a warp's ring, which takes a tile or the sums of v of `rows` rows. */
+#define DECODE_TILE(kv_bytes) ((kv_bytes) == 1 ? 32 : 16)
+#define DECODE_PITCH(dim, kv_bytes, piece)                                                         \
+    ((piece) > 0 ? (dim) * (kv_bytes) : (((dim) + 15) / 16 * (kv_bytes) | 1) * 16)
+#define DECODE_TILE_BYTES(qk, vo, kv_bytes, piece)                                                 \
+    (DECODE_TILE(kv_bytes) *                                                                       \
+     (DECODE_PITCH(qk, kv_bytes, piece) + DECODE_PITCH(vo, kv_bytes, piece)))
+#define DECODE_SUM_PITCH(vo)       (((vo) + 31) / 32 * 32) /* floats */
+#define DECODE_SUM_BYTES(vo, rows) (4 * (rows)*DECODE_SUM_PITCH(vo))
+#define DECODE_SLOT_BYTES(qk, vo, kv_bytes, rows, piece)                                           \
+    (DECODE_TILE_BYTES(qk, vo, kv_bytes, piece) > DECODE_SUM_BYTES(vo, rows)                       \
+         ? DECODE_TILE_BYTES(qk, vo, kv_bytes, piece)                                              \
          : DECODE_SUM_BYTES(vo, rows))
-#define DECODE_Q_PITCH(dim)           (((dim) + 15) / 16 * 32 + 16)
-#define DECODE_SHARED_ROOM(dim, rows) (3072 + (rows)*DECODE_Q_PITCH(dim)) /* beside the rings */
-#define DECODE_PAST_RINGS             16 /* read, not used, with an odd number of steps */
+#define DECODE_Q_PITCH(dim)                  (((dim) + 15) / 16 * 32 + 16)
+#define DECODE_SHARED_ROOM(dim, rows, warps) /* past the rings */                                  \
+    (1536 + 384 * (warps) + (rows)*DECODE_Q_PITCH(dim))
 
 /* The reference kernel of GPUs: query rows and keys that a block has in shared memory at a time. */
 #define ATTENTION_CHUNK        16

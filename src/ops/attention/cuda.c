@@ -9,13 +9,15 @@
 #include "base/status.h"
 #include "base/thread.h"
 #include "ops/attention/attention.h"
+#include "ops/attention/boxes.h"
+#include "ops/attention/mma_params.h"
 #include "ops/attention/plan_params.h"
 #include "ops/attention/wgmma.h"
 
 enum {
-    THREADS = 128,
-    WARPS = THREADS / 32,
-    NUM_CONSTANTS = QI_SPEC_CONSTANTS + 5,
+    THREADS =
+        128, /* prefill tiles and the reference have no others; decode tiles may, whole warps */
+    NUM_CONSTANTS = QI_SPEC_CONSTANTS + 6,
     MOST_CONSTANTS = QI_WGMMA_CONSTANTS
 };
 
@@ -27,6 +29,15 @@ static i32 max32(i32 a, i32 b)
 static i32 min32(i32 a, i32 b)
 {
     return a < b ? a : b;
+}
+
+/* Keys of a decode tile that one copy of Hopper's copy engine brings; 0: it is not for them. */
+static i32 decode_piece(const qkv_attention *a, i32 bytes)
+{
+    const qkv_attention_spec *s = &a->spec;
+    if (a->ctx->cuda.major != 9 || a->limits.max_row_blocks > 0) return 0;
+    if (s->head_dim_qk * bytes % 128 != 0 || s->head_dim_vo * bytes % 128 != 0) return 0;
+    return qi_box_keys(s->page_size, DECODE_TILE(bytes));
 }
 
 /* Rings of two tiles a warp or more, for two blocks an SM where they fit, since one computes while the other
@@ -43,9 +54,12 @@ void qi_attention_cuda_configure(qkv_attention *a)
     const i32 bytes = (i32)qi_dtype_bytes((qi_dtype)qi_dtype_of(s->dtype_kv));
     const i32 room = a->ctx->cuda.shared_bytes, half = (room - 1024) / 2;
     c->decode_rows = few == 0 ? 0 : (most < few ? (i32)most : few) * group <= 8 ? 8 : 16;
+    c->decode_piece = c->decode_rows ? decode_piece(a, bytes) : 0;
     c->prefill = most > few;
-    const i32 slots = WARPS * DECODE_SLOT_BYTES(qk, vo, bytes, c->decode_rows);
-    const i32 shared = DECODE_SHARED_ROOM(qk, c->decode_rows) + DECODE_PAST_RINGS;
+    c->threads = THREADS;
+    const i32 warps = c->threads / 32;
+    const i32 slots = warps * DECODE_SLOT_BYTES(qk, vo, bytes, c->decode_rows, c->decode_piece);
+    const i32 shared = DECODE_SHARED_ROOM(qk, c->decode_rows, warps);
     const i32 prefill = c->prefill ? PREFILL_SHARED_ROOM + PREFILL_SHARED_BYTES(qk, vo, bytes) : 0;
     const i32 needed = max32(c->decode_rows ? shared + 2 * slots : 0, prefill);
     c->blocks_per_sm = needed <= half ? 2 : 1;
@@ -82,7 +96,8 @@ void qi_attention_spec_constants(const qkv_attention *a, i32 out[QI_SPEC_CONSTAN
 static void write_constants(const qkv_attention *a, i32 *out)
 {
     const attention_cuda *c = &a->cuda;
-    const i32 own[] = {c->decode_rows, c->decode_stages, c->prefill, c->blocks_per_sm, THREADS};
+    const i32 own[] = {c->decode_rows, c->decode_stages, c->decode_piece,
+                       c->prefill,     c->blocks_per_sm, c->threads};
     _Static_assert(QI_SPEC_CONSTANTS + sizeof own / sizeof *own == NUM_CONSTANTS,
                    "the row's names");
     qi_attention_spec_constants(a, out);
@@ -319,6 +334,26 @@ static u32 merge_blocks(const qkv_attention *a)
     return (u32)(all < most ? all : most);
 }
 
+/* The launch of attention_mma.cu. */
+static qkv_status run_mma(const qkv_attention *a, const attention_cuda_params *c, void *stream)
+{
+    const attention_params *p = &c->at;
+    mma_params m = {.c = *c};
+    m.kv_by_tma = a->cuda.decode_piece > 0 && qi_box_keys_fit(p);
+    if (m.kv_by_tma) {
+        const qi_box_tensor boxes[] = {
+            qi_box_of_whole_rows(qi_box_of_keys(p, a->cuda.decode_piece, &m.k)),
+            qi_box_of_whole_rows(qi_box_of_values(p, a->cuda.decode_piece, &m.v)),
+        };
+        QI_TRY(qi_cuda_tensor_maps(&a->ctx->cuda, boxes, 2));
+    }
+    const qi_grid grid = {.x = (u32)a->limits.max_workers,
+                          .threads = (u32)a->cuda.threads,
+                          .shared_bytes = a->cuda.shared_bytes,
+                          .overlaps_before = 1};
+    return qi_cuda_launch(&a->ctx->cuda, a->cuda.functions[0], &grid, &m, stream);
+}
+
 qkv_status qi_attention_cuda_run(qkv_attention *a, const attention_params *p,
                                  const qi_scale scales[4], float sm_scale, void *stream)
 {
@@ -341,6 +376,8 @@ qkv_status qi_attention_cuda_run(qkv_attention *a, const attention_params *p,
                           .overlaps_before = 1};
     if (a->wgmma.used)
         QI_TRY(qi_attention_wgmma_run(a, &c, stream));
+    else if (!is_reference(a))
+        QI_TRY(run_mma(a, &c, stream));
     else
         QI_TRY(qi_cuda_launch(&a->ctx->cuda, a->cuda.functions[0], &grid, &c, stream));
     if (a->limits.max_levels == 1) return QKV_OK;

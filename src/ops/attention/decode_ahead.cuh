@@ -115,11 +115,12 @@ QI_INLINE void prefetch_query(const attention_params *p, const item_ahead *i)
 /* Where the page number is that this lane looks up first (decode_find_pages). */
 QI_INLINE void guess_page(const attention_params *p, const item_ahead *i, decode_guess *guess)
 {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const int in_pages = PAGE_SIZE % TILE == 0 && i->kv_begin % TILE == 0;
-    const int key = TILE * warp + (in_pages ? lane * DECODE_WARPS * TILE : lane % TILE);
-    if (PAGE_SIZE == 0 || key >= i->num_keys) return;
-    const i64 entry = i->list + (i->kv_begin + key) / (PAGE_SIZE | !PAGE_SIZE);
+    const int warp = threadIdx.x / WARP;
+    const int in_pages = DECODE_PIECE > 0 || (PAGE_SIZE % TILE == 0 && i->kv_begin % TILE == 0);
+    const int past = TILE * warp + (in_pages ? decode_piece_ahead() : (int)threadIdx.x % TILE);
+    const int key = decode_first(i->kv_begin) + past;
+    if (PAGE_SIZE == 0 || key >= i->kv_begin + i->num_keys) return;
+    const i64 entry = i->list + key / (PAGE_SIZE | !PAGE_SIZE);
     if (entry >= 0 && entry < p->max_pages) guess->entry = entry;
 }
 

@@ -6,8 +6,8 @@
  *   S^T [16 keys, 8 rows]  = K [16, dim_qk] Q^T         K by ldmatrix, Q^T in registers
  *   O^T [dim_vo, 8 rows]  += V^T [dim_vo, 16 keys] P^T  V by ldmatrix.trans, P^T by movmatrix
  *
- * The warps of a block share a work item: of its tiles of TILE keys warp w takes every fourth. Each warp has
- * a ring of DECODE_STAGES tiles of its own in shared memory, filled by cp.async one row of 16 bytes a lane,
+ * The warps of a block share a work item: of its tiles of TILE keys a warp takes every DECODE_WARPS-th. Each warp has
+ * a ring of DECODE_STAGES tiles of its own in shared memory, filled by Hopper's copy engine or by cp.async,
  * so no warp waits for another but at the end of an item, where the warps' results are added up. The ring
  * runs on through the items of the strip: the next item's keys are under way while one is finished, as is its
  * q, and what the plan says of the items is in shared memory before any is begun. Of a cut tile the ticket is
@@ -20,14 +20,14 @@
  *
  * JIT constants: HEAD_DIM_QK, HEAD_DIM_VO, GROUP_SIZE, PAGE_SIZE (0 = ragged), DTYPE_Q, DTYPE_KV, DTYPE_O,
  * CAUSAL, WINDOW, SOFT_CAP, ALIBI, CUSTOM_MASK, SPARSE, MIXED; DECODE_ROWS, 8 or 16, the most rows of q of an item;
- * DECODE_STAGES; THREADS.
+ * DECODE_STAGES; DECODE_PIECE, keys that one copy of the copy engine brings, 0: cp.async; THREADS.
  * Bound: HBM, 2 head dims of elements a key and KV head; 16 products of 16x8x16 a tile of 16 keys of 128.
  * Source: the operand swap follows from the fragment layouts of the PTX manual, section mma.m16n8k16.
  * SPDX-License-Identifier: Apache-2.0 */
 #ifndef QI_ATTENTION_DECODE_MMA_CUH
 #define QI_ATTENTION_DECODE_MMA_CUH
 
-#include "ops/attention/decode_stream.cuh"
+#include "ops/attention/decode_loads.cuh"
 #include "ops/attention/merge_rows.cuh"
 
 /* ---- the rows of an item -------------------------------------------------------------------- */
@@ -134,17 +134,17 @@ QI_INLINE void decode_begin(const attention_cuda_params *c, const decode_item *i
 QI_INLINE void decode_scores(const char *keys, const decode_state *r, float s[NQ][4])
 {
     const int lane = threadIdx.x % WARP;
-    const char *at = keys + lane % 16 * K_PITCH + lane / 16 * 16;
+    const int at = decode_chunk_at(lane % 16, lane / 16, K_PITCH);
     float odd[NQ][4] = {};
 #pragma unroll
     for (int step = 0; step < STEPS_QK; step += 2) {
         u32 a[2][4];
         if (KV_BYTES == 2) {
-            ldmatrix_x4(a[0], at + 32 * step);
-            if (step + 1 < STEPS_QK) ldmatrix_x4(a[1], at + 32 * (step + 1));
+            ldmatrix_x4(a[0], keys + decode_chunk_pair(at, step));
+            if (step + 1 < STEPS_QK) ldmatrix_x4(a[1], keys + decode_chunk_pair(at, step + 1));
         } else {
             u32 raw[4]; /* of both steps: four dims of keys g and g + 8 */
-            ldmatrix_x4(raw, at + 16 * step);
+            ldmatrix_x4(raw, keys + decode_chunk_pair(at, step / 2));
             for (int i = 0; i < 2; i++)
                 for (int j = 0; j < 4; j++) a[i][j] = widen(raw[2 * i + j % 2] >> j / 2 * 16);
         }
@@ -164,22 +164,22 @@ QI_INLINE void decode_values(const char *values, const u32 b[NQ][2], decode_stat
 {
     const int lane = threadIdx.x % WARP;
     if (KV_BYTES == 2) {
-        const char *at = values + (lane % 8 + lane / 16 * 8) * V_PITCH + lane / 8 % 2 * 16;
+        const int at = decode_chunk_at(lane % 8 + lane / 16 * 8, lane / 8 % 2, V_PITCH);
 #pragma unroll
         for (int step = 0; step < STEPS_VO; step++) {
             u32 a[4];
-            ldmatrix_x4_trans(a, at + 32 * step);
+            ldmatrix_x4_trans(a, values + decode_chunk_pair(at, step));
 #pragma unroll
             for (int n = 0; n < NQ; n++)
                 if (n == 0 || r->count > 8) mma(r->o[n][step], a, b[n][0], b[n][1]);
         }
         return;
     }
-    const char *at = values + lane % 16 * V_PITCH + lane / 16 * 16;
+    const int at = decode_chunk_at(lane % 16, lane / 16, V_PITCH);
 #pragma unroll
     for (int step = 0; step < STEPS_VO; step += 2) {
         u32 raw[4];
-        ldmatrix_x4_trans(raw, at + 16 * step);
+        ldmatrix_x4_trans(raw, values + decode_chunk_pair(at, step / 2));
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             if (step + i == STEPS_VO) break;
@@ -278,17 +278,23 @@ QI_INLINE void decode_tile(const attention_cuda_params *c, const char *slot, con
         if (sub > 0 && index + sub >= r->kv_end) break;
         float s[NQ][4] = {};
         u32 b[NQ][2];
-        decode_scores(slot + sub * K_PITCH, r, s);
+        decode_scores(slot + decode_row_at(sub, K_PITCH), r, s);
         decode_weigh(c, row, index + sub, s, r);
 #pragma unroll
         for (int n = 0; n < NQ; n++)
             for (int i = 0; i < 2; i++)
                 b[n][i] = movmatrix_trans(pack_pair(s[n][2 * i], s[n][2 * i + 1]));
-        decode_values(slot + TILE * K_PITCH + sub * V_PITCH, b, r);
+        decode_values(slot + TILE * K_PITCH + decode_row_at(sub, V_PITCH), b, r);
     }
 }
 
 /* ---- the end of an item --------------------------------------------------------------------- */
+
+/* Where sum d of row m is: rows 2c on other banks for each c, and four sums stay side by side. */
+QI_INLINE int decode_sum_at(int m, int d)
+{
+    return m * SUM_PITCH + (d ^ m / 2 % 4 * 8);
+}
 
 /* A warp's results to shared memory, its sums of v into the slot that it has just used. */
 QI_INLINE void decode_put(decode_state *r, int place, char *slot, decode_shared *t)
@@ -307,12 +313,13 @@ QI_INLINE void decode_put(decode_state *r, int place, char *slot, decode_shared 
 #pragma unroll
             for (int i = 0; i < STEPS_VO; i++) {
                 const int d = KV_BYTES == 1 ? 16 * i + 2 * g : 16 * i + g;
-                sums[m * SUM_PITCH + d] = r->o[n][i][h];
-                sums[m * SUM_PITCH + d + (KV_BYTES == 1 ? 1 : 8)] = r->o[n][i][2 + h];
+                sums[decode_sum_at(m, d)] = r->o[n][i][h];
+                sums[decode_sum_at(m, d + (KV_BYTES == 1 ? 1 : 8))] = r->o[n][i][2 + h];
             }
         }
     }
     if (lane == 0) t->sums[place] = sums;
+    decode_fence();
 }
 
 /* Adds up what `places` warps have put, in key order, and writes the item's result: four dims a thread. */
@@ -328,7 +335,7 @@ QI_INLINE void decode_finish(const attention_cuda_params *c, const decode_item *
         for (int i = 0; i < places; i++) {
             const float lse = t->max[i][m];
             const float weight = !SOFTMAX ? 1.f : lse == -QI_INFINITY ? 0.f : ex2(lse - max);
-            const float4 v = *(const float4 *)(t->sums[i] + m * SUM_PITCH + d);
+            const float4 v = *(const float4 *)(t->sums[i] + decode_sum_at(m, d));
             sum += weight * t->sum[i][m];
             o[0] += weight * v.x, o[1] += weight * v.y, o[2] += weight * v.z, o[3] += weight * v.w;
         }
@@ -351,12 +358,12 @@ QI_INLINE void decode_finish(const attention_cuda_params *c, const decode_item *
 /* ---- a strip -------------------------------------------------------------------------------- */
 
 /* The first `count` items in shared memory. */
-QI_INLINE void decode_chunk(const attention_cuda_params *c, int count, int one_level,
-                            const decode_guess *guess, char *ring, decode_shared *t)
+QI_INLINE void decode_chunk(const mma_params *params, int count, int one_level,
+                            const decode_guess *guess, decode_ring *ring, decode_shared *t)
 {
+    const attention_cuda_params *c = &params->c;
     const attention_params *p = &c->at;
     const int warp = (int)threadIdx.x / WARP, aligned = keys_aligned(p);
-    char *slots = ring + warp * DECODE_STAGES * SLOT_BYTES;
     decode_stream stream;
     decode_state state;
     uint4 q[Q_OF_THREAD];
@@ -364,11 +371,10 @@ QI_INLINE void decode_chunk(const attention_cuda_params *c, int count, int one_l
     decode_open(p, t->items, count, guess, &stream);
 #pragma unroll 1
     for (int i = 0; i < DECODE_STAGES - 1; i++)
-        decode_load(p, t->items, &stream, slots + i * SLOT_BYTES, aligned);
+        decode_load(params, t->items, &stream, ring, (ring->now + i) % DECODE_STAGES, aligned);
     decode_put_query(q, t);
     __syncthreads();
-    int now = 0, used = DECODE_STAGES - 1; /* slots: of the next tile, and of the one before */
-    int ticket = 0;                        /* that thread 0 has drawn for the item before */
+    int ticket = 0; /* that thread 0 has drawn for the item before */
     int first = 0, drawn = 0;
 #pragma unroll 1
     for (int n = 0; n <= count; n++) { /* after the last item its ticket is left */
@@ -378,14 +384,13 @@ QI_INLINE void decode_chunk(const attention_cuda_params *c, int count, int one_l
         if (n + 1 < count) decode_load_query(c, of + 1, q);
 #pragma unroll 1
         for (int i = place; i < tiles; i += DECODE_WARPS) {
-            cp_async_wait_group(DECODE_STAGES - 2);
-            __syncwarp();
-            decode_load(p, t->items, &stream, slots + used * SLOT_BYTES, aligned);
-            decode_tile(c, slots + now * SLOT_BYTES, t->row[warp], of->kv_begin + i * TILE, &state);
-            used = now;
-            now = now + 1 == DECODE_STAGES ? 0 : now + 1;
+            const int index = of->first + i * TILE;
+            __syncwarp(); /* all lanes have read the tile before */
+            decode_load(params, t->items, &stream, ring, ring->used, aligned);
+            decode_tile(c, decode_await(params, ring, of, index), t->row[warp], index, &state);
+            decode_ring_next(ring);
         }
-        if (place < tiles) decode_put(&state, place, slots + used * SLOT_BYTES, t);
+        if (place < tiles) decode_put(&state, place, ring->slots + ring->used * SLOT_BYTES, t);
         if (threadIdx.x == 0) t->ticket = ticket;
         __syncthreads();
         if (n < count) decode_finish(c, of, t->row[warp], min(tiles, DECODE_WARPS), t);
@@ -400,17 +405,18 @@ QI_INLINE void decode_chunk(const attention_cuda_params *c, int count, int one_l
     cp_async_wait_group(0);
 }
 
-/* The decode items among work items [begin, end), by all threads. ring: DECODE_STAGES slots a warp. */
-QI_INLINE void decode_items(const attention_cuda_params *c, int begin, int end, int one_level,
-                            decode_guess *guess, char *ring, decode_shared *t)
+/* The decode items among work items [begin, end), by all threads. */
+QI_INLINE void decode_items(const mma_params *m, int begin, int end, int one_level,
+                            decode_guess *guess, decode_ring *ring, decode_shared *t)
 {
-    const attention_params *p = &c->at;
+    const attention_params *p = &m->c.at;
+    decode_fence();                                          /* of what decode_ahead() had there */
     int here = decode_read_guessed(p, begin, end, guess, t); /* are the items in shared memory? */
 #pragma unroll 1
     for (int from = begin; from < end; from += DECODE_ITEMS) {
         const int count = min(end - from, DECODE_ITEMS);
         if (!here) decode_read_items(p, from, count, t);
-        decode_chunk(c, count, one_level, guess, ring, t);
+        decode_chunk(m, count, one_level, guess, ring, t);
         decode_guess_nothing(guess);
         here = 0;
     }

@@ -1,31 +1,37 @@
-/* decode_stream.cuh - decode tiles of GPUs, what comes before a product: a strip's work items in shared memory,
- * and the ring of each warp, which cp.async fills along the page tables of one item after another. See
- * decode_mma.cuh for the whole.
+/* decode_stream.cuh - decode tiles of GPUs, what comes before a load: a strip's work items in shared memory, and
+ * which tile a warp has next along the page tables of one item after another. See decode_mma.cuh for the whole.
  * SPDX-License-Identifier: Apache-2.0 */
 #ifndef QI_ATTENTION_DECODE_STREAM_CUH
 #define QI_ATTENTION_DECODE_STREAM_CUH
 
+#include "ops/attention/mma_params.h"
 #include "ops/attention/mma_types.cuh"
 
 enum {
     DECODE_WARPS = THREADS / WARP,
     DECODE_ITEMS = 16, /* of a strip that are in shared memory at a time */
     TILE = DECODE_TILE(KV_BYTES),
-    K_PITCH = 16 * DECODE_CHUNKS(HEAD_DIM_QK, KV_BYTES), /* bytes of a key in shared memory */
-    V_PITCH = 16 * DECODE_CHUNKS(HEAD_DIM_VO, KV_BYTES),
+    PIECE =
+        DECODE_PIECE > 0 ? DECODE_PIECE : TILE, /* keys of a tile that lie in one page for sure */
+    PIECES = TILE / PIECE,
+    TILES_AHEAD = WARP / PIECES, /* whose pages a warp knows, a piece a lane */
+    K_PITCH = DECODE_PITCH(HEAD_DIM_QK, KV_BYTES, DECODE_PIECE), /* bytes of a key */
+    V_PITCH = DECODE_PITCH(HEAD_DIM_VO, KV_BYTES, DECODE_PIECE),
     Q_PITCH = DECODE_Q_PITCH(HEAD_DIM_QK),
-    SLOT_BYTES = DECODE_SLOT_BYTES(HEAD_DIM_QK, HEAD_DIM_VO, KV_BYTES, DECODE_ROWS),
+    SLOT_BYTES = DECODE_SLOT_BYTES(HEAD_DIM_QK, HEAD_DIM_VO, KV_BYTES, DECODE_ROWS, DECODE_PIECE),
+    RINGS_BYTES = DECODE_WARPS * DECODE_STAGES * SLOT_BYTES,
     NQ = DECODE_ROWS / 8,
     STEPS_QK = (HEAD_DIM_QK + 15) / 16,
     STEPS_VO = (HEAD_DIM_VO + 15) / 16,
-    SUM_PITCH = 16 * STEPS_VO + 4, /* floats of a row of sums: quads of lanes on different banks */
+    SUM_PITCH = DECODE_SUM_PITCH(HEAD_DIM_VO),
     Q_UNITS = DECODE_ROWS * STEPS_QK * 2, /* of 8 elements */
     Q_OF_THREAD = (Q_UNITS + THREADS - 1) / THREADS,
 };
 
 /* A work item and what its group says. A prefill tile has no rows and no keys here. */
 typedef struct decode_item {
-    int kv_begin, kv_end;          /* keys of the group's list */
+    int kv_begin, kv_end; /* keys of the group's list */
+    int first; /* where tiles begin: kv_begin or, where it is not at a piece's begin, that */
     int block, kv_offset, kv_head; /* of the list */
     int row_begin, count;          /* rows of q: tokens times heads of the group */
     int request, position;         /* of its first row; MIXED groups: of none */
@@ -41,21 +47,23 @@ typedef struct decode_shared {
     tile_row row[DECODE_WARPS][DECODE_ROWS];
     float max[DECODE_WARPS][DECODE_ROWS], sum[DECODE_WARPS][DECODE_ROWS];
     const float *sums[DECODE_WARPS]; /* [DECODE_ROWS][SUM_PITCH] sums of v, in key order of tiles */
+    u64 full[DECODE_WARPS]
+            [DECODE_STAGES]; /* barriers of the rings' slots, where DECODE_PIECE > 0 */
     decode_item items[DECODE_ITEMS];
     __align__(
         16) char q[DECODE_ROWS * Q_PITCH]; /* of the item at hand, in the type of the products */
 } decode_shared;
-_Static_assert(sizeof(decode_shared) <= DECODE_SHARED_ROOM(HEAD_DIM_QK, DECODE_ROWS),
+_Static_assert(sizeof(decode_shared) <= DECODE_SHARED_ROOM(HEAD_DIM_QK, DECODE_ROWS, DECODE_WARPS),
                "as launched");
 
 /* A block meets its parameters a line at a time, each after a wait of its own: they are asked for at once,
  * while the launch before may still run. What comes is put where q will be, so that it is not left out. */
-QI_INLINE void touch_parameters(const attention_cuda_params *c, decode_shared *t)
+QI_INLINE void touch_parameters(const mma_params *m, decode_shared *t)
 {
     enum { WORDS_OF_LINE = 16 };
     const int at = (int)threadIdx.x * WORDS_OF_LINE;
-    if (at < (int)(sizeof *c / sizeof(int)))
-        ((volatile int *)t->q)[threadIdx.x] = ((const int *)c)[at];
+    if (at < (int)(sizeof *m / sizeof(int)))
+        ((volatile int *)t->q)[threadIdx.x] = ((const int *)m)[at];
 }
 
 /* Where what a strip begins with was before this launch's turn; begin -1: not known. */
@@ -73,6 +81,12 @@ QI_INLINE void decode_guess_nothing(decode_guess *g)
     g->entry = -1;
 }
 
+/* Where tiles of keys from `begin` on begin. */
+QI_INLINE int decode_first(int begin)
+{
+    return DECODE_PIECE > 0 && PAGE_SIZE > 0 ? begin - begin % PIECE : begin;
+}
+
 /* Work item w of group `at`; its tile's pieces where it is cut. */
 QI_INLINE void decode_put_item(const attention_params *p, const qi_work *w, const qi_group *at,
                                const qi_group *g, const qi_merge *cut, decode_item *to)
@@ -81,6 +95,7 @@ QI_INLINE void decode_put_item(const attention_params *p, const qi_work *w, cons
     const int is_decode = w->flags == QI_TILE_DECODE;
     i.kv_begin = w->kv_begin;
     i.kv_end = is_decode ? w->kv_end : w->kv_begin;
+    i.first = i.kv_begin < i.kv_end ? decode_first(i.kv_begin) : i.kv_begin;
     i.list = g->kv_begin;
     i.block = g->block_begin;
     i.kv_offset = g->kv_offset;
@@ -153,13 +168,13 @@ typedef struct decode_stream {
     int first;     /* which warp takes the item's first tile: turns, so that short items use all */
     int at;        /* the first key of this warp's next tile */
     int tile;      /* its number among this warp's tiles of the item */
-    int page;    /* of this lane's key of that tile; where tiles lie in pages, of tile 32n + lane */
+    int page; /* of this lane's key of that tile; where pieces lie in pages, of one piece of TILES_AHEAD tiles */
     int in_list; /* where this lane's key is, if tiles do not lie in pages */
 } decode_stream;
 
 QI_INLINE int decode_tiles(const decode_item *i)
 {
-    return (i->kv_end - i->kv_begin + TILE - 1) / TILE;
+    return (i->kv_end - i->first + TILE - 1) / TILE;
 }
 
 /* The place of this warp among those of an item. */
@@ -168,20 +183,28 @@ QI_INLINE int decode_place(int first)
     return ((int)threadIdx.x / WARP + DECODE_WARPS - first) % DECODE_WARPS;
 }
 
-/* Does each tile of the item lie in one page? (Ragged keys are one page.) */
+/* Does each piece of the item lie in one page? (Ragged keys are one page.) */
 QI_INLINE int decode_in_pages(const decode_item *i)
 {
+    if (DECODE_PIECE > 0) return 1;
     if (SPARSE && (i->flags & QI_GROUP_SPARSE)) return 0;
     return PAGE_SIZE == 0 || (PAGE_SIZE % TILE == 0 && i->kv_begin % TILE == 0);
 }
 
-/* Looks up pages before they are needed: of 32 tiles at a time, or of the next tile's keys. */
+/* Past the first key of a warp's tile: this lane's piece, of TILES_AHEAD tiles. */
+QI_INLINE int decode_piece_ahead()
+{
+    const int lane = threadIdx.x % WARP;
+    return lane / PIECES * (DECODE_WARPS * TILE) + lane % PIECES * PIECE;
+}
+
+/* Looks up pages before they are needed: of TILES_AHEAD tiles at a time, or of the next tile's keys. */
 QI_INLINE void decode_find_pages(const attention_params *p, const decode_item *now,
                                  const decode_guess *guess, decode_stream *s)
 {
-    const int lane = threadIdx.x % WARP, in_pages = decode_in_pages(now);
-    const int index = in_pages ? s->at + lane * DECODE_WARPS * TILE : s->at + lane % TILE;
-    if (in_pages && s->tile % WARP != 0) return;
+    const int in_pages = decode_in_pages(now);
+    const int index = s->at + (in_pages ? decode_piece_ahead() : (int)threadIdx.x % TILE);
+    if (in_pages && s->tile % TILES_AHEAD != 0) return;
     s->page = 0;
     s->in_list = index;
     if (index >= now->kv_end) return;
@@ -200,7 +223,7 @@ QI_INLINE void decode_settle(const attention_params *p, const decode_item *items
     while (s->item < s->end && s->at >= items[s->item].kv_end) {
         s->first = (s->first + decode_tiles(&items[s->item])) % DECODE_WARPS;
         s->tile = 0;
-        if (++s->item < s->end) s->at = items[s->item].kv_begin + TILE * decode_place(s->first);
+        if (++s->item < s->end) s->at = items[s->item].first + TILE * decode_place(s->first);
     }
     if (s->item < s->end) decode_find_pages(p, &items[s->item], guess, s);
 }
@@ -212,103 +235,8 @@ QI_INLINE void decode_open(const attention_params *p, const decode_item *items, 
     s->end = end;
     s->first = 0;
     s->tile = 0;
-    s->at = items[0].kv_begin + TILE * decode_place(0);
+    s->at = items[0].first + TILE * decode_place(0);
     decode_settle(p, items, guess, s);
-}
-
-/* Loads rows of `dim` elements from where each lane says, `to` rows of `pitch` bytes; rows from `valid` on, and
- * what rows have past dim up to a multiple of 16, become 0. */
-QI_INLINE void decode_load_rows(char *to, const int pitch, const char *row, const int dim,
-                                int valid)
-{
-    const int chunks = (dim + 15) / 16 * KV_BYTES, lane = threadIdx.x % WARP;
-#pragma unroll
-    for (int i = 0; i < (TILE * chunks + WARP - 1) / WARP; i++) {
-        const int e = lane + i * WARP, r = e / chunks, chunk = e % chunks;
-        const char *from = (const char *)__shfl_sync(ALL_LANES, (u64)row, r % TILE) + 16 * chunk;
-        const int left = dim * KV_BYTES - 16 * chunk;
-        const int bytes = r >= valid || left < 0 ? 0 : left < 16 ? left : 16;
-        if ((TILE * chunks) % WARP == 0 || r < TILE)
-            cp_async_16_evict_first(to + r * pitch + 16 * chunk, from, (u32)bytes);
-    }
-}
-
-/* A whole tile of rows that follow each other at `step` bytes: no lane asks another. */
-QI_INLINE void decode_load_run(char *to, const int pitch, const char *first, i64 step,
-                               const int dim)
-{
-    const int chunks = (dim + 15) / 16 * KV_BYTES, lane = threadIdx.x % WARP;
-    if (dim % 16 == 0 && WARP % chunks == 0) { /* a lane has the same chunk of every few rows */
-        const int rows = WARP / chunks, r = lane / chunks, chunk = lane % chunks;
-        const char *from = first + r * step + 16 * chunk;
-        char *at = to + r * pitch + 16 * chunk;
-#pragma unroll
-        for (int i = 0; i < TILE / rows; i++, from += rows * step)
-            cp_async_16_evict_first(at + i * rows * pitch, from, 16);
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < (TILE * chunks + WARP - 1) / WARP; i++) {
-        const int e = lane + i * WARP, r = e / chunks, chunk = e % chunks;
-        const int left = dim * KV_BYTES - 16 * chunk, bytes = left < 0 ? 0 : left < 16 ? left : 16;
-        if ((TILE * chunks) % WARP == 0 || r < TILE)
-            cp_async_16_evict_first(to + r * pitch + 16 * chunk, first + r * step + 16 * chunk,
-                                    (u32)bytes);
-    }
-}
-
-/* The same from any address, a lane a row: slow. */
-QI_INLINE void decode_copy_rows(char *to, const int pitch, const char *row, const int dim,
-                                int valid)
-{
-    const int r = threadIdx.x % WARP;
-#pragma unroll 1
-    for (int chunk = 0; r < TILE && chunk < (dim + 15) / 16 * KV_BYTES; chunk++)
-        copy_elements(to + r * pitch + 16 * chunk, row + 16 * chunk,
-                      r < valid ? dim * KV_BYTES - 16 * chunk : 0);
-}
-
-/* Begins to load this warp's next tile into a slot of the ring, if there is one. */
-QI_INLINE void decode_load(const attention_params *p, const decode_item *items, decode_stream *s,
-                           char *slot, int aligned)
-{
-    if (s->item < s->end) {
-        const decode_item *now = &items[s->item];
-        const int in_pages = decode_in_pages(now), r = (int)threadIdx.x % TILE;
-        const int valid = now->kv_end - s->at, in_list = in_pages ? s->at : s->in_list;
-        const i64 page = in_pages ? __shfl_sync(ALL_LANES, s->page, s->tile % WARP) : s->page;
-        const i64 in_page =
-            PAGE_SIZE > 0 ? in_list % (PAGE_SIZE | !PAGE_SIZE) : now->list + in_list;
-        const i64 k_step = p->k_stride[1] * KV_BYTES, v_step = p->v_stride[1] * KV_BYTES;
-        /* of this lane's row; where a tile lies in a page, of its first one */
-        const char *k = (const char *)p->k +
-                        (page * p->k_stride[0] + now->kv_head * p->k_stride[2]) * KV_BYTES +
-                        in_page * k_step;
-        const char *v = (const char *)p->v +
-                        (page * p->v_stride[0] + now->kv_head * p->v_stride[2]) * KV_BYTES +
-                        in_page * v_step;
-        char *values = slot + TILE * K_PITCH;
-        if (aligned && in_pages && valid >= TILE) {
-            decode_load_run(slot, K_PITCH, k, k_step, HEAD_DIM_QK);
-            decode_load_run(values, V_PITCH, v, v_step, HEAD_DIM_VO);
-        } else {
-            if (in_pages) k += r * k_step, v += r * v_step;
-            if (r >= valid) k = (const char *)p->k, v = (const char *)p->v; /* not read */
-            if (aligned) {
-                decode_load_rows(slot, K_PITCH, k, HEAD_DIM_QK, valid);
-                decode_load_rows(values, V_PITCH, v, HEAD_DIM_VO, valid);
-            } else {
-                decode_copy_rows(slot, K_PITCH, k, HEAD_DIM_QK, valid);
-                decode_copy_rows(values, V_PITCH, v, HEAD_DIM_VO, valid);
-            }
-        }
-        s->at += DECODE_WARPS * TILE;
-        s->tile++;
-        decode_guess none;
-        decode_guess_nothing(&none);
-        decode_settle(p, items, &none, s);
-    }
-    cp_async_commit_group();
 }
 
 #endif
