@@ -1,11 +1,11 @@
-/* attention_wgmma.cu - attention on Hopper, for operators that have tiles of many rows. Of a block's first warpgroup
- * one warp brings keys, one values, two prepare items; the others compute. Tiles of few rows pass the same way, with a
+/* attention_wgmma.cu - attention on Hopper, for operators that have tiles of many rows. Of a block's first warps
+ * LOADERS bring keys, as many values, two prepare items; whole warpgroups follow that compute. Tiles of few rows pass the same way, with a
  * warpgroup's other rows unused, warpgroups in turn: memory is slower than that.
  *
  * JIT constants: HEAD_DIM_QK, HEAD_DIM_VO (to 256), GROUP_SIZE, PAGE_SIZE (0 = ragged), DTYPE_Q, DTYPE_KV, DTYPE_O,
  * CAUSAL, WINDOW, SOFT_CAP, ALIBI, CUSTOM_MASK, SPARSE = 0, MIXED; KEYS of a block; COLUMNS, head_dim_vo in whole 64;
  * PIECE, the keys that one copy brings, 0 where none can; WARPGROUPS that compute; STAGES of the rings; BUFFERS of
- * queries; THREADS; QI_VARIANT.
+ * queries; THREADS: one or two warpgroups load; QI_VARIANT.
  * SPDX-License-Identifier: Apache-2.0 */
 #include "kern/cuda/prelude.cuh"
 #include "ops/attention/wgmma_loads.cuh"
@@ -15,12 +15,12 @@
 #if WARPGROUPS == 3
 #define LOADING_REGISTERS   32
 #define COMPUTING_REGISTERS 160
-#elif PIECE > 0
+#elif LOADERS == 1
 #define LOADING_REGISTERS   40
 #define COMPUTING_REGISTERS 232
-#else /* loads row by row take more */
-#define LOADING_REGISTERS   56
-#define COMPUTING_REGISTERS 224
+#else
+#define LOADING_REGISTERS   40
+#define COMPUTING_REGISTERS 216
 #endif
 _Static_assert(LOADING_REGISTERS * 128 + COMPUTING_REGISTERS * CONSUMERS <=
                    65536 / THREADS / 8 * 8 * THREADS,
@@ -35,14 +35,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     griddepcontrol_wait();
     griddepcontrol_launch_dependents();
     const int warp = (int)uniform(threadIdx.x / WARP);
-    if (warp < 4) {
+    if (warp < 4 * LOADERS) {
         setmaxnreg_dec(LOADING_REGISTERS);
-        if (warp == 0)
-            load_items(&p, shared, 0);
-        else if (warp == 1)
-            load_items(&p, shared, 1);
-        else
-            prepare_items(&p, shared, (int)threadIdx.x - 64);
+        if (warp < LOADERS)
+            load_items(&p, shared, warp, 0);
+        else if (warp < 2 * LOADERS)
+            load_items(&p, shared, warp - LOADERS, 1);
+        else if (warp < 2 * LOADERS + ITEM_THREADS / WARP)
+            prepare_items(&p, shared, (int)threadIdx.x - PREPARERS_AT);
     } else {
         setmaxnreg_inc(COMPUTING_REGISTERS);
         compute_items(&p, shared);

@@ -20,22 +20,28 @@ static int is_invariant(const qkv_attention *a)
 }
 
 /* Tiles of 64 rows a warpgroup, and as many keys as registers hold beside o; three warpgroups where head dims are small,
- * so that others compute while one is at its softmax. Then as many stages as fit, after room to load the next tile's
- * queries. Measured in docs/performance.md. */
+ * so that others compute while one is at its softmax. Two warps for each ring where rows are copied one by one, 32 a
+ * lane at a time, unless o takes the registers of a fourth warpgroup. Then as many stages as fit, after room to load the
+ * next tile's queries. Measured in docs/performance.md. */
 void qi_attention_wgmma_configure(qkv_attention *a)
 {
     enum { MAX_STAGES = 4 };
     const qkv_attention_spec *s = &a->spec;
     attention_wgmma *w = &a->wgmma;
     const i32 qk = WGMMA_CHUNKS(s->head_dim_qk), vo = WGMMA_CHUNKS(s->head_dim_vo);
-    const i32 room = a->ctx->cuda.shared_bytes, keys = vo <= 2 ? 128 : 80;
+    const i32 room = a->ctx->cuda.shared_bytes, most = vo <= 2 ? 128 : 80;
     const int general =
         s->variant || s->mask == QKV_MASK_CUSTOM || (s->features & QKV_FEATURE_ALIBI) != 0;
     *w = (attention_wgmma){.warpgroups = 2,
-                           .keys = keys,
+                           .keys = most,
                            .buffers = 2,
                            .stages = 2,
-                           .piece = qi_box_keys(s->page_size, keys)};
+                           .loaders = 1,
+                           .piece = qi_box_keys(s->page_size, most)};
+    if (w->piece == 0) {
+        w->keys = vo <= 2 ? 128 : 64;
+        w->loaders = vo <= 2 ? 2 : 1;
+    }
     if (qk == 1 && vo == 1 && !general && w->piece > 0)
         w->warpgroups = 3; /* others take more registers */
     if (shared_bytes(s, w) > room) w->buffers = 1;

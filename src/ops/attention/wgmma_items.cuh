@@ -9,6 +9,9 @@
 #include "ops/attention/prefill_notes.cuh"
 #include "ops/attention/wgmma_params.h"
 
+/* Warps that fill each of the two rings, and warpgroups that do not compute. */
+#define LOADERS (THREADS / 128 - WARPGROUPS)
+
 enum {
     TILE_ROWS = 64 * WARPGROUPS,
     QK_CHUNKS = WGMMA_CHUNKS(HEAD_DIM_QK),
@@ -23,14 +26,14 @@ enum {
     NOTES_AT = V_AT + STAGES * V_BYTES,
     ROWS_AT = NOTES_AT + WGMMA_NOTES * PREFILL_ITEM_BYTES,
     BARRIERS_AT = ROWS_AT + BUFFERS * WGMMA_ROWS_BYTES(WARPGROUPS),
-    CONSUMERS =
-        WARPGROUPS * 128, /* threads that compute; in front of them is the warpgroup that loads */
-    ITEM_THREADS = 64,    /* of the latter, its last two warps */
+    CONSUMERS = WARPGROUPS * 128, /* threads that compute; in front of them are those that load */
+    PREPARERS_AT = LOADERS * 64,  /* of the latter, threads that prepare items follow the others */
+    ITEM_THREADS = 64,
     /* named barriers: of a computing warpgroup its number, of all of them, of the threads that prepare items */
     BAR_CONSUMERS = WARPGROUPS + 1,
     BAR_ITEMS = WARPGROUPS + 2,
 };
-_Static_assert(THREADS == 128 + CONSUMERS && KEYS % 16 == 0, "as launched");
+_Static_assert(LOADERS >= 1 && LOADERS <= 2 && KEYS % 16 == 0, "as launched");
 
 /* full: what was loaded is there; empty: it was used. */
 typedef struct tile_barriers {
@@ -53,16 +56,16 @@ QI_INLINE void init_barriers(tile_barriers *b)
 {
     for (int i = 0; i < WGMMA_NOTES; i++) {
         mbarrier_init(&b->noted[i], 1);
-        mbarrier_init(&b->forgotten[i], 2 + CONSUMERS / WARP); /* whoever reads notes, by warps */
-        mbarrier_init(&b->loaded[i], 1);
+        mbarrier_init(&b->forgotten[i], 2 * LOADERS + CONSUMERS / WARP); /* whoever reads notes, by warps */
+        mbarrier_init(&b->loaded[i], LOADERS);
     }
     for (int i = 0; i < BUFFERS; i++) {
         mbarrier_init(&b->rows_full[i], ITEM_THREADS);
         mbarrier_init(&b->rows_empty[i], CONSUMERS / WARP);
     }
     for (int i = 0; i < STAGES; i++) {
-        mbarrier_init(&b->k_full[i], 1);
-        mbarrier_init(&b->v_full[i], 1);
+        mbarrier_init(&b->k_full[i], LOADERS);
+        mbarrier_init(&b->v_full[i], LOADERS);
         mbarrier_init(&b->k_empty[i], WARPGROUPS);
         mbarrier_init(&b->v_empty[i], WARPGROUPS);
     }

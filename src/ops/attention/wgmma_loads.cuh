@@ -1,18 +1,18 @@
-/* wgmma_loads.cuh - the two warps that fill the rings of the Hopper tile, one with keys, one with values: by the copy
- * engine, whole pages or pieces of pages at a time; or row by row, where pages are smaller than 8 tokens or rows do
- * not begin at multiples of 16 bytes.
+/* wgmma_loads.cuh - the warps that fill the rings of the Hopper tile, with keys the ones, with values the others: a warp
+ * each by the copy engine, whole pages or pieces of pages at a time; where 8 does not divide pages two warps each, row
+ * by row; and rows that do not begin at multiples of 16 bytes by elements.
  * SPDX-License-Identifier: Apache-2.0 */
 #ifndef QI_ATTENTION_WGMMA_LOADS_CUH
 #define QI_ATTENTION_WGMMA_LOADS_CUH
 
 #include "ops/attention/wgmma_items.cuh"
 
-/* One of the two rings. */
+/* One of the two rings, as one of LOADERS warps sees it. */
 typedef struct loader {
     char *to; /* [STAGES][chunks][KEYS][128 bytes] */
     u64 *full, *empty;
     ring at;
-    int lane;
+    int warp, lane;
 } loader;
 
 /* A key's place in its page; ragged: in its list. */
@@ -79,7 +79,11 @@ QI_INLINE void load_by_tma(const wgmma_params *p, const item_keys *k, loader *l,
 
 /* ---- row by row ------------------------------------------------------------------------------- */
 
-enum { ROWS_OF_LANE = (KEYS + WARP - 1) / WARP };
+enum {
+    WARP_ROWS = KEYS / LOADERS, /* rows of a block that a warp brings */
+    ROWS_OF_LANE = (WARP_ROWS + WARP - 1) / WARP,
+};
+_Static_assert(PIECE > 0 || WARP_ROWS % WARP == 0, "lanes have as many rows");
 
 /* Key `key` of the list, or its last; in `page` already looked up. */
 QI_INLINE const char *row_of_key(const attention_params *p, const item_keys *k, int key, int page,
@@ -101,124 +105,106 @@ QI_INLINE int page_of_key(const attention_params *p, const item_keys *k, int key
 #endif
 }
 
-/* The pages of this lane's rows of the block at `first`: row `lane` and every WARP-th after it. */
+/* The pages of this lane's rows from key `first` on: row `lane` and every WARP-th after it. */
 QI_INLINE void find_pages(const attention_params *p, const item_keys *k, int first, int lane,
                           int page[ROWS_OF_LANE])
 {
 #pragma unroll
-    for (int i = 0; i < ROWS_OF_LANE && PIECE == 0; i++)
-        page[i] = first < k->end ? page_of_key(p, k, first + i * WARP + lane) : 0;
+    for (int i = 0; i < ROWS_OF_LANE; i++)
+        page[i] = page_of_key(p, k, first + i * WARP + lane);
 }
 
-/* Bytes of 16 that piece `piece` of a row has; past the last key and past the last dim come zeros. */
-QI_INLINE int bytes_of_piece(const item_keys *k, int key, int piece, const int dim)
+/* Where those rows are. */
+QI_INLINE void find_rows(const attention_params *p, const item_keys *k, int first, int lane,
+                         const int page[ROWS_OF_LANE], const char *row[ROWS_OF_LANE],
+                         const int is_v)
 {
-    const int left = dim - piece * 8, there = left < 0 ? 0 : left < 8 ? left : 8;
-    return key < k->end ? 2 * there : 0;
-}
-
-/* A block to `to`, a row by 8 lanes, from where a lane's rows are. */
-QI_INLINE void copy_rows(const item_keys *k, int first, char *to, int lane,
-                         const char *const row[ROWS_OF_LANE], const int is_v)
-{
-    const int chunks = is_v ? VO_CHUNKS : QK_CHUNKS, dim = is_v ? HEAD_DIM_VO : HEAD_DIM_QK;
-    const int mine = lane / 8, piece = lane % 8;
 #pragma unroll
     for (int i = 0; i < ROWS_OF_LANE; i++)
-#pragma unroll 2 /* there are registers for no more */
-        for (int j = 0; j < (KEYS - i * WARP < WARP ? KEYS - i * WARP : WARP); j += WARP / 8) {
-            const char *from = (const char *)__shfl_sync(ALL_LANES, (u64)row[i], j + mine);
-            const int r = i * WARP + j + mine;
-            char *place = to + r * 128 + (piece ^ (r % 8)) * 16;
+        row[i] = row_of_key(p, k, first + i * WARP + lane, page[i], is_v);
+}
+
+/* The address that lane r % WARP has of the warp's row r. */
+QI_INLINE const char *row_of_lane(const char *const row[ROWS_OF_LANE], const int base, int r)
+{
+    return (const char *)__shfl_sync(ALL_LANES, (u64)row[base / WARP], base % WARP + r);
+}
+
+/* The warp's rows to `to`, a row by 8 lanes; past the last dim come zeros. */
+QI_INLINE void copy_rows(const loader *l, char *to, const char *const row[ROWS_OF_LANE],
+                         const int is_v)
+{
+    const int chunks = is_v ? VO_CHUNKS : QK_CHUNKS, dim = is_v ? HEAD_DIM_VO : HEAD_DIM_QK;
+    const int mine = l->lane / 8, piece = l->lane % 8;
+    char *const place[2] = {to + mine * 128 + (piece ^ mine) * 16,
+                            to + mine * 128 + (piece ^ mine ^ 4) * 16};
 #pragma unroll
-            for (int c = 0; c < chunks; c++) {
-                const int bytes = bytes_of_piece(k, first + r, c * 8 + piece, dim);
-                cp_async_16(place + c * KV_CHUNK_BYTES,
-                            from + (bytes > 0 ? (c * 8 + piece) * 16 : 0), (u32)bytes);
-            }
+    for (int r = 0; r < WARP_ROWS; r += 4) {
+        const char *from = row_of_lane(row, r, mine) + piece * 16;
+#pragma unroll
+        for (int c = 0; c < chunks; c++) {
+            const int there = c * 64 + piece * 8 < dim;
+            cp_async_16(place[r / 4 % 2] + r * 128 + c * KV_CHUNK_BYTES, from + (there ? c * 128 : 0),
+                        there ? 16 : 0);
         }
+    }
+    cp_async_commit_group();
+    cp_async_wait_group(0);
 }
 
 /* The same of rows at any address. */
-QI_INLINE void copy_odd_rows(const attention_params *p, const item_keys *k, int first, char *to,
-                             int lane, int aligned, const int is_v)
+QI_INLINE void copy_odd_rows(const attention_params *p, const item_keys *k, const loader *l,
+                             int first, char *to, const int is_v)
 {
-    const int pieces = 8 * (is_v ? VO_CHUNKS : QK_CHUNKS);
+    const int pieces = 8 * (is_v ? VO_CHUNKS : QK_CHUNKS), dim = is_v ? HEAD_DIM_VO : HEAD_DIM_QK;
 #pragma unroll 1
-    for (int i = lane; i < KEYS * pieces; i += WARP) {
-        const int r = i / pieces, piece = i % pieces;
-        const int bytes = bytes_of_piece(k, first + r, piece, is_v ? HEAD_DIM_VO : HEAD_DIM_QK);
-        const char *from = row_of_key(p, k, first + r, page_of_key(p, k, first + r), is_v) +
-                           (bytes > 0 ? piece * 16 : 0);
+    for (int i = l->lane; i < WARP_ROWS * pieces; i += WARP) {
+        const int r = i / pieces, piece = i % pieces, key = first + r;
+        const char *from = row_of_key(p, k, key, page_of_key(p, k, key), is_v) + piece * 16;
         char *place = to + piece / 8 * KV_CHUNK_BYTES + r * 128 + ((piece ^ r) & 7) * 16;
-        if (aligned)
-            cp_async_16(place, from, (u32)bytes);
-        else
-            copy_elements(place, from, bytes);
+        copy_elements(place, from, piece * 8 < dim ? 16 : 0);
     }
 }
 
-/* Tells of a stage whose copies are of a group that has been waited for. */
-QI_INLINE void tell_rows(const loader *l, u32 stage)
-{
-    fence_proxy_async();
-    __syncwarp();
-    if (l->lane == 0) mbarrier_arrive(&l->full[stage]);
-}
-
-/* The blocks of one item. A block is told of when the next is on its way, or has to wait for room; pages are looked up
- * a block ahead. */
+/* The blocks of one item; pages are looked up a block ahead. */
 QI_INLINE void load_by_rows(const wgmma_params *p, const item_keys *k, loader *l, int aligned,
                             const int is_v)
 {
     const attention_params *a = &p->c.at;
-    const int bytes = is_v ? V_BYTES : K_BYTES;
-    int page[ROWS_OF_LANE], waiting = 0;
-    u32 before = 0;
-    find_pages(a, k, k->begin, l->lane, page);
+    const int own = l->warp * WARP_ROWS;
+    int page[ROWS_OF_LANE];
+    if (PIECE == 0 && k->begin < k->end) find_pages(a, k, k->begin + own, l->lane, page);
 #pragma unroll 1
-    for (int first = k->begin; first < k->end; first += KEYS) {
-        u64 *empty = &l->empty[l->at.stage];
-        char *to = l->to + l->at.stage * bytes;
+    for (int first = k->begin + own; first < k->end + own; first += KEYS) {
+        char *to = l->to + l->at.stage * (is_v ? V_BYTES : K_BYTES) + own * 128;
         const char *row[ROWS_OF_LANE];
-#pragma unroll
-        for (int i = 0; i < ROWS_OF_LANE && PIECE == 0; i++)
-            row[i] = row_of_key(a, k, first + i * WARP + l->lane, page[i], is_v);
-        find_pages(a, k, first + KEYS, l->lane, page);
-        if (waiting && !__all_sync(ALL_LANES, mbarrier_test_wait(empty, l->at.parity ^ 1))) {
-            cp_async_wait_group(0);
-            tell_rows(l, before);
-            waiting = 0;
+        if (PIECE == 0) {
+            find_rows(a, k, first, l->lane, page, row, is_v);
+            find_pages(a, k, first + KEYS, l->lane, page);
         }
-        mbarrier_wait(empty, l->at.parity ^ 1);
+        mbarrier_wait(&l->empty[l->at.stage], l->at.parity ^ 1);
         if (PIECE == 0 && aligned)
-            copy_rows(k, first, to, l->lane, row, is_v);
+            copy_rows(l, to, row, is_v);
         else
-            copy_odd_rows(a, k, first, to, l->lane, aligned, is_v);
-        cp_async_commit_group();
-        if (waiting) {
-            cp_async_wait_group(1);
-            tell_rows(l, before);
-        }
-        before = l->at.stage;
-        waiting = 1;
+            copy_odd_rows(a, k, l, first, to, is_v);
+        fence_proxy_async();
+        __syncwarp();
+        if (l->lane == 0) mbarrier_arrive(&l->full[l->at.stage]);
         ring_next(&l->at, STAGES);
     }
-    if (!waiting) return;
-    cp_async_wait_group(0);
-    tell_rows(l, before);
 }
 
 /* ---- the warp ----------------------------------------------------------------------------------- */
 
-/* All items' keys, or their values. */
-QI_INLINE void load_items(const wgmma_params *p, char *shared, const int is_v)
+/* All items' keys, or their values; by warp `warp` of those who bring them. */
+QI_INLINE void load_items(const wgmma_params *p, char *shared, int warp, const int is_v)
 {
     tile_barriers *b = barriers_of(shared);
     loader l = {shared + (is_v ? V_AT : K_AT),
                 is_v ? b->v_full : b->k_full,
                 is_v ? b->v_empty : b->k_empty,
                 {0, 0},
+                warp,
                 (int)threadIdx.x % WARP};
     ring note = {0, 0};
     const int aligned = keys_aligned(&p->c.at);
