@@ -84,7 +84,7 @@ QI_INLINE u32 e4m3x2_to_f16x2(u32 bits)
 
 QI_INLINE u32 e5m2x2_to_f16x2(u32 bits)
 {
-    return (bits & 0xff) << 8 | (bits & 0xff00) << 16;
+    return __byte_perm(bits, 0, 0x1404);
 }
 
 /* The two signed bytes in the lower half of `bits`: as the last bits of 1024 + 128 + x. */

@@ -34,9 +34,9 @@ typedef struct attention_cuda {
 typedef struct attention_wgmma {
     i32 used;             /* was its row chosen? */
     i32 warpgroups, keys; /* that compute, of 64 rows each; keys of a block */
-    i32 loaders;          /* warps that bring keys, and as many values; warpgroups that do not compute */
-    i32 stages, buffers;  /* of keys and values; of queries */
-    i32 piece;            /* keys that one copy brings, 0: they come row by row */
+    i32 loaders; /* warps that bring keys, and as many values; warpgroups that do not compute */
+    i32 stages, buffers; /* of keys and values; of queries */
+    i32 piece;           /* keys that one copy brings, 0: they come row by row */
     i32 shared_bytes;
 } attention_wgmma;
 

@@ -15,14 +15,17 @@
 #if WARPGROUPS == 3
 #define LOADING_REGISTERS   32
 #define COMPUTING_REGISTERS 160
-#elif LOADERS == 1
+#elif PIECE > 0
 #define LOADING_REGISTERS   40
 #define COMPUTING_REGISTERS 232
+#elif LOADERS == 1
+#define LOADING_REGISTERS   56
+#define COMPUTING_REGISTERS 224
 #else
 #define LOADING_REGISTERS   40
 #define COMPUTING_REGISTERS 216
 #endif
-_Static_assert(LOADING_REGISTERS * 128 + COMPUTING_REGISTERS * CONSUMERS <=
+_Static_assert(LOADING_REGISTERS *LOADERS * 128 + COMPUTING_REGISTERS * CONSUMERS <=
                    65536 / THREADS / 8 * 8 * THREADS,
                "as launched");
 
@@ -38,9 +41,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (warp < 4 * LOADERS) {
         setmaxnreg_dec(LOADING_REGISTERS);
         if (warp < LOADERS)
-            load_items(&p, shared, warp, 0);
+            load_items(&p, shared, 0);
         else if (warp < 2 * LOADERS)
-            load_items(&p, shared, warp - LOADERS, 1);
+            load_items(&p, shared, 1);
         else if (warp < 2 * LOADERS + ITEM_THREADS / WARP)
             prepare_items(&p, shared, (int)threadIdx.x - PREPARERS_AT);
     } else {

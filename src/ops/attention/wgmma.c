@@ -20,8 +20,8 @@ static int is_invariant(const qkv_attention *a)
 }
 
 /* Tiles of 64 rows a warpgroup, and as many keys as registers hold beside o; three warpgroups where head dims are small,
- * so that others compute while one is at its softmax. Two warps for each ring where rows are copied one by one, 32 a
- * lane at a time, unless o takes the registers of a fourth warpgroup. Then as many stages as fit, after room to load the
+ * so that others compute while one is at its softmax. Two warps for each ring where rows come one by one, 32 a
+ * lane at a time, or are of 8 bits, unless o takes the registers of a fourth warpgroup. Then as many stages as fit, after room to load the
  * next tile's queries. Measured in docs/performance.md. */
 void qi_attention_wgmma_configure(qkv_attention *a)
 {
@@ -30,6 +30,7 @@ void qi_attention_wgmma_configure(qkv_attention *a)
     attention_wgmma *w = &a->wgmma;
     const i32 qk = WGMMA_CHUNKS(s->head_dim_qk), vo = WGMMA_CHUNKS(s->head_dim_vo);
     const i32 room = a->ctx->cuda.shared_bytes, most = vo <= 2 ? 128 : 80;
+    const u64 bytes = qi_dtype_bytes((qi_dtype)qi_dtype_of(s->dtype_kv));
     const int general =
         s->variant || s->mask == QKV_MASK_CUSTOM || (s->features & QKV_FEATURE_ALIBI) != 0;
     *w = (attention_wgmma){.warpgroups = 2,
@@ -37,7 +38,7 @@ void qi_attention_wgmma_configure(qkv_attention *a)
                            .buffers = 2,
                            .stages = 2,
                            .loaders = 1,
-                           .piece = qi_box_keys(s->page_size, most)};
+                           .piece = bytes == 2 ? qi_box_keys(s->page_size, most) : 0};
     if (w->piece == 0) {
         w->keys = vo <= 2 ? 128 : 64;
         w->loaders = vo <= 2 ? 2 : 1;
@@ -61,10 +62,9 @@ const char *qi_attention_reject_wgmma(const qkv_attention *a)
     if (a->ctx->cuda.major != 9) return "the device is not of the Hopper generation";
     if (!a->cuda.prefill && a->cuda.decode_rows <= 8 && !is_invariant(a))
         return "no tile has more than 8 rows";
-    if (qi_dtype_bytes(kv) != 2) return "keys are not of a 16-bit type";
-    if (q != kv && q != QI_F32 && qi_dtype_bytes(q) == 2)
+    if (q == QI_F32 || kv == QI_F32) return "f32 is not multiplied by tensor cores";
+    if (qi_dtype_bytes(q) == 2 && qi_dtype_bytes(kv) == 2 && q != kv)
         return "q and k are of different 16-bit types";
-    if (q == QI_F32) return "f32 is not multiplied by tensor cores";
     if (s->head_dim_qk > 256 || s->head_dim_vo > 256) return "a head dim is more than 256";
     if (s->num_qo_heads / s->num_kv_heads > 64 * a->wgmma.warpgroups)
         return "a token's query heads of a KV head are more than a tile's rows";
@@ -114,7 +114,8 @@ qkv_status qi_attention_wgmma_run(const qkv_attention *a, const attention_cuda_p
     enum { ROWS_OF_WARP = 16 };
     const i32 group = p->num_qo_heads / p->num_kv_heads;
     wgmma_params w = {.c = *c};
-    w.q_by_tma = p->dtype_q == p->dtype_kv && qi_box_fits(p->q, p->q_stride, 2, 2);
+    w.q_by_tma = p->dtype_q == (p->dtype_kv == QI_BF16 ? QI_BF16 : QI_F16) &&
+                 qi_box_fits(p->q, p->q_stride, 2, 2);
     w.kv_by_tma = a->wgmma.piece > 0 && qi_box_keys_fit(p);
     w.o_by_tma = qi_dtype_bytes((qi_dtype)p->dtype_o) == 2 && ROWS_OF_WARP % group == 0 &&
                  qi_box_fits(p->o, p->o_stride, 2, 2);

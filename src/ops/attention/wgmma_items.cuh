@@ -56,7 +56,8 @@ QI_INLINE void init_barriers(tile_barriers *b)
 {
     for (int i = 0; i < WGMMA_NOTES; i++) {
         mbarrier_init(&b->noted[i], 1);
-        mbarrier_init(&b->forgotten[i], 2 * LOADERS + CONSUMERS / WARP); /* whoever reads notes, by warps */
+        mbarrier_init(&b->forgotten[i],
+                      2 * LOADERS + CONSUMERS / WARP); /* whoever reads notes, by warps */
         mbarrier_init(&b->loaded[i], LOADERS);
     }
     for (int i = 0; i < BUFFERS; i++) {
@@ -152,26 +153,62 @@ QI_INLINE void convert_queries(const attention_cuda_params *c, const qi_work *w,
     fence_proxy_async();
 }
 
-/* The same of queries that can be copied as they are. */
-QI_INLINE void copy_queries(const attention_cuda_params *c, const qi_work *w,
-                            const prefill_row *rows, char *q, int tid)
+/* Unit i of a tile's queries as they stand in memory: 16 bytes of row m, from dim d on. */
+enum { UNIT_DIMS = 16 / qi_size_of(DTYPE_Q), ROW_UNITS = 64 * QK_CHUNKS / UNIT_DIMS };
+#define UNIT_ROW(i) ((i) / ROW_UNITS)
+#define UNIT_DIM(i) ((i) % ROW_UNITS * UNIT_DIMS)
+
+/* A unit in shared memory from its type to the products'. */
+QI_INLINE void convert_unit(char *q, int m, int d, float sign)
 {
-    enum { PIECES = QK_CHUNKS * 8 };
+    const uint4 unit = *(const uint4 *)query_at(q, m, d);
+    const u32 words[4] = {unit.x, unit.y, unit.z, unit.w};
+#pragma unroll
+    for (int i = 0; i < UNIT_DIMS; i += 8) {
+        float x[8];
+        qi_unpack_all(x, words + i * qi_size_of(DTYPE_Q) / 4, DTYPE_Q, 8);
+        *(uint4 *)query_at(q, m, d + i) =
+            make_uint4(pack_pair(sign * x[0], sign * x[1]), pack_pair(sign * x[2], sign * x[3]),
+                       pack_pair(sign * x[4], sign * x[5]), pack_pair(sign * x[6], sign * x[7]));
+    }
+}
+
+/* Queries 16 bytes at a time. What is of another type or to be negated is changed where it came to lie, by the thread
+ * that copied it. */
+QI_INLINE void copy_queries(const attention_cuda_params *c, const qi_work *w,
+                            const prefill_row *rows, char *q)
+{
+    const int tid = tid_x() - PREPARERS_AT; /* no registers for what follows from it */
     const attention_params *p = &c->at;
+    const int all = w->num_rows * GROUP_SIZE * ROW_UNITS;
 #pragma unroll 2
-    for (int i = tid; i < w->num_rows * GROUP_SIZE * PIECES; i += ITEM_THREADS) {
-        const int m = i / PIECES, d = i % PIECES * 8, left = (HEAD_DIM_QK - d) * 2;
+    for (int i = tid; i < all; i += ITEM_THREADS) {
+        const int m = UNIT_ROW(i), d = UNIT_DIM(i), left = (HEAD_DIM_QK - d) * qi_size_of(DTYPE_Q);
         const int bytes = left < 0 ? 0 : left < 16 ? left : 16;
         const i64 at = rows[m].row.token * p->q_stride[0] + prefill_head(w, m) * p->q_stride[1];
         cp_async_16(query_at(q, m, d), qi_at(p->q, DTYPE_Q, at + (bytes > 0 ? d : 0)), (u32)bytes);
     }
     cp_async_commit_group();
     cp_async_wait_group(0);
+#pragma unroll 1
+    for (int i = tid; i < all; i += ITEM_THREADS) {
+        const float scale = rows[UNIT_ROW(i)].scale;
+        if (DTYPE_Q != MMA_TYPE || scale < 0.f)
+            convert_unit(q, UNIT_ROW(i), UNIT_DIM(i), scale < 0.f ? -1.f : 1.f);
+    }
     fence_proxy_async();
 }
 
-/* How an item's queries come: by way of f32; as they are, unless a scale is negative or they are of another type or
- * at odd addresses; in one box of a whole tile's, where tokens are neighbours, too, and more than a few. */
+/* Can queries be read 16 bytes at a time? */
+QI_INLINE int queries_aligned(const attention_params *p)
+{
+    const i64 size = qi_size_of(DTYPE_Q);
+    return (((i64)p->q | p->q_stride[0] * size | p->q_stride[1] * size) & 15) == 0;
+}
+
+/* How an item's queries come: element by element, where hooks change them or addresses are odd; 16 bytes at a time; in
+ * one box of a whole tile's, where tokens are neighbours and more than a few, of the products' type, and no scale is
+ * negative. */
 enum { QUERIES_CONVERTED, QUERIES_COPIED, QUERIES_BOXED };
 enum {
     FEW_QUERIES = 16
@@ -181,13 +218,12 @@ enum {
 QI_INLINE u32 kind_of_queries(const wgmma_params *p, const qi_work *w, const prefill_row *rows,
                               int tid)
 {
-    u32 kind = w->num_rows * GROUP_SIZE > FEW_QUERIES ? QUERIES_BOXED : QUERIES_COPIED;
-    if (!p->q_by_tma || CHANGES_QUERIES) return QUERIES_CONVERTED;
-    for (int m = tid; m < w->num_rows * GROUP_SIZE; m += ITEM_THREADS) {
-        if (rows[m].scale < 0.f) return QUERIES_CONVERTED;
-        if (rows[m].row.token != rows[0].row.token + m / GROUP_SIZE) kind = QUERIES_COPIED;
-    }
-    return kind;
+    if (CHANGES_QUERIES || !queries_aligned(&p->c.at)) return QUERIES_CONVERTED;
+    if (!p->q_by_tma || w->num_rows * GROUP_SIZE <= FEW_QUERIES) return QUERIES_COPIED;
+    for (int m = tid; m < w->num_rows * GROUP_SIZE; m += ITEM_THREADS)
+        if (rows[m].scale < 0.f || rows[m].row.token != rows[0].row.token + m / GROUP_SIZE)
+            return QUERIES_COPIED;
+    return QUERIES_BOXED;
 }
 
 /* ---- which items ---------------------------------------------------------------------------- */
@@ -252,7 +288,7 @@ QI_INLINE void prepare_rows(const wgmma_params *p, const prefill_item_notes *not
     if (kind == QUERIES_CONVERTED) {
         convert_queries(&p->c, w, rows, q, tid);
     } else if (kind == QUERIES_COPIED) {
-        copy_queries(&p->c, w, rows, q, tid);
+        copy_queries(&p->c, w, rows, q);
     } else if (tid == 0) {
         enum { ROWS = TILE_ROWS / GROUP_SIZE * GROUP_SIZE };
         mbarrier_arrive_expect_tx(&b->rows_full[buffer], ROWS * 128 * QK_CHUNKS);

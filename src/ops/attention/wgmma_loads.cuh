@@ -9,10 +9,10 @@
 
 /* One of the two rings, as one of LOADERS warps sees it. */
 typedef struct loader {
-    char *to; /* [STAGES][chunks][KEYS][128 bytes] */
+    char *to; /* [STAGES][chunks][KEYS][128 bytes], from the warp's first row on */
     u64 *full, *empty;
     ring at;
-    int warp, lane;
+    int lane;
 } loader;
 
 /* A key's place in its page; ragged: in its list. */
@@ -27,7 +27,7 @@ QI_INLINE int slot_of_key(int key)
 
 /* What of an item says where its keys are. */
 typedef struct item_keys {
-    int begin, end, kv_head; /* keys [begin, end) of the group's list */
+    int first, end, kv_head; /* keys [first, end) of the group's list */
     i64 list;                /* where that begins: qi_group.kv_begin */
 } item_keys;
 
@@ -68,7 +68,7 @@ QI_INLINE void load_pieces(const wgmma_params *p, const item_keys *k, int first,
 QI_INLINE void load_by_tma(const wgmma_params *p, const item_keys *k, loader *l, const int is_v)
 {
     const attention_params *a = &p->c.at;
-    int first = first_key(p, k->begin), page = page_of_piece(a, k, first, l->lane);
+    int first = k->first, page = page_of_piece(a, k, first, l->lane);
 #pragma unroll 1
     for (; first < k->end; first += KEYS) {
         const int next = page_of_piece(a, k, first + KEYS, l->lane);
@@ -81,6 +81,10 @@ QI_INLINE void load_by_tma(const wgmma_params *p, const item_keys *k, loader *l,
 
 enum {
     WARP_ROWS = KEYS / LOADERS, /* rows of a block that a warp brings */
+    /* So many at a time, each by so many lanes; and the rows whose addresses a lane has. */
+    STEP_ROWS = KV_BYTES == 2 ? 4 : 8,
+    ROW_LANES = WARP / STEP_ROWS,
+    STEPS = WARP_ROWS / STEP_ROWS,
     ROWS_OF_LANE = (WARP_ROWS + WARP - 1) / WARP,
 };
 _Static_assert(PIECE > 0 || WARP_ROWS % WARP == 0, "lanes have as many rows");
@@ -105,106 +109,174 @@ QI_INLINE int page_of_key(const attention_params *p, const item_keys *k, int key
 #endif
 }
 
-/* The pages of this lane's rows from key `first` on: row `lane` and every WARP-th after it. */
-QI_INLINE void find_pages(const attention_params *p, const item_keys *k, int first, int lane,
+/* Rows of a block that are other warps', before this one's. */
+QI_INLINE int rows_before()
+{
+    return tid_x() / WARP % LOADERS * WARP_ROWS;
+}
+
+/* A lane's own row of WARP: one of those that it has a part in, so that the lanes of a row ask only each other. */
+QI_INLINE int own_row()
+{
+    const int lane = tid_x() % WARP; /* no registers for what follows from it */
+    return lane % ROW_LANES * STEP_ROWS + lane / ROW_LANES;
+}
+
+/* The pages of this lane's rows of the warp's, which begin at key `first`. */
+QI_INLINE void find_pages(const attention_params *p, const item_keys *k, int first,
                           int page[ROWS_OF_LANE])
 {
 #pragma unroll
     for (int i = 0; i < ROWS_OF_LANE; i++)
-        page[i] = page_of_key(p, k, first + i * WARP + lane);
+        page[i] = page_of_key(p, k, first + i * WARP + own_row());
 }
 
 /* Where those rows are. */
-QI_INLINE void find_rows(const attention_params *p, const item_keys *k, int first, int lane,
+QI_INLINE void find_rows(const attention_params *p, const item_keys *k, int first,
                          const int page[ROWS_OF_LANE], const char *row[ROWS_OF_LANE],
                          const int is_v)
 {
 #pragma unroll
     for (int i = 0; i < ROWS_OF_LANE; i++)
-        row[i] = row_of_key(p, k, first + i * WARP + lane, page[i], is_v);
+        row[i] = row_of_key(p, k, first + i * WARP + own_row(), page[i], is_v);
 }
 
-/* The address that lane r % WARP has of the warp's row r. */
-QI_INLINE const char *row_of_lane(const char *const row[ROWS_OF_LANE], const int base, int r)
+/* Where the row is that this lane has a part in at step i. */
+QI_INLINE const char *row_at_step(const char *const row[ROWS_OF_LANE], const int i)
 {
-    return (const char *)__shfl_sync(ALL_LANES, (u64)row[base / WARP], base % WARP + r);
+    return (const char *)__shfl_sync(ALL_LANES, (u64)row[i / ROW_LANES], i % ROW_LANES, ROW_LANES);
 }
 
-/* The warp's rows to `to`, a row by 8 lanes; past the last dim come zeros. */
-QI_INLINE void copy_rows(const loader *l, char *to, const char *const row[ROWS_OF_LANE],
-                         const int is_v)
+/* Where this lane's part of 64 dims of its row at step 0 begins; flip: its piece of 16 bytes with bits changed. */
+QI_INLINE char *part_of_lane(char *to, const int flip)
+{
+    const int lane = tid_x() % WARP, mine = lane / ROW_LANES,
+              piece = lane % ROW_LANES * (2 / KV_BYTES);
+    return to + mine * 128 + (piece ^ mine ^ flip) * 16;
+}
+
+/* The warp's rows to `to`, of 64 dims 16 bytes a lane; past the last dim come zeros. */
+QI_INLINE void copy_rows(char *to, const char *const row[ROWS_OF_LANE], const int is_v)
 {
     const int chunks = is_v ? VO_CHUNKS : QK_CHUNKS, dim = is_v ? HEAD_DIM_VO : HEAD_DIM_QK;
-    const int mine = l->lane / 8, piece = l->lane % 8;
-    char *const place[2] = {to + mine * 128 + (piece ^ mine) * 16,
-                            to + mine * 128 + (piece ^ mine ^ 4) * 16};
+    const int mine = tid_x() % ROW_LANES * 16; /* of a row's bytes */
+    char *const part[2] = {part_of_lane(to, 0), part_of_lane(to, STEP_ROWS % 8)};
 #pragma unroll
-    for (int r = 0; r < WARP_ROWS; r += 4) {
-        const char *from = row_of_lane(row, r, mine) + piece * 16;
+    for (int i = 0; i < STEPS; i++) {
+        const char *from = row_at_step(row, i) + mine;
 #pragma unroll
         for (int c = 0; c < chunks; c++) {
-            const int there = c * 64 + piece * 8 < dim;
-            cp_async_16(place[r / 4 % 2] + r * 128 + c * KV_CHUNK_BYTES, from + (there ? c * 128 : 0),
-                        there ? 16 : 0);
+            const int first =
+                64 * c + mine / KV_BYTES; /* of the lane's 8 or 16 dims; 8 are there or not */
+            const int bytes = first + (KV_BYTES == 1 ? 8 : 0) < dim ? 16 : first < dim ? 8 : 0;
+            cp_async_16(part[i % 2] + i * STEP_ROWS * 128 + c * KV_CHUNK_BYTES,
+                        from + (bytes > 0 ? 64 * c * KV_BYTES : 0), (u32)bytes);
         }
     }
     cp_async_commit_group();
-    cp_async_wait_group(0);
 }
 
-/* The same of rows at any address. */
-QI_INLINE void copy_odd_rows(const attention_params *p, const item_keys *k, const loader *l,
-                             int first, char *to, const int is_v)
+QI_INLINE uint4 widen_piece(u32 low, u32 high)
 {
-    const int pieces = 8 * (is_v ? VO_CHUNKS : QK_CHUNKS), dim = is_v ? HEAD_DIM_VO : HEAD_DIM_QK;
+    return make_uint4(widen(low), widen(low >> 16), widen(high), widen(high >> 16));
+}
+
+/* What copy_rows brought as 8 bits becomes f16 where it lies, 16 bytes two pieces: each lane's own. */
+QI_INLINE void widen_rows(char *to, const int is_v)
+{
+    const int chunks = is_v ? VO_CHUNKS : QK_CHUNKS;
+    char *part[2] = {part_of_lane(to, 0), part_of_lane(to, 1)};
 #pragma unroll 1
-    for (int i = l->lane; i < WARP_ROWS * pieces; i += WARP) {
-        const int r = i / pieces, piece = i % pieces, key = first + r;
-        const char *from = row_of_key(p, k, key, page_of_key(p, k, key), is_v) + piece * 16;
-        char *place = to + piece / 8 * KV_CHUNK_BYTES + r * 128 + ((piece ^ r) & 7) * 16;
-        copy_elements(place, from, piece * 8 < dim ? 16 : 0);
+    for (int i = 0; i < STEPS; i++) {
+#pragma unroll
+        for (int c = 0; c < chunks; c += 2) {
+            const int n = c + 1 < chunks ? 2 : 1;
+            uint4 x[2]; /* more would take registers that there are not */
+#pragma unroll
+            for (int j = 0; j < n; j++) x[j] = *(const uint4 *)(part[0] + (c + j) * KV_CHUNK_BYTES);
+#pragma unroll
+            for (int j = 0; j < n; j++) {
+                *(uint4 *)(part[0] + (c + j) * KV_CHUNK_BYTES) = widen_piece(x[j].x, x[j].y);
+                *(uint4 *)(part[1] + (c + j) * KV_CHUNK_BYTES) = widen_piece(x[j].z, x[j].w);
+            }
+        }
+        part[0] += STEP_ROWS * 128;
+        part[1] += STEP_ROWS * 128;
     }
 }
 
-/* The blocks of one item; pages are looked up a block ahead. */
-QI_INLINE void load_by_rows(const wgmma_params *p, const item_keys *k, loader *l, int aligned,
+/* The warp's rows are in the stage: makes them seen by wgmma, and tells. */
+QI_INLINE void tell_rows(loader *l)
+{
+    fence_proxy_async();
+    __syncwarp();
+    if (tid_x() % WARP == 0) mbarrier_arrive(&l->full[l->at.stage]);
+    ring_next(&l->at, STAGES);
+}
+
+/* The blocks of one item; the next one's pages are looked up while copies are on their way. */
+QI_INLINE void load_by_rows(const attention_params *p, const item_keys *k, loader *l,
                             const int is_v)
 {
-    const attention_params *a = &p->c.at;
-    const int own = l->warp * WARP_ROWS;
     int page[ROWS_OF_LANE];
-    if (PIECE == 0 && k->begin < k->end) find_pages(a, k, k->begin + own, l->lane, page);
+    if (k->first < k->end) find_pages(p, k, k->first + rows_before(), page);
 #pragma unroll 1
-    for (int first = k->begin + own; first < k->end + own; first += KEYS) {
-        char *to = l->to + l->at.stage * (is_v ? V_BYTES : K_BYTES) + own * 128;
+    for (int first = k->first; first < k->end; first += KEYS) {
+        char *to = l->to + l->at.stage * (is_v ? V_BYTES : K_BYTES);
         const char *row[ROWS_OF_LANE];
-        if (PIECE == 0) {
-            find_rows(a, k, first, l->lane, page, row, is_v);
-            find_pages(a, k, first + KEYS, l->lane, page);
-        }
+        find_rows(p, k, first + rows_before(), page, row, is_v);
         mbarrier_wait(&l->empty[l->at.stage], l->at.parity ^ 1);
-        if (PIECE == 0 && aligned)
-            copy_rows(l, to, row, is_v);
-        else
-            copy_odd_rows(a, k, l, first, to, is_v);
-        fence_proxy_async();
-        __syncwarp();
-        if (l->lane == 0) mbarrier_arrive(&l->full[l->at.stage]);
-        ring_next(&l->at, STAGES);
+        copy_rows(to, row, is_v);
+        find_pages(p, k, first + KEYS + rows_before(), page);
+        cp_async_wait_group(0);
+        if (KV_BYTES == 1) widen_rows(to, is_v);
+        tell_rows(l);
+    }
+}
+
+/* 8 dims from any address. */
+QI_INLINE uint4 load_odd_piece(const char *from)
+{
+    u32 pair[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        pair[i] = KV_BYTES == 2
+                      ? ((const u16 *)from)[2 * i] | (u32)((const u16 *)from)[2 * i + 1] << 16
+                      : widen(((const u8 *)from)[2 * i] | (u32)((const u8 *)from)[2 * i + 1] << 8);
+    return make_uint4(pair[0], pair[1], pair[2], pair[3]);
+}
+
+/* The same of rows at any address. */
+QI_INLINE void load_odd_rows(const attention_params *p, const item_keys *k, loader *l,
+                             const int is_v)
+{
+    const int pieces = 8 * (is_v ? VO_CHUNKS : QK_CHUNKS), dim = is_v ? HEAD_DIM_VO : HEAD_DIM_QK;
+#pragma unroll 1
+    for (int first = k->first; first < k->end; first += KEYS) {
+        char *to = l->to + l->at.stage * (is_v ? V_BYTES : K_BYTES);
+        mbarrier_wait(&l->empty[l->at.stage], l->at.parity ^ 1);
+#pragma unroll 1
+        for (int i = tid_x() % WARP; i < WARP_ROWS * pieces; i += WARP) {
+            const int r = i / pieces, piece = i % pieces, key = first + rows_before() + r;
+            const char *from = row_of_key(p, k, key, page_of_key(p, k, key), is_v);
+            char *place = to + piece / 8 * KV_CHUNK_BYTES + r * 128 + ((piece ^ r) & 7) * 16;
+            *(uint4 *)place = piece * 8 < dim ? load_odd_piece(from + piece * 8 * KV_BYTES)
+                                              : make_uint4(0, 0, 0, 0);
+        }
+        tell_rows(l);
     }
 }
 
 /* ---- the warp ----------------------------------------------------------------------------------- */
 
-/* All items' keys, or their values; by warp `warp` of those who bring them. */
-QI_INLINE void load_items(const wgmma_params *p, char *shared, int warp, const int is_v)
+/* All items' keys, or their values. */
+QI_INLINE void load_items(const wgmma_params *p, char *shared, const int is_v)
 {
     tile_barriers *b = barriers_of(shared);
-    loader l = {shared + (is_v ? V_AT : K_AT),
+    loader l = {shared + (is_v ? V_AT : K_AT) + rows_before() * 128,
                 is_v ? b->v_full : b->k_full,
                 is_v ? b->v_empty : b->k_empty,
                 {0, 0},
-                warp,
                 (int)threadIdx.x % WARP};
     ring note = {0, 0};
     const int aligned = keys_aligned(&p->c.at);
@@ -214,13 +286,16 @@ QI_INLINE void load_items(const wgmma_params *p, char *shared, int warp, const i
         const prefill_item_notes *n = item_notes(shared, note.stage);
         mbarrier_wait(&b->noted[note.stage], note.parity);
         if (n->work.num_rows == 0) return;
-        const item_keys k = {n->work.kv_begin, n->work.kv_end, n->work.kv_head, n->group.kv_begin};
+        const item_keys k = {first_key(p, n->work.kv_begin), n->work.kv_end, n->work.kv_head,
+                             n->group.kv_begin};
         forget_item(b, note.stage);
         if (p->kv_by_tma)
             load_by_tma(p, &k, &l, is_v);
+        else if (PIECE == 0 && aligned)
+            load_by_rows(&p->c.at, &k, &l, is_v);
         else
-            load_by_rows(p, &k, &l, aligned, is_v);
-        if (!is_v && l.lane == 0) mbarrier_arrive(&b->loaded[note.stage]);
+            load_odd_rows(&p->c.at, &k, &l, is_v);
+        if (!is_v && tid_x() % WARP == 0) mbarrier_arrive(&b->loaded[note.stage]);
     }
 }
 
