@@ -150,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(128) copy(const __grid_constant__ h
     }
     while (!mbarrier_test_wait(&barrier, 0)) continue;
     for (int i = tid_x(); i < p.bytes; i += 128) p.out[i] = shared[p.offset + i];
-    if (tid_x() != 0) return;
+    if (tid_x() != 0 || !p.stores) return;
     tma_store_4d(&p.q, shared + p.offset, p.at[0], p.at[1], p.at[2], p.at[3]);
     tma_await_reads();
 }

@@ -41,6 +41,7 @@ typedef struct hopper_params {
     i32 head, num_tiles;
     i32 mode;                 /* of the enums above */
     i32 at[4], bytes, offset; /* `copy`: of the box; where in shared memory it begins */
+    i32 stores;               /* `copy`: is it stored, too? */
 } hopper_params;
 
 #endif

@@ -215,6 +215,8 @@ void tensor_load(void *to, const void *map, void *barrier, unsigned rank, const 
 
 void tensor_store(const void *map, const void *from, unsigned rank, const int *at)
 {
+    for (unsigned i = 0; i < rank; i++) /* an H200 calls this an illegal instruction */
+        if (at[i] < 0) grid_fault("a store of a box at %d", at[i]);
     begin((void *)(uintptr_t)from, map, NULL, rank, at);
 }
 

@@ -92,7 +92,8 @@ QI_INLINE void tma_load_5d_evict_first(void *to, const qi_tensor_map *map, u64 *
         : "memory");
 }
 
-/* The box of `map` at these coordinates from shared memory; of what lies outside the tensor nothing is written. */
+/* The box of `map` at these coordinates, none of them negative, from shared memory; of what lies past the tensor nothing
+ * is written. */
 QI_INLINE void tma_store_4d(const qi_tensor_map *map, const void *from, int x, int y, int z, int w)
 {
     asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group "
