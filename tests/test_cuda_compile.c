@@ -44,6 +44,8 @@ static const struct {
     {"attention.mma", {64, 64, 4, 0, BF16, BF16, BF16, 0, 0, 0, 0, 0, 0, 0, 16, 5, 0, 1, 2, 128}},
     {"attention.mma", /* the same by Hopper's copy engine */
      {128, 128, 4, 16, BF16, BF16, BF16, 1, 0, 0, 0, 0, 0, 0, 8, 3, 16, 0, 2, 128}},
+    {"attention.mma", /* and of eight warps */
+     {128, 128, 4, 16, BF16, BF16, BF16, 1, 0, 0, 0, 0, 0, 0, 8, 2, 16, 0, 1, 256}},
     {"attention.mma",
      {128, 128, 8, 16, BF16, E4M3, BF16, 1, 0, 0, 0, 0, 0, 0, 8, 3, 16, 0, 2, 128}},
     {"attention.mma", {64, 64, 4, 0, F16, F16, F16, 1, 1, 1, 1, 1, 0, 1, 8, 5, 16, 0, 2, 128}},

@@ -234,7 +234,7 @@ static int encode_maps(const qi_box_tensor *tensors, i32 count)
     for (const qi_box_tensor *t = tensors; t < tensors + count && result == CU_SUCCESS; t++)
         result = qi_cuda.encode_tensor_map(t->map, t->element_bytes == 1 ? CU_MAP_U8 : CU_MAP_U16,
                                            t->axes, t->base, t->sizes, t->strides, t->box, steps, 0,
-                                           CU_MAP_SWIZZLE_128B, CU_MAP_PROMOTE_256B, 0);
+                                           CU_MAP_SWIZZLE_128B, CU_MAP_PROMOTE_128B, 0);
     return result;
 }
 

@@ -40,11 +40,22 @@ static i32 decode_piece(const qkv_attention *a, i32 bytes)
     return qi_box_keys(s->page_size, DECODE_TILE(bytes));
 }
 
+/* Does a decode of all requests have about a tile for each SM? Then a block of eight warps an SM takes it whole, where
+ * two blocks of four would share it and merge. Fewer tiles than a quarter are cut anyhow, and more warps have too few
+ * keys each. Not where the kernel is to be the same whatever the limits. */
+static int has_tile_a_sm(const qkv_attention *a)
+{
+    const i64 tiles = (i64)a->limits.max_requests * a->spec.num_kv_heads,
+              sms = a->ctx->cuda.num_sms;
+    return a->cuda.decode_piece > 0 && !a->cuda.prefill && a->limits.max_levels == 1 &&
+           (a->spec.flags & QKV_ATTENTION_BATCH_INVARIANT) == 0 && tiles <= sms && 4 * tiles > sms;
+}
+
 /* Rings of two tiles a warp or more, for two blocks an SM where they fit, since one computes while the other
  * waits; shared memory of an SM is 1 KB more than a block may have, and each block takes 1 KB for itself. */
 void qi_attention_cuda_configure(qkv_attention *a)
 {
-    enum { MAX_STAGES = 6 };
+    enum { MAX_STAGES = 6, WIDE = 8 };
     const qkv_attention_spec *s = &a->spec;
     const qkv_attention_limits *l = &a->limits;
     attention_cuda *c = &a->cuda;
@@ -56,16 +67,18 @@ void qi_attention_cuda_configure(qkv_attention *a)
     c->decode_rows = few == 0 ? 0 : (most < few ? (i32)most : few) * group <= 8 ? 8 : 16;
     c->decode_piece = c->decode_rows ? decode_piece(a, bytes) : 0;
     c->prefill = most > few;
-    c->threads = THREADS;
-    const i32 warps = c->threads / 32;
-    const i32 slots = warps * DECODE_SLOT_BYTES(qk, vo, bytes, c->decode_rows, c->decode_piece);
+    const i32 slot = DECODE_SLOT_BYTES(qk, vo, bytes, c->decode_rows, c->decode_piece);
+    const int wide =
+        has_tile_a_sm(a) && DECODE_SHARED_ROOM(qk, c->decode_rows, WIDE) + 2 * WIDE * slot <= room;
+    const i32 warps = wide ? WIDE : THREADS / 32, slots = warps * slot;
     const i32 shared = DECODE_SHARED_ROOM(qk, c->decode_rows, warps);
+    c->threads = 32 * warps;
     const i32 prefill = c->prefill ? PREFILL_SHARED_ROOM + PREFILL_SHARED_BYTES(qk, vo, bytes) : 0;
     const i32 needed = max32(c->decode_rows ? shared + 2 * slots : 0, prefill);
-    c->blocks_per_sm = needed <= half ? 2 : 1;
+    c->blocks_per_sm = needed <= half && !wide ? 2 : 1;
     const i32 left = (c->blocks_per_sm == 2 ? half : room) - shared;
-    const i32 fit = slots > 0 ? left / slots : 0;
-    c->decode_stages = c->decode_rows ? min32(max32(fit, 2), MAX_STAGES) : 0;
+    const i32 fit = slots > 0 ? left / slots : 0, most_stages = wide ? 2 : MAX_STAGES;
+    c->decode_stages = c->decode_rows ? min32(max32(fit, 2), most_stages) : 0;
     c->shared_bytes = (u32)max32(c->decode_rows ? shared + c->decode_stages * slots : 0, prefill);
 }
 

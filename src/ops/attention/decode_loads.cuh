@@ -229,8 +229,8 @@ QI_INLINE void decode_load(const mma_params *m, const decode_item *items, decode
     if (DECODE_PIECE == 0) cp_async_commit_group();
 }
 
-/* Waits for the ring's next tile, keys of `of` from `index` on, and returns it. Loads of all other slots may be under
- * way. */
+/* Waits for the ring's next tile, keys of `of` from `index` on, and returns it. Loads of all slots but the one used
+ * last may be under way. */
 QI_INLINE const char *decode_await(const mma_params *m, const decode_ring *ring,
                                    const decode_item *of, int index)
 {
@@ -243,7 +243,7 @@ QI_INLINE const char *decode_await(const mma_params *m, const decode_ring *ring,
         __syncwarp();
     if (begin > 0 || end < TILE) decode_clear_values(slot + TILE * K_PITCH, begin, end);
 #else
-    cp_async_wait_group(DECODE_STAGES - 1);
+    cp_async_wait_group(DECODE_STAGES - 2);
     __syncwarp();
 #endif
     return slot;

@@ -385,9 +385,10 @@ QI_INLINE void decode_chunk(const mma_params *params, int count, int one_level,
 #pragma unroll 1
         for (int i = place; i < tiles; i += DECODE_WARPS) {
             const int index = of->first + i * TILE;
+            const char *slot = decode_await(params, ring, of, index);
             __syncwarp(); /* all lanes have read the tile before */
             decode_load(params, t->items, &stream, ring, ring->used, aligned);
-            decode_tile(c, decode_await(params, ring, of, index), t->row[warp], index, &state);
+            decode_tile(c, slot, t->row[warp], index, &state);
             decode_ring_next(ring);
         }
         if (place < tiles) decode_put(&state, place, ring->slots + ring->used * SLOT_BYTES, t);
