@@ -15,8 +15,7 @@
 #include "ops/attention/wgmma.h"
 
 enum {
-    THREADS =
-        128, /* prefill tiles and the reference have no others; decode tiles may, whole warps */
+    THREADS = 128, /* of prefill tiles and the reference; decode tiles may have more */
     NUM_CONSTANTS = QI_SPEC_CONSTANTS + 6,
     MOST_CONSTANTS = QI_WGMMA_CONSTANTS
 };

@@ -20,9 +20,9 @@ static int is_invariant(const qkv_attention *a)
 }
 
 /* Tiles of 64 rows a warpgroup, and as many keys as registers hold beside o; three warpgroups where head dims are small,
- * so that others compute while one is at its softmax. Two warps for each ring where rows come one by one, 32 a
- * lane at a time, or are of 8 bits, unless o takes the registers of a fourth warpgroup. Then as many stages as fit, after room to load the
- * next tile's queries. Measured in docs/performance.md. */
+ * so that others compute while one is at its softmax. Two warps for each ring where rows come one by one, 32 a lane at a
+ * time, or are of 8 bits, unless o takes the registers of a fourth warpgroup. Then as many stages as fit, after room to
+ * load the next tile's queries. Measured in docs/performance.md. */
 void qi_attention_wgmma_configure(qkv_attention *a)
 {
     enum { MAX_STAGES = 4 };

@@ -210,9 +210,8 @@ QI_INLINE int queries_aligned(const attention_params *p)
  * one box of a whole tile's, where tokens are neighbours and more than a few, of the products' type, and no scale is
  * negative. */
 enum { QUERIES_CONVERTED, QUERIES_COPIED, QUERIES_BOXED };
-enum {
-    FEW_QUERIES = 16
-}; /* a box brings 8 times as many from L2, as much as half a block of keys and values */
+/* A box brings 8 times as many from L2, as much as half a block of keys and values. */
+enum { FEW_QUERIES = 16 };
 
 /* Asked of this thread's rows. */
 QI_INLINE u32 kind_of_queries(const wgmma_params *p, const qi_work *w, const prefill_row *rows,
@@ -275,8 +274,7 @@ QI_INLINE void prepare_rows(const wgmma_params *p, const prefill_item_notes *not
     const qi_work *w = &notes->work;
     prefill_row *rows = item_rows(shared, buffer);
     char *q = shared + buffer * Q_BYTES;
-    const int noted =
-        w->num_rows * GROUP_SIZE <= 64 ? 64 : TILE_ROWS; /* by warpgroups that read them */
+    const int noted = w->num_rows * GROUP_SIZE <= 64 ? 64 : TILE_ROWS; /* others read none */
 #pragma unroll 1
     for (int m = tid; m < noted; m += ITEM_THREADS)
         rows[m] = make_prefill_row(&p->c, w, &notes->group, m);
