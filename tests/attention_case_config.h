@@ -34,6 +34,7 @@ typedef struct case_config {
     bool strided;                /* tensors are views with gaps, permuted axes and byte_offset   */
     bool shared_pages;           /* some pages are listed by several requests                    */
     bool forgets;                /* keys before a request's first window are NaN (no levels)     */
+    bool hides_first;            /* custom masks hide all keys before a row's own random one     */
     bool use_qo_pos, no_lse;
     int32_t num_requests;
     int32_t qo_len[CASE_MAX_REQUESTS], kv_len[CASE_MAX_REQUESTS], qo_pos[CASE_MAX_REQUESTS];

@@ -178,6 +178,16 @@ static inline void case_build_level(attn_case *a, int32_t level, qkv_kv_index *i
 
 /* ---- what rows see ------------------------------------------------------------------------ */
 
+/* Hides keys from each row of a request up to a random one. */
+static inline void case_hide_first(uint8_t *bits, int64_t qo_len, int64_t kv_len)
+{
+    for (int64_t row = 0; row < qo_len; row++) {
+        const int64_t hidden = test_below(kv_len + 1);
+        for (int64_t i = row * kv_len; i < row * kv_len + hidden; i++)
+            bits[i / 8] &= (uint8_t) ~(1u << i % 8);
+    }
+}
+
 /* Every byte at random, then more or fewer bits of each request. */
 static inline void case_build_mask(attn_case *a)
 {
@@ -202,6 +212,7 @@ static inline void case_build_mask(attn_case *a)
                       : kind < 4  ? bits[i] & (uint8_t)test_u64() & (uint8_t)test_u64()
                       : kind < 6  ? bits[i] | (uint8_t)test_u64()
                                   : bits[i];
+        if (c->hides_first) case_hide_first(bits + indptr[r], c->qo_len[r], c->kv_len[r]);
     }
     a->batch.mask_bits = &a->mask_bits.x.t;
     a->batch.mask_indptr = &a->mask_indptr.x.t;

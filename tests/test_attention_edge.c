@@ -141,6 +141,44 @@ static void attention_decodes_from_pages_of_any_size(void **state)
         }
 }
 
+/* Rows of a tile that see nothing of its first keys, a whole block of any kernel's and more. */
+static void attention_hides_first_blocks_from_rows(void **state)
+{
+    (void)state;
+    const struct {
+        const char *why;
+        int32_t num_qo_heads, num_kv_heads, dim_qk, dim_vo, page_size, window_left; /* -1: a mask */
+        DLDataType dtype_kv;
+    } rows[] = {
+        {"each row its own key", 2, 2, 64, 64, 16, 0, QKV_BF16},
+        {"a few keys, in pages that begin before them", 2, 2, 128, 128, 64, 3, QKV_BF16},
+        {"a few keys, pages of 1", 2, 2, 128, 128, 1, 2, QKV_F16},
+        {"a mask", 4, 2, 64, 64, 16, -1, QKV_BF16},
+        {"a mask, ragged", 2, 2, 128, 128, 0, -1, QKV_F16},
+        {"a mask, fewer keys a block", 2, 1, 256, 256, 16, -1, QKV_BF16},
+        {"a mask, unequal dims", 2, 2, 192, 128, 16, -1, QKV_BF16},
+        {"a mask, 8 bits", 2, 2, 128, 128, 16, -1, QKV_E4M3},
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        qkv_attention_spec s = spec_of(rows[i].num_qo_heads, rows[i].num_kv_heads, rows[i].dim_qk,
+                                       rows[i].page_size, QKV_BF16);
+        s.head_dim_vo = rows[i].dim_vo;
+        s.dtype_kv = rows[i].dtype_kv;
+        if (s.dtype_kv.bits == 16) s.dtype_q = s.dtype_o = s.dtype_kv;
+        s.mask = rows[i].window_left < 0 ? QKV_MASK_CUSTOM : QKV_MASK_CAUSAL;
+        s.window_left = rows[i].window_left;
+        s.window_right = -1;
+        if (s.window_left >= 0) s.features |= QKV_FEATURE_WINDOW;
+        case_config c = case_config_init(s);
+        if (s.page_size == 0) c.form = CASE_RAGGED;
+        c.hides_first = true;
+        c.limits.max_workers = 3;
+        case_add(&c, 250, 250);
+        case_add(&c, 40, 700);
+        try_everywhere(&c, 2);
+    }
+}
+
 static void attention_runs_one_giant_among_many_tiny(void **state)
 {
     (void)state;
@@ -417,6 +455,7 @@ int main(void)
         cmocka_unit_test(attention_takes_null_data_of_empty_tensors),
         cmocka_unit_test(attention_decodes_one_long_request),
         cmocka_unit_test(attention_decodes_from_pages_of_any_size),
+        cmocka_unit_test(attention_hides_first_blocks_from_rows),
         cmocka_unit_test(attention_runs_one_giant_among_many_tiny),
         cmocka_unit_test(attention_prefills_a_long_prompt),
         cmocka_unit_test(attention_takes_extreme_sizes),
