@@ -59,7 +59,7 @@ static inline void add_text(qi_sha256 *hash, const char *text, size_t bytes, boo
 
 static inline void compile_key(const qi_nvrtc *nvrtc, const qi_jit_job *job, char key[65])
 {
-    const char *const parts[] = {"log 1", QI_NVRTC_FLAGS, qi_nvrtc_identity(nvrtc), job->level,
+    const char *const parts[] = {"log 2", QI_NVRTC_FLAGS, qi_nvrtc_identity(nvrtc), job->level,
                                  job->header};
     bool seen[MAX_FILES] = {false};
     char main_file[256];
@@ -141,6 +141,7 @@ static inline void *compile_some(void *arg)
 /* Fills in what follows defines. */
 static inline void compile_all(const qi_nvrtc *nvrtc, compiled *jobs, int num_jobs)
 {
+    setenv("CUDA_CACHE_DISABLE", "1", 1); /* NVRTC's own cache has no log */
     compile_queue q = {.nvrtc = nvrtc, .jobs = jobs, .num_jobs = num_jobs};
     pthread_t second;
     const bool two = pthread_create(&second, NULL, compile_some, &q) == 0;
