@@ -134,7 +134,10 @@ static outcome run_process(int (*body)(const void *), const void *argument, int 
     assert_true(child >= 0);
     if (child == 0) {
         snprintf(number, sizeof number, "%d", seed);
-        if (seed) setenv("QKV_EMULATOR_SEED", number, 1);
+        if (seed)
+            setenv("QKV_EMULATOR_SEED", number, 1);
+        else
+            unsetenv("QKV_EMULATOR_SEED");
         dup2(ends[1], STDERR_FILENO);
         close(ends[0]);
         open_device();
