@@ -452,6 +452,7 @@ static qkv_status prepare(qkv_context *ctx, const qkv_attention_spec *spec,
     }
     QI_TRY(qi_select(ctx, qi_attention_kernels, a, &a->row));
     a->wgmma.used = strcmp(a->row->name, "attention.wgmma") == 0;
+    a->cuda.is_reference = strcmp(a->row->name, "attention.cuda") == 0;
     QI_TRY(qi_select(ctx, qi_attention_levels_kernels, a, &a->levels_row));
     if (a->limits.max_workers == 0) a->limits.max_workers = num_workers(a);
     a->schedule = schedule_limits(a, &a->limits);

@@ -116,11 +116,6 @@ static void write_constants(const qkv_attention *a, i32 *out)
     memcpy(out + QI_SPEC_CONSTANTS, own, sizeof own);
 }
 
-static int is_reference(const qkv_attention *a)
-{
-    return strcmp(a->row->name, "attention.cuda") == 0;
-}
-
 /* The planner, and beside it in its file the copy of a host plan. */
 const qi_kernel qi_attention_plan_kernels[] = {
     QI_CUDA_ROW("attention.plan", NULL, "ops/attention/plan.cu", "attention_plan", "THREADS"),
@@ -163,10 +158,11 @@ static qkv_status compile_kernels(qkv_attention *a)
     i32 constants[MOST_CONSTANTS] = {THREADS};
     const char *const names[] = {a->row->cuda.entry, a->levels_row->cuda.entry};
     char defines[1024];
-    if (is_reference(a))
+    if (a->cuda.is_reference) {
+        a->cuda.threads = THREADS;
         a->cuda.shared_bytes =
             (u32)ATTENTION_SHARED_BYTES(a->spec.head_dim_qk, a->spec.head_dim_vo);
-    else if (a->wgmma.used)
+    } else if (a->wgmma.used)
         qi_attention_wgmma_constants(a, constants);
     else
         write_constants(a, constants);
@@ -346,6 +342,15 @@ static u32 merge_blocks(const qkv_attention *a)
     return (u32)(all < most ? all : most);
 }
 
+static qkv_status launch_strips(const qkv_attention *a, const void *params, void *stream)
+{
+    const qi_grid grid = {.x = (u32)a->limits.max_workers,
+                          .threads = (u32)a->cuda.threads,
+                          .shared_bytes = a->cuda.shared_bytes,
+                          .overlaps_before = 1};
+    return qi_cuda_launch(&a->ctx->cuda, a->cuda.functions[0], &grid, params, stream);
+}
+
 /* The launch of attention_mma.cu. */
 static qkv_status run_mma(const qkv_attention *a, const attention_cuda_params *c, void *stream)
 {
@@ -359,11 +364,7 @@ static qkv_status run_mma(const qkv_attention *a, const attention_cuda_params *c
         };
         QI_TRY(qi_cuda_tensor_maps(&a->ctx->cuda, boxes, 2));
     }
-    const qi_grid grid = {.x = (u32)a->limits.max_workers,
-                          .threads = (u32)a->cuda.threads,
-                          .shared_bytes = a->cuda.shared_bytes,
-                          .overlaps_before = 1};
-    return qi_cuda_launch(&a->ctx->cuda, a->cuda.functions[0], &grid, &m, stream);
+    return launch_strips(a, &m, stream);
 }
 
 qkv_status qi_attention_cuda_run(qkv_attention *a, const attention_params *p,
@@ -382,16 +383,12 @@ qkv_status qi_attention_cuda_run(qkv_attention *a, const attention_params *p,
     c.at.mask_indptr = p->mask_bits ? qi_attention_on_device(a, a->mask_indptr) : NULL;
     c.at.variant = NULL;
     memcpy(c.args, &a->args, a->variant.num_params > 0 ? a->variant.bytes : 0);
-    const qi_grid grid = {.x = (u32)a->limits.max_workers,
-                          .threads = THREADS,
-                          .shared_bytes = a->cuda.shared_bytes,
-                          .overlaps_before = 1};
     if (a->wgmma.used)
         QI_TRY(qi_attention_wgmma_run(a, &c, stream));
-    else if (!is_reference(a))
-        QI_TRY(run_mma(a, &c, stream));
+    else if (a->cuda.is_reference)
+        QI_TRY(launch_strips(a, &c, stream));
     else
-        QI_TRY(qi_cuda_launch(&a->ctx->cuda, a->cuda.functions[0], &grid, &c, stream));
+        QI_TRY(run_mma(a, &c, stream));
     if (a->limits.max_levels == 1) return QKV_OK;
     const qi_grid merge = {.x = merge_blocks(a),
                            .threads = MERGE_THREADS,
