@@ -25,6 +25,21 @@ static qkv_attention_spec spec_of(int32_t num_qo_heads, int32_t num_kv_heads, in
     return s;
 }
 
+/* The same with unequal dims, keys of a type of their own, and a window unless window_left is -1. */
+static qkv_attention_spec spec_of_keys(int32_t num_qo_heads, int32_t num_kv_heads, int32_t dim_qk,
+                                       int32_t dim_vo, int32_t page_size, int32_t window_left,
+                                       DLDataType dtype_kv)
+{
+    const DLDataType dtype = dtype_kv.bits == 16 ? dtype_kv : QKV_BF16;
+    qkv_attention_spec s = spec_of(num_qo_heads, num_kv_heads, dim_qk, page_size, dtype);
+    s.head_dim_vo = dim_vo;
+    s.dtype_kv = dtype_kv;
+    s.window_left = window_left;
+    s.window_right = -1;
+    if (window_left >= 0) s.features |= QKV_FEATURE_WINDOW;
+    return s;
+}
+
 /* ---- sizes -------------------------------------------------------------------------------- */
 
 static void attention_runs_batches_without_work(void **state)
@@ -121,15 +136,10 @@ static void attention_decodes_from_pages_of_any_size(void **state)
     };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
         for (int strided = 0; strided < 2; strided++) {
-            qkv_attention_spec s = spec_of(rows[i].num_qo_heads, rows[i].num_kv_heads,
-                                           rows[i].dim_qk, rows[i].page_size, QKV_BF16);
-            s.head_dim_vo = rows[i].dim_vo;
-            s.dtype_kv = rows[i].dtype_kv;
-            if (s.dtype_kv.bits == 16) s.dtype_q = s.dtype_o = s.dtype_kv;
+            qkv_attention_spec s = spec_of_keys(rows[i].num_qo_heads, rows[i].num_kv_heads,
+                                                rows[i].dim_qk, rows[i].dim_vo, rows[i].page_size,
+                                                rows[i].window_left, rows[i].dtype_kv);
             s.kv_layout = test_below(2) ? QKV_NHD : QKV_HND;
-            s.window_left = rows[i].window_left;
-            s.window_right = -1;
-            if (s.window_left >= 0) s.features |= QKV_FEATURE_WINDOW;
             case_config c = case_config_init(s);
             if (s.page_size == 0) c.form = CASE_RAGGED;
             c.strided = strided;
@@ -160,15 +170,10 @@ static void attention_hides_first_blocks_from_rows(void **state)
         {"a mask, 8 bits", 2, 2, 128, 128, 16, -1, QKV_E4M3},
     };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
-        qkv_attention_spec s = spec_of(rows[i].num_qo_heads, rows[i].num_kv_heads, rows[i].dim_qk,
-                                       rows[i].page_size, QKV_BF16);
-        s.head_dim_vo = rows[i].dim_vo;
-        s.dtype_kv = rows[i].dtype_kv;
-        if (s.dtype_kv.bits == 16) s.dtype_q = s.dtype_o = s.dtype_kv;
+        qkv_attention_spec s =
+            spec_of_keys(rows[i].num_qo_heads, rows[i].num_kv_heads, rows[i].dim_qk, rows[i].dim_vo,
+                         rows[i].page_size, rows[i].window_left, rows[i].dtype_kv);
         s.mask = rows[i].window_left < 0 ? QKV_MASK_CUSTOM : QKV_MASK_CAUSAL;
-        s.window_left = rows[i].window_left;
-        s.window_right = -1;
-        if (s.window_left >= 0) s.features |= QKV_FEATURE_WINDOW;
         case_config c = case_config_init(s);
         if (s.page_size == 0) c.form = CASE_RAGGED;
         c.hides_first = true;
