@@ -33,9 +33,8 @@ typedef struct qi_plan_header {
     i32 num_tokens, num_requests, num_work, num_merges;
     i32 num_strips; /* workers that have work */
     i32 num_levels; /* 1: split tiles are merged by their last piece; more: by a launch of its own */
-    i32 claimed;    /* 1: workers take items as they come free, not by strips: */
-    i32 shared_begin,
-        num_shared; /* the work of shared levels, which stands together: first or last */
+    i32 claimed;    /* 1: workers take items as they come free, not by strips */
+    i32 shared_begin, num_shared; /* work of shared levels, which stands together: first or last */
     i32 reserved;
     i64 num_split_rows;  /* partial rows in use */
     i64 cost_per_worker; /* ceil(total cost / workers), in cost units */
@@ -97,8 +96,7 @@ typedef struct qi_plan {
     qi_work *work;    /* [max_work] */
     qi_merge *merge;  /* [max_merges] ascending slot */
     i32 *ticket;      /* [max_merges] pieces done; the last arriver merges and writes back 0 */
-    i32 *
-        claims; /* [2] of a GPU: items taken after each block's first, blocks done; 0 between runs */
+    i32 *claims;      /* [2] of a GPU: items taken past the first, blocks done; 0 between runs */
     qi_group *groups; /* [max_groups] */
     i32 *rows;        /* [max_tokens] token of each row; one level: NULL, row = token */
     i32 *row_merge;   /* [max_levels][max_tokens][num_kv_heads] merge of a row's tile in a level, or

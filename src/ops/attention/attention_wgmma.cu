@@ -1,6 +1,6 @@
-/* attention_wgmma.cu - attention on Hopper, for operators that have tiles of many rows. Of a block's first warps
- * LOADERS bring keys, as many values, two prepare items; whole warpgroups follow that compute. Tiles of few rows pass the same way, with a
- * warpgroup's other rows unused, warpgroups in turn: memory is slower than that.
+/* attention_wgmma.cu - attention on Hopper, for operators that have tiles of many rows. Of a block's first warps LOADERS
+ * bring keys, as many values, two prepare items; whole warpgroups follow that compute. Tiles of few rows pass the same
+ * way, with a warpgroup's other rows unused, warpgroups in turn: memory is slower than that.
  *
  * JIT constants: HEAD_DIM_QK, HEAD_DIM_VO (to 256), GROUP_SIZE, PAGE_SIZE (0 = ragged), DTYPE_Q, DTYPE_KV, DTYPE_O,
  * CAUSAL, WINDOW, SOFT_CAP, ALIBI, CUSTOM_MASK, SPARSE = 0, MIXED; KEYS of a block; COLUMNS, head_dim_vo in whole 64;

@@ -11,8 +11,7 @@ enum {
     DECODE_WARPS = THREADS / WARP,
     DECODE_ITEMS = 16, /* of a strip that are in shared memory at a time */
     TILE = DECODE_TILE(KV_BYTES),
-    PIECE =
-        DECODE_PIECE > 0 ? DECODE_PIECE : TILE, /* keys of a tile that lie in one page for sure */
+    PIECE = DECODE_PIECE > 0 ? DECODE_PIECE : TILE, /* keys that lie in one page for sure */
     PIECES = TILE / PIECE,
     TILES_AHEAD = WARP / PIECES, /* whose pages a warp knows, a piece a lane */
     K_PITCH = DECODE_PITCH(HEAD_DIM_QK, KV_BYTES, DECODE_PIECE), /* bytes of a key */
@@ -47,8 +46,7 @@ typedef struct decode_shared {
     tile_row row[DECODE_WARPS][DECODE_ROWS];
     float max[DECODE_WARPS][DECODE_ROWS], sum[DECODE_WARPS][DECODE_ROWS];
     const float *sums[DECODE_WARPS]; /* [DECODE_ROWS][SUM_PITCH] sums of v, in key order of tiles */
-    u64 full[DECODE_WARPS]
-            [DECODE_STAGES]; /* barriers of the rings' slots, where DECODE_PIECE > 0 */
+    u64 full[DECODE_WARPS][DECODE_STAGES]; /* of the rings' slots, where DECODE_PIECE > 0 */
     decode_item items[DECODE_ITEMS];
     __align__(
         16) char q[DECODE_ROWS * Q_PITCH]; /* of the item at hand, in the type of the products */
@@ -168,8 +166,8 @@ typedef struct decode_stream {
     int first;     /* which warp takes the item's first tile: turns, so that short items use all */
     int at;        /* the first key of this warp's next tile */
     int tile;      /* its number among this warp's tiles of the item */
-    int page; /* of this lane's key of that tile; where pieces lie in pages, of one piece of TILES_AHEAD tiles */
-    int in_list; /* where this lane's key is, if tiles do not lie in pages */
+    int page;      /* of this lane's key of that tile, or of its piece of TILES_AHEAD tiles */
+    int in_list;   /* where this lane's key is, if tiles do not lie in pages */
 } decode_stream;
 
 QI_INLINE int decode_tiles(const decode_item *i)

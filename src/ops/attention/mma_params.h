@@ -6,8 +6,8 @@
 #include "kern/tensor_map.h"
 #include "ops/attention/attention_params.h"
 
-/* k, v: [pages, heads, rows' 128 bytes, tokens of a page, their elements], in boxes of whole rows: DECODE_PIECE tokens of
- * a head. */
+/* k, v: [pages, heads, rows' 128 bytes, tokens of a page, their elements], in boxes of whole rows: DECODE_PIECE tokens
+ * of a head. */
 typedef struct mma_params {
     qi_tensor_map k, v;
     attention_cuda_params c;

@@ -418,8 +418,8 @@ static i64 whole_strips(const strips *s, const qi_limits *limits, i64 largest)
 }
 
 /* What pieces of tiles should cost, where workers take items as they come free, those of shared levels first: so that
- * there are as many pieces of these as workers, or a few times as many where a worker's take less time then. No more than
- * ROUNDS pieces a worker of all tiles. 0: strips cut them. */
+ * there are as many pieces of these as workers, or a few times as many where a worker's take less time then. No more
+ * than ROUNDS pieces a worker of all tiles. 0: strips cut them. */
 static i64 piece_cost(const qi_limits *limits, const i64 *totals)
 {
     const i64 tiles = totals[SHARED], workers = limits->num_workers;

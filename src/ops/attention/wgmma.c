@@ -61,10 +61,11 @@ const char *qi_attention_reject_wgmma(const qkv_attention *a)
     const qi_dtype q = (qi_dtype)qi_dtype_of(s->dtype_q), kv = (qi_dtype)qi_dtype_of(s->dtype_kv);
     if (a->ctx->cuda.major != 9) return "the device is not of the Hopper generation";
     if (qi_dtype_bytes(kv) == 1 && is_invariant(a))
-        return "8-bit keys are decoded faster elsewhere";
+        return "it is batch-invariant, and attention.mma decodes 8-bit keys faster";
     if (!a->cuda.prefill && a->cuda.decode_rows <= (qi_dtype_bytes(kv) == 1 ? 16 : 8) &&
         !is_invariant(a))
-        return "no tile has more rows than are decoded faster elsewhere";
+        return "no tile has more than 8 rows, or 16 of 8-bit keys, which attention.mma decodes "
+               "faster";
     if (q == QI_F32 || kv == QI_F32) return "f32 is not multiplied by tensor cores";
     if (qi_dtype_bytes(q) == 2 && qi_dtype_bytes(kv) == 2 && q != kv)
         return "q and k are of different 16-bit types";

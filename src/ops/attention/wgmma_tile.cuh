@@ -366,8 +366,8 @@ QI_INLINE void compute_item(worker *t, const prefill_item_notes *notes, u32 buff
 
 QI_INLINE void compute_items(const wgmma_params *p, char *shared)
 {
-    const int tid = (int)threadIdx.x - (THREADS - CONSUMERS),
-              one_level = p->c.at.plan.header->num_levels == 1;
+    const int tid = (int)threadIdx.x - (THREADS - CONSUMERS);
+    const int one_level = p->c.at.plan.header->num_levels == 1;
     worker t = {p,      shared, barriers_of(shared), (int)uniform((u32)tid / 128), tid % 128,
                 {0, 0}, {0, 0}};
     ring note = {0, 0}, buffer = {0, 0};
