@@ -63,6 +63,7 @@ static inline qkv_attention_spec any_spec(const any_features *f)
     s.sm_scale = chance(2) ? 0 : (float)(0.3 + test_uniform(0.29));
     if (chance(3)) s.flags |= QKV_ATTENTION_LSE_BASE_2;
     if (chance(f->sink)) s.flags |= QKV_ATTENTION_HAS_SINK;
+    if (chance(2)) s.flags |= QKV_ATTENTION_ONLY_APPENDS;
     if (chance(f->invariant)) s.flags |= QKV_ATTENTION_BATCH_INVARIANT;
     if (chance(f->alibi)) s.features |= QKV_FEATURE_ALIBI;
     if (chance(f->rope)) s.features |= QKV_FEATURE_ROPE;

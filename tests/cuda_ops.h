@@ -381,11 +381,13 @@ enum { OPS_COUNT = sizeof ops_list / sizeof ops_list[0] };
 
 static inline qkv_attention *ops_attention_new(qkv_context *ctx, int which)
 {
-    const qkv_attention_spec spec = {QKV_ATTENTION_SPEC_INIT,      .num_qo_heads = OPS_HEADS,
-                                     .num_kv_heads = OPS_KV_HEADS, .head_dim_qk = OPS_DIM,
-                                     .head_dim_vo = OPS_DIM,       .page_size = OPS_PAGE_SIZE,
-                                     .mask = QKV_MASK_CAUSAL,      .dtype_q = QKV_BF16,
-                                     .dtype_kv = QKV_BF16,         .dtype_o = QKV_BF16};
+    const qkv_attention_spec spec = {
+        QKV_ATTENTION_SPEC_INIT,    .flags = QKV_ATTENTION_ONLY_APPENDS,
+        .num_qo_heads = OPS_HEADS,  .num_kv_heads = OPS_KV_HEADS,
+        .head_dim_qk = OPS_DIM,     .head_dim_vo = OPS_DIM,
+        .page_size = OPS_PAGE_SIZE, .mask = QKV_MASK_CAUSAL,
+        .dtype_q = QKV_BF16,        .dtype_kv = QKV_BF16,
+        .dtype_o = QKV_BF16};
     const qkv_attention_limits limits = {
         QKV_ATTENTION_LIMITS_INIT,
         .max_requests = OPS_REQUESTS,

@@ -59,6 +59,7 @@ static void abi_numbers_are_pinned(void **state)
     assert_int_equal(QKV_FEATURE_ROPE, 8);
     assert_int_equal(QKV_ATTENTION_BATCH_INVARIANT, 1);
     assert_int_equal(QKV_ATTENTION_HAS_SINK, 4);
+    assert_int_equal(QKV_ATTENTION_ONLY_APPENDS, 8);
     assert_int_equal(QKV_JIT_ALLOW, 0);
     assert_int_equal(QKV_JIT_CACHED, 1);
     assert_int_equal(QKV_JIT_NEVER, 2);

@@ -26,7 +26,7 @@ static void attention_names_the_wrong_field_of_a_spec(void **state)
 #define F(field) #field, offsetof(qkv_attention_spec, field)
     static const wrong_field rows[] = {
         {"no struct_size", F(struct_size), 'u', 0, 0},
-        {"an unknown flag", F(flags), 'u', 8, 0},
+        {"an unknown flag", F(flags), 'u', 16, 0},
         {"another", F(flags), 'u', 1 << 20, 0},
         {"no query heads", F(num_qo_heads), 'i', 0, 0},
         {"negative", F(num_qo_heads), 'i', -4, 0},

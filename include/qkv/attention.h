@@ -55,6 +55,11 @@ enum {
                                           its neighbours, max_workers or threads; one level only */
     QKV_ATTENTION_LSE_BASE_2 = 2,      /* lse in base 2 instead of natural log */
     QKV_ATTENTION_HAS_SINK = 4,        /* every layer brings io.sink */
+    QKV_ATTENTION_ONLY_APPENDS = 8,    /* the caller's promise: from a plan to its last run no keys
+                                          and values are written but those of the batch's rows, the
+                                          last qo_len of each request. A GPU may then read older
+                                          ones before a run's turn has come: while the launch
+                                          before it, which may append the new ones, still runs */
 };
 
 /* Per model; fixed at create. */

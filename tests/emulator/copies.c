@@ -43,6 +43,12 @@ void copies_commit(void)
     grid_copies()->group++;
 }
 
+void copies_perform(copies *c)
+{
+    for (unsigned i = 0; i < c->count; i++) perform(&c->list[i]);
+    c->count = 0;
+}
+
 void copies_wait(unsigned n)
 {
     copies *c = grid_copies();

@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "driver.h"
 #include "fiber.h"
 #include "shared.h"
 
@@ -26,19 +27,19 @@ typedef struct warp {
     thread threads[LANES];
     void *operands[LANES];
     unsigned live, ready,
-        collective;            /* lanes: not ended, able to run, waiting for others of the warp */
-    unsigned at[NUM_BARRIERS]; /* waiting for others of the block */
-    unsigned asleep;           /* by grid_sleep() */
+        collective; /* lanes: not ended, able to run, waiting for others of the warp */
+    unsigned at[NUM_BARRIERS + 1]; /* waiting for others of the block; the last: for their turn */
+    unsigned asleep;               /* by grid_sleep() */
 } warp;
 
 emulator_machine machine;
 
 static warp warps[MAX_WARPS];
 static unsigned num_threads, num_warps, num_live;
-static unsigned ready_warps;            /* with lanes that are ready */
-static unsigned arrived[NUM_BARRIERS];  /* threads, at a barrier */
-static unsigned expected[NUM_BARRIERS]; /* there, as the first of them has it; 0: all */
-static unsigned num_pauses;             /* since anybody got further */
+static unsigned ready_warps;                /* with lanes that are ready */
+static unsigned arrived[NUM_BARRIERS + 1];  /* threads, at a barrier */
+static unsigned expected[NUM_BARRIERS + 1]; /* there, as the first of them has it; 0: all */
+static unsigned num_pauses;                 /* since anybody got further */
 static unsigned current_warp, current_lane;
 static unsigned blamed;
 static fiber_place outside;
@@ -168,7 +169,7 @@ static _Noreturn void report_deadlock(void)
         const warp *at = &warps[w];
         if (at->live == 0) continue;
         fprintf(stderr, "emulator:   warp %u:", w);
-        for (unsigned b = 0; b < NUM_BARRIERS; b++)
+        for (unsigned b = 0; b <= NUM_BARRIERS; b++)
             if (at->at[b]) fprintf(stderr, " lanes %08x at barrier %u;", at->at[b], b);
         report_asleep(at);
         if (at->ready) fprintf(stderr, " lanes %08x look again and again;", at->ready);
@@ -305,7 +306,7 @@ static void release(unsigned barrier)
 
 static void sync_block(unsigned barrier, unsigned threads, int waits)
 {
-    if (barrier >= NUM_BARRIERS || threads % LANES)
+    if (barrier > NUM_BARRIERS || threads % LANES)
         grid_fault("barrier %u for %u threads", barrier, threads);
     if (arrived[barrier] == 0) expected[barrier] = threads;
     if (expected[barrier] != threads)
@@ -320,6 +321,31 @@ static void sync_block(unsigned barrier, unsigned threads, int waits)
     warps[current_warp].at[barrier] |= 1u << current_lane;
     make_wait();
     resume();
+}
+
+/* ---- the launch before ------------------------------------------------------------------------ */
+
+static emulator_launch_before *before_this;
+static void *user_of_before;
+static bool has_ended; /* for the running block */
+
+EXPORT void emulator_set_launch_before(emulator_launch_before *before, void *user)
+{
+    before_this = before;
+    user_of_before = user;
+}
+
+/* What a block has asked for by then comes as memory is before that launch ends. */
+static void await_turn(void)
+{
+    if (!before_this) return;
+    sync_block(NUM_BARRIERS, num_threads, 1);
+    if (has_ended) return;
+    has_ended = true;
+    tensor_perform_loads();
+    for (unsigned i = 0; i < num_threads; i++)
+        copies_perform(&warps[i / LANES].threads[i % LANES].copies);
+    before_this(user_of_before, 1);
 }
 
 /* ---- warps ---------------------------------------------------------------------------------- */
@@ -417,6 +443,8 @@ static void begin_block(void)
     wgmma_begin();
     shared_begin(launch->module, launch->shared_bytes);
     machine.shared = shared_dynamic();
+    has_ended = false;
+    if (before_this) before_this(user_of_before, 0);
 }
 
 static void run_block(void)
@@ -506,6 +534,7 @@ bool grid_run(const grid_launch *l)
     machine.tensor_load = tensor_load;
     machine.tensor_store = tensor_store;
     machine.tensor_await_stores = tensor_await_stores;
+    machine.await_turn = await_turn;
     machine.fault = fault;
     *l->module->machine = &machine;
     catch_signals(before, &stack_before);

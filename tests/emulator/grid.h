@@ -24,6 +24,11 @@ typedef struct grid_launch {
 /* Runs all of it; 0 if it was abandoned for an error, of which stderr has a line. */
 bool grid_run(const grid_launch *launch);
 
+/* Exported: what a test does in place of a launch that the following ones overlap. It is called before each of their
+ * blocks begins (ended 0), and when all of its threads wait for that launch (1). NULL: nothing. */
+typedef void emulator_launch_before(void *user, int ended);
+void emulator_set_launch_before(emulator_launch_before *before, void *user);
+
 /* ---- between the parts of the machine ------------------------------------------------------- */
 
 extern emulator_machine machine;
@@ -78,6 +83,7 @@ void copies_begin(copies *c);
 void copies_add(void *to, const void *from, unsigned bytes, unsigned size);
 void copies_commit(void);
 void copies_wait(unsigned n);
+void copies_perform(copies *c); /* all */
 
 /* wgmma.c: warpgroups' products. */
 void wgmma_begin(void); /* a block */
@@ -107,6 +113,7 @@ void tensor_load(void *to, const void *map, void *barrier, unsigned rank, const 
 void tensor_store(const void *map, const void *from, unsigned rank, const int *at);
 void tensor_await_stores(void);
 void tensor_perform(const void *barrier); /* all whose bytes count there */
-bool tensor_perform_awaited(void);        /* those of a barrier that a thread waits at, if any */
+void tensor_perform_loads(void);
+bool tensor_perform_awaited(void); /* those of a barrier that a thread waits at, if any */
 
 #endif

@@ -108,6 +108,7 @@ typedef struct emulator_machine {
     void (*tensor_load)(void *to, const void *map, void *barrier, unsigned rank, const int *at);
     void (*tensor_store)(const void *map, const void *from, unsigned rank, const int *at);
     void (*tensor_await_stores)(void); /* this thread's */
+    void (*await_turn)(void);          /* griddepcontrol.wait */
     void (*fault)(const char *what);   /* ends the launch; does not return */
 } emulator_machine;
 

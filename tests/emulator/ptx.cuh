@@ -143,10 +143,11 @@ QI_INLINE int atom_add_acq_rel(int *to, int value)
     return atomicAdd(to, value);
 }
 
-/* ---- dependent launches: one after the other here --------------------------------------------- */
+/* ---- dependent launches: one after the other here, unless a test plays the one before --------- */
 
 QI_INLINE void griddepcontrol_wait()
 {
+    emulator->await_turn();
 }
 QI_INLINE void griddepcontrol_launch_dependents()
 {

@@ -237,6 +237,17 @@ void tensor_perform(const void *barrier)
     perform_all(barrier, NOBODY);
 }
 
+void tensor_perform_loads(void)
+{
+    size_t kept = 0;
+    for (size_t i = 0; i < count; i++)
+        if (pending[i].barrier)
+            perform(&pending[i]);
+        else
+            pending[kept++] = pending[i];
+    count = kept;
+}
+
 void tensor_await_stores(void)
 {
     perform_all(NULL, grid_warp() * LANES + grid_lane());

@@ -156,8 +156,8 @@ static qkv_status check_windows(qkv_attention_spec *s)
 
 static qkv_status check_features(qkv_attention_spec *s, qi_rope *rope)
 {
-    const uint32_t flags =
-        QKV_ATTENTION_BATCH_INVARIANT | QKV_ATTENTION_LSE_BASE_2 | QKV_ATTENTION_HAS_SINK;
+    const uint32_t flags = QKV_ATTENTION_BATCH_INVARIANT | QKV_ATTENTION_LSE_BASE_2 |
+                           QKV_ATTENTION_HAS_SINK | QKV_ATTENTION_ONLY_APPENDS;
     const int32_t features =
         QKV_FEATURE_SOFT_CAP | QKV_FEATURE_ALIBI | QKV_FEATURE_WINDOW | QKV_FEATURE_ROPE;
     QI_REQUIRE((s->flags & ~flags) == 0, "flags: expected QKV_ATTENTION_..., got %#x",

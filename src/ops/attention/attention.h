@@ -29,6 +29,10 @@ typedef struct attention_cuda {
     cu_event uploaded[MAX_IN_FLIGHT]; /* the stage may be written again */
     u64 stage_bytes;
     i32 stage, next; /* of the last plan; of the one being made */
+    /* Which runs have been enqueued after the last plan, and so wait for it: an eager one; one of the capture that this
+     * stream is in, or was. */
+    int run_is_behind;
+    void *captured_run_is_behind;
 } attention_cuda;
 
 /* Shapes of attention_wgmma.cu's tiles. */

@@ -17,6 +17,13 @@
 #include "ops/attention/prefill_mma.cuh"
 #endif
 
+/* Can a block begin before the launch's turn, if it is let? */
+#if DECODE_ROWS && !PREFILL && !MIXED && !SPARSE && __CUDA_ARCH__ >= 900
+#define MAY_BE_EARLY 1
+#else
+#define MAY_BE_EARLY 0
+#endif
+
 /* Is there an item of this kind in [begin, end)? The same in all threads. */
 QI_INLINE int any_item(const attention_params *p, int begin, int end, int flags)
 {
@@ -30,24 +37,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     attention(const __grid_constant__ mma_params p)
 {
     extern __shared__ __align__(1024) char shared[];
+    const attention_params *a = &p.c.at;
 #if DECODE_ROWS
     decode_shared *decode = (decode_shared *)(shared + RINGS_BYTES);
     decode_guess guess;
     decode_guess_nothing(&guess);
     touch_parameters(&p, decode);
     decode_ring ring = decode_ring_open(&p, shared, decode);
-#if __CUDA_ARCH__ >= 900 /* else no launch overlaps the one before */
-    decode_ahead(&p.c, (ahead_shared *)shared, &guess);
+    decode_stream stream;
 #endif
+    int begin = 0, end = 0;
+    const int early = MAY_BE_EARLY && p.early;
+#if MAY_BE_EARLY
+    if (early) {
+        begin = a->plan.work_indptr[blockIdx.x], end = a->plan.work_indptr[blockIdx.x + 1];
+        /* One block waits for the launch before, whatever there is to do: this launch must not end before that one. */
+        if (begin == end && blockIdx.x > 0) return;
+        if (begin < end)
+            decode_early(&p, begin, min(end - begin, DECODE_ITEMS), &stream, &ring, decode);
+    }
+#endif
+#if DECODE_ROWS && __CUDA_ARCH__ >= 900 /* else no launch overlaps the one before */
+    if (!early) decode_ahead(&p.c, (ahead_shared *)shared, &guess);
 #endif
     griddepcontrol_wait();
     griddepcontrol_launch_dependents();
-    const attention_params *a = &p.c.at;
-    const int one_level = a->plan.header->num_levels == 1;
-    const int begin = a->plan.work_indptr[blockIdx.x], end = a->plan.work_indptr[blockIdx.x + 1];
+    if (!early) begin = a->plan.work_indptr[blockIdx.x], end = a->plan.work_indptr[blockIdx.x + 1];
+    const int one_level = !MIXED || a->plan.header->num_levels == 1;
 #if DECODE_ROWS
     if (!PREFILL || any_item(a, begin, end, QI_TILE_DECODE))
-        decode_items(&p, begin, end, one_level, &guess, &ring, decode);
+        decode_items(&p, begin, end, one_level, early, &guess, &stream, &ring, decode);
 #endif
 #if PREFILL
     int *is_last = (int *)shared;

@@ -326,6 +326,8 @@ qkv_status qi_attention_cuda_upload(qkv_attention *a, const qi_lengths *lengths,
                  from->row_merge + l * to->max_tokens * heads, tokens * heads, sizeof(i32));
     const qi_cuda_device *device = &a->ctx->cuda;
     const qi_grid grid = {.x = UPLOAD_BLOCKS, .threads = UPLOAD_THREADS};
+    a->cuda.run_is_behind = 0;
+    a->cuda.captured_run_is_behind = NULL;
     QI_TRY(qi_cuda_launch(device, a->cuda.uploader, &grid, &p, stream));
     a->cuda.stage = a->cuda.next;
     return qi_cuda_event_record(device, a->cuda.uploaded[a->cuda.stage], stream);
@@ -351,11 +353,26 @@ static qkv_status launch_strips(const qkv_attention *a, const void *params, void
     return qi_cuda_launch(&a->ctx->cuda, a->cuda.functions[0], &grid, params, stream);
 }
 
-/* The launch of attention_mma.cu. */
-static qkv_status run_mma(const qkv_attention *a, const attention_cuda_params *c, void *stream)
+/* Are there kernels that can read old keys before their turn, and may they? */
+static int has_early_keys(const qkv_attention *a)
+{
+    return (a->spec.flags & QKV_ATTENTION_ONLY_APPENDS) != 0 && a->ctx->cuda.major >= 9 &&
+           !a->cuda.prefill && a->limits.max_levels == 1 && a->limits.max_row_blocks == 0;
+}
+
+/* The launch of attention_mma.cu. What it reads before its turn the launch before must not write, nor any that may run
+ * beside that one. Of the plan this is so once a run has waited for it: later launches begin after that. And a graph
+ * begins when all that was enqueued before has ended, so that its launches may take what an eager run has waited for as
+ * given, whatever is planned between its replays. */
+static qkv_status run_mma(qkv_attention *a, const attention_cuda_params *c, void *stream)
 {
     const attention_params *p = &c->at;
     mma_params m = {.c = *c};
+    int capturing = 0;
+    if (has_early_keys(a)) {
+        QI_TRY(qi_cuda_capturing(&a->ctx->cuda, stream, &capturing));
+        m.early = a->cuda.run_is_behind || (capturing && a->cuda.captured_run_is_behind == stream);
+    }
     m.kv_by_tma = a->cuda.decode_piece > 0 && qi_box_keys_fit(p);
     if (m.kv_by_tma) {
         const qi_box_tensor boxes[] = {
@@ -364,7 +381,12 @@ static qkv_status run_mma(const qkv_attention *a, const attention_cuda_params *c
         };
         QI_TRY(qi_cuda_tensor_maps(&a->ctx->cuda, boxes, 2));
     }
-    return launch_strips(a, &m, stream);
+    QI_TRY(launch_strips(a, &m, stream));
+    if (capturing)
+        a->cuda.captured_run_is_behind = stream;
+    else
+        a->cuda.run_is_behind = 1;
+    return QKV_OK;
 }
 
 qkv_status qi_attention_cuda_run(qkv_attention *a, const attention_params *p,

@@ -1,8 +1,11 @@
-/* decode_ahead.cuh - what a block does while the launch before its own may still run: it brings into L2 what
- * its strip begins with, which it would otherwise wait for from DRAM one after another: the place of its
- * work items, the items, their groups, page numbers, rows of q and the first keys.
+/* decode_ahead.cuh - what a block does while the launch before its own may still run.
  *
- * What is read here counts for nothing but that, since it may be about to change: keys, q, even the plan. It
+ * decode_early(): where the plan and old keys are known to stand, it reads its items and asks for the keys that its
+ * rings begin with, up to the first that may be of the batch's own rows. Rows of q come into L2.
+ *
+ * decode_ahead(): else it brings into L2 what its strip begins with, which it would otherwise wait for from DRAM one
+ * after another: the place of its work items, the items, their groups, page numbers, rows of q and the first keys. What
+ * is read here counts for nothing but that, since it may be about to change: keys, q, even the plan. It
  * leads to memory that there is all the same: the plan's arrays hold zeros or what some plan of this operator
  * put there, page numbers are looked up in plan.pages alone (other tables, of plans made on the device, are
  * the caller's and may be gone), and rows are prefetched within q, k and v as this launch has them. Reads go
@@ -13,7 +16,7 @@
 #ifndef QI_ATTENTION_DECODE_AHEAD_CUH
 #define QI_ATTENTION_DECODE_AHEAD_CUH
 
-#include "ops/attention/decode_stream.cuh"
+#include "ops/attention/decode_loads.cuh"
 
 enum {
     KEYS_AHEAD = DECODE_WARPS * (DECODE_STAGES - 1) * TILE, /* as many as the rings load at once */
@@ -98,14 +101,14 @@ QI_INLINE void prefetch_keys(const attention_params *p, const ahead_shared *t)
     }
 }
 
-/* Rows of q, where they stand in the plan's order. */
-QI_INLINE void prefetch_query(const attention_params *p, const item_ahead *i)
+/* Rows of q, tokens times heads of the group, where they stand in the plan's order. */
+QI_INLINE void prefetch_query(const attention_params *p, int row_begin, int rows, int kv_head)
 {
     enum { LINES = (HEAD_DIM_QK * qi_size_of(DTYPE_Q) + LINE - 1) / LINE };
-    for (int e = (int)threadIdx.x; e < i->num_rows * GROUP_SIZE * LINES; e += THREADS) {
+    for (int e = (int)threadIdx.x; e < rows * LINES; e += THREADS) {
         const int m = e / LINES;
-        const i64 token = i->row_begin + m / GROUP_SIZE;
-        const i64 head = i->kv_head * GROUP_SIZE + m % GROUP_SIZE;
+        const i64 token = row_begin + m / GROUP_SIZE;
+        const i64 head = kv_head * GROUP_SIZE + m % GROUP_SIZE;
         if (token < p->q_rows)
             prefetch_l2(qi_at(p->q, DTYPE_Q, token * p->q_stride[0] + head * p->q_stride[1]) +
                         e % LINES * LINE);
@@ -142,8 +145,35 @@ QI_INLINE void decode_ahead(const attention_cuda_params *c, ahead_shared *t, dec
     guess->count = t->count;
     if (t->count <= 0) return;
     guess_page(p, &t->items[0], guess);
-    if (!MIXED) prefetch_query(p, &t->items[0]);
+    const item_ahead *i = &t->items[0];
+    if (!MIXED) prefetch_query(p, i->row_begin, i->num_rows * GROUP_SIZE, i->kv_head);
     prefetch_keys(p, t);
+}
+
+/* Is the stream's next tile of keys that are not of the batch's rows? */
+QI_INLINE int decode_is_old(const decode_item *items, const decode_stream *s)
+{
+    return s->item < s->end && min(s->at + TILE, items[s->item].kv_end) <= items[s->item].old_end;
+}
+
+/* Work items [begin, begin + count), the first of a strip, and keys of theirs as they come in the stream. By all
+ * threads. */
+QI_INLINE void decode_early(const mma_params *m, int begin, int count, decode_stream *s,
+                            decode_ring *ring, decode_shared *t)
+{
+    const attention_params *p = &m->c.at;
+    const int aligned = keys_aligned(p);
+    decode_guess none;
+    decode_guess_nothing(&none);
+    decode_read_items(p, begin, count, t);
+    const decode_item *i = &t->items[0];
+    decode_open(p, t->items, count, &none, s);
+#pragma unroll 1
+    while (s->asked < DECODE_STAGES - 1 && decode_is_old(t->items, s)) {
+        decode_load(m, t->items, s, ring, s->asked, aligned);
+        s->asked++;
+    }
+    prefetch_query(p, i->row_begin, i->count, i->kv_head);
 }
 
 #endif

@@ -357,21 +357,19 @@ QI_INLINE void decode_finish(const attention_cuda_params *c, const decode_item *
 
 /* ---- a strip -------------------------------------------------------------------------------- */
 
-/* The first `count` items in shared memory. */
-QI_INLINE void decode_chunk(const mma_params *params, int count, int one_level,
-                            const decode_guess *guess, decode_ring *ring, decode_shared *t)
+/* The first `count` items in shared memory, whose stream is open. */
+QI_INLINE void decode_chunk(const mma_params *params, int count, int one_level, decode_stream *s,
+                            decode_ring *ring, decode_shared *t)
 {
     const attention_cuda_params *c = &params->c;
     const attention_params *p = &c->at;
     const int warp = (int)threadIdx.x / WARP, aligned = keys_aligned(p);
-    decode_stream stream;
     decode_state state;
     uint4 q[Q_OF_THREAD];
     decode_load_query(c, &t->items[0], q);
-    decode_open(p, t->items, count, guess, &stream);
 #pragma unroll 1
-    for (int i = 0; i < DECODE_STAGES - 1; i++)
-        decode_load(params, t->items, &stream, ring, (ring->now + i) % DECODE_STAGES, aligned);
+    for (int i = s->asked; i < DECODE_STAGES - 1; i++)
+        decode_load(params, t->items, s, ring, (ring->now + i) % DECODE_STAGES, aligned);
     decode_put_query(q, t);
     __syncthreads();
     int ticket = 0; /* that thread 0 has drawn for the item before */
@@ -387,7 +385,7 @@ QI_INLINE void decode_chunk(const mma_params *params, int count, int one_level,
             const int index = of->first + i * TILE;
             const char *slot = decode_await(params, ring, of, index);
             __syncwarp(); /* all lanes have read the tile before */
-            decode_load(params, t->items, &stream, ring, ring->used, aligned);
+            decode_load(params, t->items, s, ring, ring->used, aligned);
             decode_tile(c, slot, t->row[warp], index, &state);
             decode_ring_next(ring);
         }
@@ -406,20 +404,23 @@ QI_INLINE void decode_chunk(const mma_params *params, int count, int one_level,
     cp_async_wait_group(0);
 }
 
-/* The decode items among work items [begin, end), by all threads. */
-QI_INLINE void decode_items(const mma_params *m, int begin, int end, int one_level,
-                            decode_guess *guess, decode_ring *ring, decode_shared *t)
+/* The decode items among work items [begin, end), by all threads. is_open: the first are in shared memory, and their
+ * stream is open. */
+QI_INLINE void decode_items(const mma_params *m, int begin, int end, int one_level, int is_open,
+                            decode_guess *guess, decode_stream *s, decode_ring *ring,
+                            decode_shared *t)
 {
     const attention_params *p = &m->c.at;
-    decode_fence();                                          /* of what decode_ahead() had there */
-    int here = decode_read_guessed(p, begin, end, guess, t); /* are the items in shared memory? */
+    decode_fence(); /* of what decode_ahead() had there */
+    int here = is_open || decode_read_guessed(p, begin, end, guess, t); /* are they there? */
 #pragma unroll 1
     for (int from = begin; from < end; from += DECODE_ITEMS) {
         const int count = min(end - from, DECODE_ITEMS);
         if (!here) decode_read_items(p, from, count, t);
-        decode_chunk(m, count, one_level, guess, ring, t);
+        if (!is_open) decode_open(p, t->items, count, guess, s);
+        decode_chunk(m, count, one_level, s, ring, t);
         decode_guess_nothing(guess);
-        here = 0;
+        here = is_open = 0;
     }
 }
 

@@ -30,7 +30,8 @@ enum {
 /* A work item and what its group says. A prefill tile has no rows and no keys here. */
 typedef struct decode_item {
     int kv_begin, kv_end; /* keys of the group's list */
-    int first; /* where tiles begin: kv_begin or, where it is not at a piece's begin, that */
+    int first;   /* where tiles begin: kv_begin or, where it is not at a piece's begin, that */
+    int old_end; /* keys from here on are of the group's own rows */
     int block, kv_offset, kv_head; /* of the list */
     int row_begin, count;          /* rows of q: tokens times heads of the group */
     int request, position;         /* of its first row; MIXED groups: of none */
@@ -94,6 +95,7 @@ QI_INLINE void decode_put_item(const attention_params *p, const qi_work *w, cons
     i.kv_begin = w->kv_begin;
     i.kv_end = is_decode ? w->kv_end : w->kv_begin;
     i.first = i.kv_begin < i.kv_end ? decode_first(i.kv_begin) : i.kv_begin;
+    i.old_end = g->kv_len - g->num_rows;
     i.list = g->kv_begin;
     i.block = g->block_begin;
     i.kv_offset = g->kv_offset;
@@ -166,6 +168,7 @@ typedef struct decode_stream {
     int first;     /* which warp takes the item's first tile: turns, so that short items use all */
     int at;        /* the first key of this warp's next tile */
     int tile;      /* its number among this warp's tiles of the item */
+    int asked;     /* tiles that were asked for before the launch's turn */
     int page;      /* of this lane's key of that tile, or of its piece of TILES_AHEAD tiles */
     int in_list;   /* where this lane's key is, if tiles do not lie in pages */
 } decode_stream;
@@ -232,7 +235,7 @@ QI_INLINE void decode_open(const attention_params *p, const decode_item *items, 
     s->item = 0;
     s->end = end;
     s->first = 0;
-    s->tile = 0;
+    s->tile = s->asked = 0;
     s->at = items[0].first + TILE * decode_place(0);
     decode_settle(p, items, guess, s);
 }

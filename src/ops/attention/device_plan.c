@@ -20,6 +20,8 @@ qkv_status qi_attention_cuda_plan(qkv_attention *a, const batch_view *batch, voi
     };
     p.batch.pages_at = (i64)(uintptr_t)a->cuda.plan.pages;
     const qi_grid grid = {.x = 1, .threads = PLAN_THREADS};
+    a->cuda.run_is_behind = 0;
+    a->cuda.captured_run_is_behind = NULL;
     return qi_cuda_launch(&a->ctx->cuda, a->cuda.planner, &grid, &p, stream);
 }
 
