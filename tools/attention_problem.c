@@ -83,6 +83,7 @@ attention_problem attention_problem_create(const problem *p)
         a.spec.window_left = (int32_t)v[KEY_WINDOW].first;
         a.spec.window_right = -1;
     }
+    if (is(p, "decode") && v[KEY_WRITES].first == 0) a.spec.flags |= QKV_ATTENTION_ONLY_APPENDS;
     if (v[KEY_INVARIANT].first) a.spec.flags |= QKV_ATTENTION_BATCH_INVARIANT;
     a.qo_len = data_alloc((double)a.batch, sizeof *a.qo_len);
     a.kv_len = data_alloc((double)a.batch, sizeof *a.kv_len);

@@ -111,10 +111,11 @@ static void print_line(bench_session *s, const bench *b, const limits *l, const 
     const char *device = qkv_context_device_name(s->ctx);
     double load = 0; /* neighbours: they slow calls down, and hardly the ceilings */
     getloadavg(&load, 1);
-    char host[64] = "", host_us[16] = "";
+    char gpu[96] = "", gpu_us[32] = ""; /* what there is on a GPU alone */
     if (s->gpu) {
-        snprintf(host, sizeof host, "\"host_us\": %.3f, ", t->host * 1e6);
-        snprintf(host_us, sizeof host_us, "%7.2f ", t->host * 1e6);
+        snprintf(gpu, sizeof gpu, "\"alone_us\": %.3f, \"host_us\": %.3f, ", t->alone * 1e6,
+                 t->host * 1e6);
+        snprintf(gpu_us, sizeof gpu_us, "%8.1f %7.2f ", t->alone * 1e6, t->host * 1e6);
     }
     if (s->options.json) {
         printf("{\"op\": \"%s\", \"problem\": \"%s\", \"row\": \"%s\", "
@@ -122,7 +123,7 @@ static void print_line(bench_session *s, const bench *b, const limits *l, const 
                "\"gflops\": %.4g, \"ceiling\": %.4g, "
                "\"ceiling_name\": \"%s\", \"ceiling_unit\": \"%s\", \"share\": %.4g, "
                "\"device\": \"%s\", \"threads\": %d, \"load\": %.2f}\n",
-               b->p->op, text, b->row, t->median * 1e6, t->best * 1e6, host, (long long)t->num_runs,
+               b->p->op, text, b->row, t->median * 1e6, t->best * 1e6, gpu, (long long)t->num_runs,
                gbps, gflops, of->rate, of->name, memory ? "GB/s" : "GFLOP/s", share, device,
                (int)qkv_context_num_threads(s->ctx), load);
     } else {
@@ -131,12 +132,12 @@ static void print_line(bench_session *s, const bench *b, const limits *l, const 
                    "%-8s %-14s %11s %s%8s %9s %6s  %-24s %s\n",
                    QKV_VERSION_MAJOR, QKV_VERSION_MINOR, QKV_VERSION_PATCH,
                    s->gpu ? cuda_name(s->gpu) : device, (int)qkv_context_num_threads(s->ctx), load,
-                   "op", "row", "us", s->gpu ? "host us " : "", "GB/s", "GFLOP/s", "share",
+                   "op", "row", "us", s->gpu ? "   alone host us " : "", "GB/s", "GFLOP/s", "share",
                    "of ceiling", "problem");
         char limit[64];
         snprintf(limit, sizeof limit, "%s %.4g", of->name, of->rate);
         printf("%-8s %-14s %11.1f %s%8.2f %9.2f %5.1f%%  %-24s %s\n", b->p->op, b->row,
-               t->median * 1e6, host_us, gbps, gflops, share * 100, limit, text);
+               t->median * 1e6, gpu_us, gbps, gflops, share * 100, limit, text);
     }
     s->printed = true;
     fflush(stdout);

@@ -53,6 +53,8 @@ struct bench {
 typedef struct bench_timing {
     double median, best;
     double host; /* that the host takes to make a call on a GPU; else 0 */
+    double
+        alone; /* on a GPU, of a call that no other overlaps and that finds nothing in the L2; else 0 */
     int64_t num_runs;
 } bench_timing;
 

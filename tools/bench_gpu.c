@@ -89,6 +89,32 @@ double bench_time_device_plan(const bench_op *op, bench *b)
     return t.median / PLANS;
 }
 
+/* The median seconds of a call between two marks, less those of nothing between them. What the device does first, sweeping
+ * its L2, lets the host enqueue the call meanwhile, and ends before the mark. */
+static double time_alone(const bench_op *op, bench *b, double each)
+{
+    enum { CALLS = 31 };
+    double took[CALLS], nothing[CALLS];
+    const int n = each < LONG_CALL ? CALLS : 3;
+    const double swept = 4 * (double)cuda_l2_bytes(b->gpu);
+    void *memory = cuda_alloc(b->gpu, swept);
+    for (int i = 0; i < n; i++) {
+        cuda_set(b->gpu, memory, 0, (size_t)swept);
+        cuda_mark(b->gpu, 0);
+        op->run(b, i % b->num_sets);
+        cuda_mark(b->gpu, 1);
+        cuda_set(b->gpu, memory, 0, (size_t)swept);
+        cuda_mark(b->gpu, 2);
+        cuda_mark(b->gpu, 3);
+        took[i] = cuda_between(b->gpu, 0, 1);
+        nothing[i] = cuda_between(b->gpu, 2, 3);
+    }
+    cuda_free(b->gpu, memory);
+    tool_sort(took, (size_t)n);
+    tool_sort(nothing, (size_t)n);
+    return took[n / 2] - nothing[n / 2];
+}
+
 /* Each set as often as any other. */
 static int64_t calls_of_graph(const bench *b, double each, double seconds)
 {
@@ -99,6 +125,7 @@ static int64_t calls_of_graph(const bench *b, double each, double seconds)
 bench_timing bench_time_gpu(const bench_op *op, bench *b, double seconds)
 {
     const double each = estimate(op, b), host = time_host(op, b, each);
+    const double alone = time_alone(op, b, each);
     const int64_t calls = calls_of_graph(b, each, seconds);
     cuda_capture(b->gpu);
     for (int64_t i = 0; i < calls; i++) op->run(b, i % b->num_sets);
@@ -112,6 +139,7 @@ bench_timing bench_time_gpu(const bench_op *op, bench *b, double seconds)
     return (bench_timing){.median = t.median / (double)calls,
                           .best = t.best / (double)calls,
                           .host = host,
+                          .alone = alone,
                           .num_runs = n * calls};
 }
 

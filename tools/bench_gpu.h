@@ -5,7 +5,7 @@
 
 #include "bench.h"
 
-/* Many calls, which rotate over the sets of inputs so that each finds its own out of the L2, are captured
+/* A call by itself, and a chain of them, of which one may begin before the one before has ended: many calls, which rotate over the sets of inputs so that each finds its own out of the L2, are captured
  * into a graph, and the graph is replayed for about so many seconds. */
 bench_timing bench_time_gpu(const bench_op *op, bench *b, double seconds);
 

@@ -174,7 +174,7 @@ bench_table() {
       $1 == "FAILED" { print; next }
       { split($9, keys, ","); short = ""
         for (i = 1; i in keys; i++)
-          if (keys[i] !~ /^(head_dim=128|layout=NHD|[qo]=bf16|kv=bf16|mask=causal|window=-1|cap=0|dist=fixed|shared=0|form=flat|invariant=no|data=dram|heads=32\/8|dtype=bf16|x=bf16|w=bf16|out=bf16|residual=no|rotary=0|style=neox|act=silu|top_k=0|top_p=1|min_p=0|temperature=1|dtype=f32|vocab=128256)$/)
+          if (keys[i] !~ /^(head_dim=128|layout=NHD|[qo]=bf16|kv=bf16|mask=causal|window=-1|cap=0|dist=fixed|shared=0|form=flat|invariant=no|writes=appends|data=dram|heads=32\/8|dtype=bf16|x=bf16|w=bf16|out=bf16|residual=no|rotary=0|style=neox|act=silu|top_k=0|top_p=1|min_p=0|temperature=1|dtype=f32|vocab=128256)$/)
             short = short (short ? "," : "") keys[i]
         printf "%-8s %-22s %10.1f %8.2f %8.0f %10.0f %6.1f%% of %-16s %s\n", $1, $2, $3, $4, $5, $6, 100 * $7, $8, short }'
 }

@@ -45,6 +45,9 @@ static const struct {
     [KEY_FORM] = {"form", KIND_CHOICE, 0, 0, "flat|levels|detect",
                   "how the shared keys are given: to each request, as a level, or to be found"},
     [KEY_INVARIANT] = {"invariant", KIND_CHOICE, 0, 0, "no|yes", "batch-invariant results"},
+    [KEY_WRITES] = {"writes", KIND_CHOICE, 0, 0, "appends|any",
+                    "the keys that runs of a plan may find written since: new rows' alone, so that "
+                    "older ones may be read before a run's turn, or any"},
     [KEY_M] = {"m", KIND_INT, 1, 1 << 24, NULL, "rows of x"},
     [KEY_N] = {"n", KIND_INT, 1, 1 << 24, NULL, "rows of w"},
     [KEY_K] = {"k", KIND_INT, 1, 1 << 24, NULL, "columns of x and w"},
@@ -83,7 +86,8 @@ static const struct {
 } ops[] = {
     {"decode", "attention, one new row a request",
      "batch=1,kv_len=4096,heads=32/8,head_dim=128,page=16,layout=NHD,q=bf16,kv=bf16,o=bf16,"
-     "mask=causal,window=-1,cap=0,dist=fixed,shared=0,form=flat,invariant=no,data=dram"},
+     "mask=causal,window=-1,cap=0,dist=fixed,shared=0,form=flat,invariant=no,writes=appends,"
+     "data=dram"},
     {"prefill", "attention, qo_len new rows a request",
      "batch=1,qo_len=1024,kv_len=1024,heads=32/8,head_dim=128,page=16,layout=NHD,q=bf16,kv=bf16,"
      "o=bf16,mask=causal,window=-1,cap=0,dist=fixed,data=dram"},

@@ -31,6 +31,7 @@ typedef enum problem_key {
     KEY_SHARED,
     KEY_FORM,
     KEY_INVARIANT,
+    KEY_WRITES,
     KEY_M,
     KEY_N,
     KEY_K,
