@@ -518,12 +518,16 @@ static void schedule_cuts_only_where_it_pays(void **state)
         {"a few tiles leave units idle", 2, 8192, 40000, 264, true},
         {"more tiles than workers, of which there are fewer than units", 16, 64, 40000, 100, false},
         {"one worker", 2, 64, 40000, 1, false},
+        {"64 tiles, of which the SMs that have one make the others' speed", 8, 1024, 39000, 132,
+         false},
+        {"8 tiles in 8 pieces each", 1, 1024, 39000, 264, true},
     };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         trial t;
         trial_begin(&t, rows[i].why, rows[i].requests);
         t.limits = (qi_limits){.num_workers = rows[i].workers,
                                .num_units = 132,
+                               .alone = 2,
                                .num_kv_heads = 8,
                                .group_size = 4,
                                .decode_rows = 4,
@@ -556,6 +560,49 @@ static void schedule_cuts_only_where_it_pays(void **state)
     }
 }
 
+/* Tiles that are no more than the workers: at most an item each, all tiles in as many pieces if they are alike. */
+static void schedule_gives_few_tiles_a_strip_each(void **state)
+{
+    (void)state;
+    int whole = 0, cut = 0;
+    for (int i = 0; i < 2000; i++) {
+        trial t;
+        const i32 n = 1 + (i32)test_below(12), len = 1 + any_len(4000);
+        const bool alike = test_below(2);
+        trial_begin(&t, "few", n);
+        t.limits = any_limits();
+        t.limits.split_heads = 1;
+        t.limits.decode_rows = 4;
+        t.limits.cut_align = 1 + (i32)test_below(64);
+        t.limits.cost_strip = 0;
+        t.limits.cost_key = 300;
+        t.limits.cost_cut = 1 + test_below(50000);
+        t.limits.num_units = 1 + (i32)test_below(200);
+        t.limits.alone = (i32)test_below(4);
+        for (i32 r = 0; r < n; r++) trial_add(&t, 1, alike ? len : 1 + any_len(400));
+        trial_plan(&t, test_below(3) ? -1 : test_below(300));
+        expect_every_triple_once(&t);
+        const qi_plan_header *h = t.out.header;
+        const i32 tiles = n * t.limits.num_kv_heads, workers = t.limits.num_workers;
+        const i32 each = h->num_strips / tiles;
+        if (h->num_strips == tiles * each && tiles <= workers && (h->num_merges == 0 || alike)) {
+            for (i32 w = 0; w < workers; w++) {
+                const i32 items = t.out.work_indptr[w + 1] - t.out.work_indptr[w];
+                CHECK(&t, items <= 1 || (alike && each > 1), "worker %d has %d tiles", w, items);
+            }
+            whole += h->num_merges == 0, cut += h->num_merges > 0;
+        }
+        CHECK(&t, t.out.work_indptr[workers] == h->num_work, "%d items are nobody's", h->num_work);
+        for (i32 k = 0; k < h->num_work; k++)
+            CHECK(&t,
+                  t.out.work[k].kv_end % t.limits.cut_align == 0 || t.out.work[k].slot < 0 ||
+                      t.out.work[k].kv_end == t.kv_len[t.out.work[k].group],
+                  "item %d ends at key %d", k, t.out.work[k].kv_end);
+        trial_free(&t);
+    }
+    if (whole < 20 || cut < 20) fail_msg("%d whole, %d cut", whole, cut);
+}
+
 int main(void)
 {
     test_seed();
@@ -565,6 +612,7 @@ int main(void)
         cmocka_unit_test(schedule_takes_adversarial_batches),
         cmocka_unit_test(schedule_cuts_where_it_may),
         cmocka_unit_test(schedule_cuts_only_where_it_pays),
+        cmocka_unit_test(schedule_gives_few_tiles_a_strip_each),
     };
     return cmocka_run_group_tests_name("schedule", tests, NULL, NULL);
 }

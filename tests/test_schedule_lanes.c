@@ -77,6 +77,9 @@ static void schedule_in_many_lanes_gives_the_bytes_of_one(void **state)
             .cost_strip = test_below(2) ? 0 : test_below(5000),
             .cost_piece = test_below(2) ? 0 : 1 + test_below(1000),
             .near_keys = (i32)test_below(3) * 1000,
+            .cost_cut = test_below(2) ? 0 : 1 + test_below(2000),
+            .num_units = 1 + (i32)test_below(MAX_WORKERS),
+            .alone = (i32)test_below(4),
             .fixed_cuts = test_below(4) == 0,
             .max_split_rows = test_below(3) ? 1 << 20 : test_below(200),
         };

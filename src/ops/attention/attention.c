@@ -345,6 +345,7 @@ static qi_limits schedule_limits(const qkv_attention *a, qkv_attention_limits *l
         .cost_cut_prefill = a->wgmma.used ? 500000 : 0, /* some 10 us */
         .near_keys = a->wgmma.used ? near_keys(spec) : 0,
         .num_units = cuda ? a->ctx->cuda.num_sms : 0,
+        .alone = cuda ? 2 : 0,
     };
     const int64_t enough = enough_split_rows(&s, spec, limits);
     if (limits->max_split_rows == 0 || limits->max_split_rows > enough)

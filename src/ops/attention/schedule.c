@@ -34,7 +34,9 @@ static void find_tile(const strips *s, const qi_lengths *in, const qi_limits *li
     const int cut = may_cut(s, &t) && (!limits->fixed_cuts || span->pieces > 1);
     strip->index = index;
     strip->nearer = cut_key(limits, &t, into, 0);
-    strip->key = cut ? cut_key(limits, &t, into, 1) : strip->nearer;
+    strip->key = !cut            ? strip->nearer
+                 : s->pieces > 0 ? piece_key(limits, &t, (i32)into, s->pieces)
+                                 : cut_key(limits, &t, into, 1);
     strip->inside = cut && strip->key > t.kv_begin && strip->key < t.kv_end;
     strip->at_end = strip->nearer > t.kv_begin;
     strip->slots = (i32)rows_of(limits, &t); /* for count_cut() */
@@ -377,7 +379,7 @@ i64 qi_schedule_rows_needed(const qi_lengths *in, const qi_limits *limits)
     qi_span span;
     QI_ROLLED
     for (i32 g = 0; g < in->num_groups; g++)
-        measure(in, limits, &in->groups[g], 0, &span, sums, most);
+        measure(in, limits, &in->groups[g], 0, 0, &span, sums, most);
     return sums[SLOTS];
 }
 
@@ -404,17 +406,53 @@ static strips make_strips(const qi_limits *limits, i64 total, i64 count)
     return s;
 }
 
-/* How many strips of whole decode tiles, the largest of this cost, are little longer than equal ones; 0: they
- * are not. Tiles are about as large as the largest, or it is 0. Of no more of them than units each has a
- * unit to itself. */
-static i64 whole_strips(const strips *s, const qi_limits *limits, i64 largest)
+/* Are so many decode tiles about as large as the largest? */
+static i32 are_alike(const strips *s, i64 tiles, i64 largest)
 {
-    const i64 tiles = largest > 0 ? quotient(s->total + largest - 1, largest) : 0;
-    const i64 longest = s->size + limits->cost_cut, workers = limits->num_workers;
+    return (tiles * largest - s->total) * 8 <= s->total;
+}
+
+/* Are strips of whole tiles, alike and more than there are workers, little longer than equal ones? */
+static i32 is_whole(const strips *s, const qi_limits *limits, i64 tiles, i64 largest)
+{
+    const i64 workers = limits->num_workers;
+    return tiles > 0 && are_alike(s, tiles, largest) &&
+           largest * quotient(tiles + workers - 1, workers) <= s->size + limits->cost_cut;
+}
+
+/* Into how many pieces each of a few decode tiles is best cut, a strip each; 0: better into equal strips. Tiles that are not
+ * alike stay whole or are cut by strips.
+ *
+ * Times are what a unit does meanwhile with its even share of the memory's speed: none is shorter than what all take
+ * together, nor than the longest strip takes by itself, and units that have to be faster because others are idle are a
+ * little short of it. Whatever is cut is merged, which takes longer the more pieces there are; equal strips have parts of
+ * two tiles. */
+static i32 pieces_of_tiles(const strips *s, const qi_limits *limits, i64 tiles, i64 largest)
+{
+    const i64 workers = limits->num_workers, alone = limits->alone > 0 ? limits->alone : 1;
     const i64 units = limits->num_units < workers ? limits->num_units : workers;
-    if (tiles == 0 || (tiles * largest - s->total) * 8 > s->total) return 0;
-    if (tiles <= units) return largest * units <= longest * workers ? tiles : 0;
-    return largest * quotient(tiles + workers - 1, workers) <= longest ? workers : 0;
+    if (tiles == 0 || tiles > workers) return 0;
+    const i64 all = quotient(s->total, units), cut = quotient(limits->cost_cut * workers, units);
+    const i64 part = cost_of_key(limits, 1, 1) * limits->cut_align;
+    const i64 parts = quotient(largest - limits->cost_visit + part - 1, part);
+    const i64 choices[] = {1, quotient(units, 2 * tiles), quotient(units, tiles),
+                           quotient(workers, tiles)};
+    i64 least = all + cut + quotient(cut * (choices[3] + 8), 64), pieces = 0;
+    QI_ROLLED
+    for (int i = 0; i < (are_alike(s, tiles, largest) ? 4 : 1); i++) {
+        const i64 wanted = choices[i] < parts ? choices[i] : parts;
+        if (wanted < 1) continue;
+        const i64 each = quotient(parts + wanted - 1, wanted), n = quotient(parts + each - 1, each);
+        const i64 strip = n == 1 ? largest : quotient(largest * each, parts);
+        const i64 busy = quotient(tiles * n + units - 1, units) * strip;
+        const i64 fast = quotient(busy, alone);
+        const i64 slow = busy > all ? all + quotient(busy - all, 4 * alone) : all;
+        const i64 time = (fast > slow ? fast : slow) + (n == 1 ? 0 : cut + quotient(cut * n, 64));
+        if (time > least || (time == least && pieces > 0)) continue;
+        least = time;
+        pieces = n;
+    }
+    return (i32)pieces;
 }
 
 /* What pieces of tiles should cost, where workers take items as they come free, those of shared levels first: so that
@@ -440,16 +478,16 @@ static i64 piece_cost(const qi_limits *limits, const i64 *totals)
     return piece > smallest ? piece : smallest + 1;
 }
 
-/* Measures all groups. Collective. */
+/* Measures all groups; piece, price: see measure(). Collective. */
 QI_OUTLINED void measure_all(qi_lanes lanes, const qi_lengths *in, const qi_limits *limits,
-                             i64 piece, i64 *sums, i64 *totals, i64 *most)
+                             i64 piece, i64 price, i64 *sums, i64 *totals, i64 *most)
 {
     const share own = share_of(lanes, in->num_groups);
     for (int k = 0; k < NUM_SUMS; k++) sums[k] = 0;
     for (int k = 0; k < NUM_MOST; k++) most[k] = 0;
     QI_ROLLED
     for (i32 g = own.begin; g < own.end; g++)
-        measure(in, limits, &in->groups[g], piece, &in->spans[g], sums, most);
+        measure(in, limits, &in->groups[g], piece, price, &in->spans[g], sums, most);
     lanes_add(lanes, sums, totals, most);
 }
 
@@ -459,9 +497,9 @@ static i32 measure_pieces(qi_lanes lanes, const qi_lengths *in, const qi_limits 
 {
     const i64 piece = piece_cost(limits, totals);
     if (piece == 0) return 0;
-    measure_all(lanes, in, limits, piece, sums, totals, most);
+    measure_all(lanes, in, limits, piece, 0, sums, totals, most);
     if (totals[SLOTS] <= limits->max_split_rows) return 1;
-    measure_all(lanes, in, limits, 0, sums, totals, most);
+    measure_all(lanes, in, limits, 0, 0, sums, totals, most);
     return 0;
 }
 
@@ -492,7 +530,8 @@ static i32 is_claimed(const strips *s, const qi_limits *limits, i32 levels, i64 
 }
 
 static void finish(qi_lanes lanes, const strips *s, const qi_lengths *in, const qi_limits *limits,
-                   const i64 *totals, const i64 *cuts, const i64 *most, const qi_plan *out)
+                   const i64 *totals, const i64 *cuts, const i64 *most, i64 cost_per_worker,
+                   const qi_plan *out)
 {
     const i32 work = (i32)(totals[WORK] + cuts[WORK]);
     QI_ROLLED
@@ -506,7 +545,7 @@ static void finish(qi_lanes lanes, const strips *s, const qi_lengths *in, const 
                              .num_strips = s->count,
                              .num_levels = in->num_levels,
                              .num_split_rows = totals[SLOTS] + cuts[SLOTS],
-                             .cost_per_worker = s->size + (s->longer > 0)};
+                             .cost_per_worker = cost_per_worker};
     header.claimed = is_claimed(s, limits, in->num_levels, work, header.num_merges, most[PREFILL]);
     if (in->num_levels > 1) {
         const i32 border = border_of_shared(in, work), first = is_shared(in, &in->groups[0]);
@@ -522,7 +561,7 @@ void qi_schedule(qi_lanes lanes, const qi_lengths *in, const qi_limits *limits, 
     const share groups = share_of(lanes, in->num_groups);
     i64 sums[NUM_SUMS], totals[NUM_SUMS], cuts[NUM_SUMS], most[NUM_MOST];
     clear_row_merge(lanes, in, limits, out);
-    measure_all(lanes, in, limits, 0, sums, totals, most);
+    measure_all(lanes, in, limits, 0, 0, sums, totals, most);
     if (totals[SLOTS] > limits->max_split_rows) {
         qi_schedule_nothing(lanes, limits, QI_PLAN_SPLIT_ROWS * 256, -1, out);
         return;
@@ -531,10 +570,17 @@ void qi_schedule(qi_lanes lanes, const qi_lengths *in, const qi_limits *limits, 
     const i64 spare = limits->max_split_rows - totals[SLOTS];
     strips s = make_strips(limits, totals[COST], limits->num_workers);
     s.whole = in_pieces;
+    const i64 cost_per_worker = s.size + (s.longer > 0);
     if (limits->cost_cut > 0 && !limits->fixed_cuts && !in_pieces && most[PREFILL] == 0) {
-        const i64 count = whole_strips(&s, limits, most[DECODE]);
-        if (count > 0 && count != s.count) s = make_strips(limits, totals[COST], count);
-        s.whole = count > 0;
+        const i64 tiles = totals[WORK];
+        const i32 pieces = pieces_of_tiles(&s, limits, tiles, most[DECODE]);
+        if (pieces > 0) {
+            measure_all(lanes, in, limits, 0, pieces, sums, totals, most);
+            s = make_strips(limits, totals[COST], tiles * pieces);
+            s.pieces = pieces;
+        } else {
+            s.whole = is_whole(&s, limits, tiles, most[DECODE]);
+        }
     }
     s.cut_prefill =
         !limits->fixed_cuts && !in_pieces &&
@@ -546,5 +592,5 @@ void qi_schedule(qi_lanes lanes, const qi_lengths *in, const qi_limits *limits, 
     cut_tiles(lanes, &s, in, limits, spare, cuts);
     emit_begins(lanes, &s, in, out);
     emit_all(lanes, in, limits, limits->near_keys > 0 && !s.cut_prefill, totals[WORK], out);
-    finish(lanes, &s, in, limits, totals, cuts, most, out);
+    finish(lanes, &s, in, limits, totals, cuts, most, cost_per_worker, out);
 }

@@ -63,6 +63,7 @@ typedef struct qi_limits {
                              stays whole unless it is longer than a strip by that; 0: they do not */
     i32 near_keys; /* where they do, prefill tiles of KV heads take turns that have no more keys together */
     i32 num_units; /* what workers share evenly: a worker alone on a unit is that much faster */
+    i32 alone; /* beside idle ones, a unit is up to that many times as fast as with all at work; 0 as 1 */
 } qi_limits;
 
 /* The keys [*begin, *end), of kv_len, that rows at positions first to last, relative to key 0, see;
@@ -120,6 +121,9 @@ void qi_schedule_nothing(qi_lanes lanes, const qi_limits *limits, i32 status, i3
  * With cost_cut_prefill, the header says whether workers are to take items as they come free. Prefill tiles of a causal
  * prompt that are not cut then stand in another order than in the line: of as many heads as near_keys allows the
  * first tiles, then their second ones, and so on, so that from the last to the first long ones come first.
+ *
+ * With cost_cut and no prefill tiles, tiles that are no more than the workers are a strip each, or equal pieces of theirs
+ * are, where that ends sooner than equal strips do (pieces_of_tiles() has the reckoning).
  *
  * A batch that needs more than max_split_rows partial rows gets no work, and header.status says so.
  *

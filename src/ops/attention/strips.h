@@ -12,6 +12,7 @@ typedef struct strips {
     i64 total, size, longer;       /* the first `longer` strips cost size + 1, the others size */
     i32 count, cut_prefill, whole; /* whole: no tile is cut */
     i32 last;                      /* those from here on begin at the line's end; 1 or more */
+    i32 pieces; /* each strip is one of so many equal pieces of a tile, which costs as many; 0: strips are equal in cost */
 } strips;
 
 /* Where a strip begins in the line; NOWHERE: past the last strip. */
@@ -86,6 +87,14 @@ static i32 parts_of_piece(const qi_limits *limits, const tile *t, i32 pieces)
     return (i32)((u32)(parts_of(limits, t) + pieces - 1) / (u32)pieces);
 }
 
+/* The key at which piece `i` of a tile begins, of so many. */
+static i32 piece_key(const qi_limits *limits, const tile *t, i32 i, i32 pieces)
+{
+    const i32 align = limits->cut_align;
+    const i64 key = ((i64)t->kv_begin / align + (i64)i * parts_of_piece(limits, t, pieces)) * align;
+    return i == 0 ? t->kv_begin : key < t->kv_end ? (i32)key : t->kv_end;
+}
+
 /* Pieces of a tile of this cost that each cost about as much as `piece`. */
 static i32 equal_pieces(const qi_limits *limits, const tile *t, i64 cost, i64 piece)
 {
@@ -108,9 +117,9 @@ static i32 is_shared(const qi_lengths *in, const qi_group *g)
 }
 
 /* Fills the group's span, adds it to sums and raises most[] to the cost of its largest tile. piece: what a piece
- * should cost of tiles that strips do not cut; 0: they do. */
+ * should cost of tiles that strips do not cut; 0: they do. price: what each decode tile costs; 0: what it does. */
 static void measure(const qi_lengths *in, const qi_limits *limits, const qi_group *g, i64 piece,
-                    qi_span *span, i64 *sums, i64 *most)
+                    i64 price, qi_span *span, i64 *sums, i64 *most)
 {
     const i32 tiles = tiles_of(limits, g), decode = is_decode(limits, g);
     i64 cost = 0, repeats = tiles, largest = 0;
@@ -131,6 +140,7 @@ static void measure(const qi_lengths *in, const qi_limits *limits, const qi_grou
             pieces = equal_pieces(limits, &t, mean, piece);
         }
         if (!decode) repeats = heads_of(limits, g);
+        if (decode && price > 0) cost = price;
     }
     const i32 partial = pieces > 1 || !(g->flags & QI_GROUP_ALONE);
     span->position = repeats * cost;
