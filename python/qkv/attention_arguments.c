@@ -93,7 +93,7 @@ static int read_variant(operator_spec *op, PyObject *value)
 static int read_spec(PyObject *const *v, operator_spec *op)
 {
     qkv_attention_spec *s = &op->spec;
-    int32_t alibi = 0, sink = 0, invariant = 0, base_2 = 0, has_rope = 0;
+    int32_t alibi = 0, sink = 0, invariant = 0, base_2 = 0, appends = 0, has_rope = 0;
     *s = (qkv_attention_spec){QKV_ATTENTION_SPEC_INIT, .mask = QKV_MASK_CAUSAL, .dtype_q = QKV_BF16,
                               .window_left = -1, .window_right = -1};
     op->rope = (qkv_rope_spec){QKV_ROPE_SPEC_INIT};
@@ -120,7 +120,8 @@ static int read_spec(PyObject *const *v, operator_spec *op)
         read_flag(v[OP_ALIBI], "alibi", &alibi) || read_flag(v[OP_SINK], "sink", &sink) ||
         read_rope(v[OP_ROPE], "rope", &op->rope, &has_rope) || read_variant(op, v[OP_VARIANT]) ||
         read_flag(v[OP_BATCH_INVARIANT], "batch_invariant", &invariant) ||
-        read_flag(v[OP_LSE_BASE_2], "lse_base_2", &base_2)) {
+        read_flag(v[OP_LSE_BASE_2], "lse_base_2", &base_2) ||
+        read_flag(v[OP_ONLY_APPENDS], "only_appends", &appends)) {
         return -1;
     }
     if (s->logits_soft_cap != 0) s->features |= QKV_FEATURE_SOFT_CAP;
@@ -133,6 +134,7 @@ static int read_spec(PyObject *const *v, operator_spec *op)
     if (invariant) s->flags |= QKV_ATTENTION_BATCH_INVARIANT;
     if (base_2) s->flags |= QKV_ATTENTION_LSE_BASE_2;
     if (sink) s->flags |= QKV_ATTENTION_HAS_SINK;
+    if (appends) s->flags |= QKV_ATTENTION_ONLY_APPENDS;
     return 0;
 }
 

@@ -16,8 +16,8 @@ void read_scale(call *c, PyObject *value, const char *name, qkv_scale *out);
     "kv_layout=\"NHD\", "                                                                          \
     "mask=\"causal\", dtype_q=\"bf16\", dtype_kv=None, dtype_o=None, sm_scale=None, "              \
     "logits_soft_cap=0.0, window_left=-1, window_right=-1, alibi=False, sink=False, rope=None, "   \
-    "variant=None, batch_invariant=False, lse_base_2=False, max_requests, max_tokens, "            \
-    "max_qo_len=0, "                                                                               \
+    "variant=None, batch_invariant=False, lse_base_2=False, only_appends=False, "                  \
+    "max_requests, max_tokens, max_qo_len=0, "                                                     \
     "max_kv_len, max_pages=0, max_workers=0, max_split_rows=0, pool_pages=0, max_levels=1, "       \
     "max_row_blocks=0, plans_in_flight=0, ctx=None, device=\"cpu\""
 enum {
@@ -41,6 +41,7 @@ enum {
     OP_VARIANT,
     OP_BATCH_INVARIANT,
     OP_LSE_BASE_2,
+    OP_ONLY_APPENDS,
     OP_MAX_REQUESTS,
     OP_MAX_TOKENS,
     OP_MAX_QO_LEN,

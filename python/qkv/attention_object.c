@@ -63,8 +63,11 @@ static int is_capturing(void *stream)
     "variant:\n"                                                                                   \
     "a qkv.Variant. batch_invariant: a request's bits depend on nothing but the request. "         \
     "lse_base_2: lse\n"                                                                            \
-    "in base 2. max_...: how large a step can get; see qkv_attention_limits. ctx: a qkv.Context, " \
-    "None =\n"                                                                                     \
+    "in base 2. only_appends: the promise that from plan to its last run only the keys and "       \
+    "values of the\n"                                                                              \
+    "batch's rows are written; a GPU may then read older ones early. max_...: how large a step "   \
+    "can get;\n"                                                                                   \
+    "see qkv_attention_limits. ctx: a qkv.Context, None =\n"                                       \
     "the default one of device.\n"
 
 static signature attention_signature = {

@@ -133,7 +133,7 @@ def test_scale_soft_cap_window_and_their_values_of_a_layer():
 def test_alibi_sink_and_base_2():
     batch = Batch()
     slopes, sink = torch.rand(HEADS), torch.randn(HEADS)
-    attention = Attention(**BASE, page_size=PAGE, alibi=True, sink=True, lse_base_2=True)
+    attention = Attention(**BASE, page_size=PAGE, alibi=True, sink=True, lse_base_2=True, only_appends=True)
     attention.plan(**batch.index("table"))
     o, lse = attention.run(batch.q, batch.pool, lse=True, alibi_slopes=slopes, sink=sink.tolist())
 
