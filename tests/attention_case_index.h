@@ -36,8 +36,9 @@ typedef struct attn_case {
     int32_t num_pages, *pages; /* of all lists, the requests' first */
     double *ref_o;
     attention_ref_row *ref_rows;
-    void *got_o;    /* [tokens, num_qo_heads, head_dim_vo] of dtype_o, contiguous */
-    float *got_lse; /* [tokens, num_qo_heads] */
+    void *got_o;       /* [tokens, num_qo_heads, head_dim_vo] of dtype_o, contiguous */
+    float *got_lse;    /* [tokens, num_qo_heads] */
+    bool fp8_products; /* does the operator that was made last multiply e4m3? */
 } attn_case;
 
 static inline case_level *case_level_at(attn_case *a, int32_t level)

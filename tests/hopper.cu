@@ -131,6 +131,75 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * CONSUMERS, 1)
     if (tid_x() == 128) *p.arrived = arrived;
 }
 
+/* ---- the same of e4m3 ----------------------------------------------------------------------------- */
+
+enum { KEYS8 = 128, DIMS8 = 128, Q8_BYTES = 64 * DIMS8, KV8_BYTES = KEYS8 * DIMS8 };
+
+/* A warp's 32 keys of v, rows of dims, to rows of keys, of which those of 16 change places so that s, as the first product
+ * leaves it, is the left operand of the second. */
+QI_INLINE void turn(const char *v, char *turned)
+{
+    const int lane = tid_x() % 32, key = tid_x(), piece = key / 16;
+    const int dim = lane % 8 * 2 + lane / 8 % 2;
+    for (int unit = 0; unit < DIMS8 / 16; unit++) {
+        u32 x[4], y[4];
+        ldmatrix_x4_trans(x, v + key * 128 + ((unit ^ key) & 7) * 16);
+        for (int h = 0; h < 4; h++)
+            y[h] = __byte_perm(x[h & 2], x[(h & 2) + 1], h % 2 ? 0x7531 : 0x6420);
+        stmatrix_x4(turned + (unit * 16 + dim) * 128 + ((piece ^ dim) & 7) * 16, y);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(128) product8(const __grid_constant__ hopper_params p)
+{
+    extern __shared__ __align__(1024) char shared[];
+    __shared__ u64 barrier;
+    char *q = shared, *k = q + Q8_BYTES, *v = k + KV8_BYTES, *turned = v + KV8_BYTES;
+    float s[KEYS8 / 2], o[DIMS8 / 2];
+    u32 a[KEYS8 / 32][4];
+    if (tid_x() == 0) {
+        mbarrier_init(&barrier, 1);
+        mbarrier_fence_init();
+        mbarrier_arrive_expect_tx(&barrier, Q8_BYTES + 2 * KV8_BYTES);
+        tma_load_4d(q, &p.q, &barrier, 0, p.head, 0, 0);
+        tma_load_4d(k, &p.k, &barrier, 0, p.head, 0, 0);
+        tma_load_4d(v, &p.v, &barrier, 0, p.head, 0, 0);
+    }
+    __syncthreads();
+    mbarrier_wait(&barrier, 0);
+    turn(v, turned);
+    fence_proxy_async();
+    __syncthreads();
+    const u32 of_q = wgmma_tile(q, 0), of_k = wgmma_tile(k, 0), of_v = wgmma_tile(turned, 0);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < DIMS8 / 32; i++)
+        wgmma_m64n128k32_ss_e4m3(s, wgmma_descriptor(of_q, i * 32), wgmma_descriptor(of_k, i * 32),
+                                 i > 0);
+    wgmma_commit_group();
+    wgmma_wait_group(0);
+#pragma unroll
+    for (int i = 0; i < KEYS8 / 2; i++) wgmma_hold(s[i]);
+    store(p.s, KEYS8, s, KEYS8 / 2);
+#pragma unroll
+    for (int i = 0; i < KEYS8 / 8; i++) {
+        const float *x = s + i / 2 * 8 + i % 2 * 2;
+        a[i / 4][i % 4] = f32_to_e4m3x4(x[0], x[1], x[4], x[5]);
+    }
+    wgmma_fence();
+#pragma unroll
+    for (int part = 0; part < DIMS8 / 32; part++)
+#pragma unroll
+        for (int i = 0; i < KEYS8 / 32; i++)
+            wgmma_m64n32k32_rs_e4m3(o + 16 * part, a[i],
+                                    wgmma_descriptor(of_v, part * 32 * 128 + i * 32), i > 0);
+    wgmma_commit_group();
+    wgmma_wait_group(0);
+#pragma unroll
+    for (int i = 0; i < DIMS8 / 2; i++) wgmma_hold(o[i]);
+    store(p.o, DIMS8, o, DIMS8 / 2);
+}
+
 /* ---- a copy, and back ------------------------------------------------------------------------ */
 
 extern "C" __global__ void __launch_bounds__(128) copy(const __grid_constant__ hopper_params p)

@@ -33,9 +33,9 @@ enum {
 
 typedef struct hopper_params {
     qi_tensor_map q, k,
-        v; /* [tokens, heads, HEAD_DIM] of 2-byte floats; `copy` goes from k to q, `fault` has k */
-    float *s;     /* [128, num_tiles * TILE] */
-    float *o;     /* [128, HEAD_DIM] */
+        v; /* [tokens, heads, HEAD_DIM] of 2-byte floats, of `product8` e4m3; `copy` goes from k to q, `fault` has k */
+    float *s;     /* [128, num_tiles * TILE]; [64, 128] */
+    float *o;     /* [128, HEAD_DIM]; [64, 128] */
     char *out;    /* `copy`: [bytes], shared memory after it */
     int *arrived; /* consumers */
     i32 head, num_tiles;

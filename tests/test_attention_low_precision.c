@@ -42,6 +42,26 @@ static void attention_takes_every_mix_of_dtypes_in_common_dims(void **state)
     try_cases(case_count(1500), f, set_dtypes_of_fixed_dims);
 }
 
+/* q, k and v that tensor cores may multiply as they are, in the dims that have tiles of their own. */
+static void set_e4m3(qkv_attention_spec *s, int32_t number)
+{
+    const DLDataType outputs[] = {QKV_BF16, QKV_F16, QKV_F32, QKV_E4M3};
+    const int32_t dims[][2] = {{128, 128}, {64, 64}, {256, 256}, {192, 128}, {128, 192}};
+    s->dtype_q = s->dtype_kv = QKV_E4M3;
+    s->dtype_o = outputs[test_below(4)];
+    if (number % 6 == 5) return;
+    s->head_dim_qk = dims[number % 6][0];
+    s->head_dim_vo = dims[number % 6][1];
+}
+
+static void attention_takes_e4m3_alone(void **state)
+{
+    (void)state;
+    const any_features f = {
+        .custom_mask = 8, .alibi = 8, .sink = 4, .scales = 1, .levels = 6, .detect = 6};
+    try_cases(case_count(600), f, set_e4m3);
+}
+
 /* What the reference reads data with: the formats' definitions, by their landmarks. */
 static void fp8_of_the_tests_is_by_the_book(void **state)
 {
@@ -89,6 +109,7 @@ int main(void)
         cmocka_unit_test(fp8_of_the_tests_is_by_the_book),
         cmocka_unit_test(attention_takes_every_mix_of_dtypes),
         cmocka_unit_test(attention_takes_every_mix_of_dtypes_in_common_dims),
+        cmocka_unit_test(attention_takes_e4m3_alone),
     };
     return cmocka_run_group_tests_name("attention_low_precision", tests, open_contexts,
                                        close_contexts);

@@ -15,7 +15,7 @@ enum { F32, F16, BF16, E4M3, E5M2, I8 };
 
 static const struct {
     const char *row;
-    i32 constants[21];
+    i32 constants[22];
 } kernels[] = {
     {"rmsnorm.cuda", {BF16, BF16, 8, 256, 2, 256, 0}},
     {"rmsnorm.cuda", {BF16, F32, 8, 256, 2, 256, 1}},
@@ -52,23 +52,33 @@ static const struct {
     {"attention.mma", {192, 128, 8, 0, BF16, BF16, BF16, 0, 0, 0, 0, 0, 0, 0, 8, 2, 16, 0, 2, 128}},
     {"attention.mma", {256, 256, 8, 8, BF16, I8, BF16, 1, 0, 0, 0, 0, 0, 0, 8, 3, 8, 0, 1, 128}},
     {"attention.wgmma",
-     {128, 128, 4, 16, BF16, BF16, BF16, 1, 0, 0, 0, 0, 0, 0, 128, 128, 16, 2, 2, 2, 384}},
+     {128, 128, 4, 16, BF16, BF16, BF16, 1, 0, 0, 0, 0, 0, 0, 128, 128, 16, 2, 2, 2, 384, 0}},
     {"attention.wgmma",
-     {128, 128, 4, 0, BF16, BF16, BF16, 0, 0, 0, 0, 0, 0, 0, 128, 128, 128, 2, 2, 2, 384}},
+     {128, 128, 4, 0, BF16, BF16, BF16, 0, 0, 0, 0, 0, 0, 0, 128, 128, 128, 2, 2, 2, 384, 0}},
     {"attention.wgmma",
-     {128, 128, 4, 1, F16, F16, F16, 1, 1, 1, 0, 0, 0, 1, 128, 128, 0, 2, 2, 2, 512}},
+     {128, 128, 4, 1, F16, F16, F16, 1, 1, 1, 0, 0, 0, 1, 128, 128, 0, 2, 2, 2, 512, 0}},
     {"attention.wgmma",
-     {128, 128, 4, 16, BF16, E4M3, BF16, 1, 0, 0, 0, 0, 0, 0, 128, 128, 0, 2, 2, 2, 512}},
+     {128, 128, 4, 16, BF16, E4M3, BF16, 1, 0, 0, 0, 0, 0, 0, 128, 128, 0, 2, 2, 2, 512, 0}},
     {"attention.wgmma",
-     {64, 64, 4, 0, E4M3, E4M3, BF16, 0, 1, 0, 0, 0, 0, 1, 128, 64, 0, 2, 4, 2, 512}},
+     {64, 64, 4, 0, E5M2, E4M3, BF16, 0, 1, 0, 0, 0, 0, 1, 128, 64, 0, 2, 4, 2, 512, 0}},
     {"attention.wgmma",
-     {256, 256, 4, 1, BF16, I8, BF16, 1, 0, 0, 0, 0, 0, 0, 64, 256, 0, 2, 2, 1, 384}},
+     {256, 256, 4, 1, BF16, I8, BF16, 1, 0, 0, 0, 0, 0, 0, 64, 256, 0, 2, 2, 1, 384, 0}},
     {"attention.wgmma",
-     {64, 64, 4, 16, BF16, BF16, BF16, 1, 0, 0, 0, 0, 0, 0, 128, 64, 16, 3, 4, 2, 512}},
+     {64, 64, 4, 16, BF16, BF16, BF16, 1, 0, 0, 0, 0, 0, 0, 128, 64, 16, 3, 4, 2, 512, 0}},
     {"attention.wgmma",
-     {192, 128, 1, 0, BF16, BF16, BF16, 1, 0, 0, 0, 0, 0, 0, 128, 128, 128, 2, 2, 1, 384}},
+     {192, 128, 1, 0, BF16, BF16, BF16, 1, 0, 0, 0, 0, 0, 0, 128, 128, 128, 2, 2, 1, 384, 0}},
+    {"attention.wgmma", /* e4m3 by e4m3 */
+     {128, 128, 4, 16, E4M3, E4M3, BF16, 1, 0, 0, 0, 0, 0, 0, 128, 128, 16, 2, 3, 2, 512, 1}},
     {"attention.wgmma",
-     {256, 256, 4, 16, BF16, BF16, BF16, 1, 0, 0, 1, 1, 0, 1, 80, 256, 16, 2, 2, 1, 384}},
+     {128, 128, 4, 1, E4M3, E4M3, BF16, 1, 1, 1, 0, 0, 0, 1, 128, 128, 0, 2, 3, 2, 512, 1}},
+    {"attention.wgmma",
+     {64, 64, 4, 0, E4M3, E4M3, F16, 0, 0, 0, 0, 0, 0, 0, 128, 64, 128, 2, 4, 2, 512, 1}},
+    {"attention.wgmma",
+     {192, 128, 1, 0, E4M3, E4M3, E4M3, 1, 0, 0, 0, 0, 0, 0, 128, 128, 128, 2, 2, 2, 512, 1}},
+    {"attention.wgmma",
+     {256, 256, 4, 16, E4M3, E4M3, BF16, 1, 0, 0, 0, 0, 0, 0, 64, 256, 16, 2, 2, 2, 512, 1}},
+    {"attention.wgmma",
+     {256, 256, 4, 16, BF16, BF16, BF16, 1, 0, 0, 1, 1, 0, 1, 80, 256, 16, 2, 2, 1, 384, 0}},
     {"gemm.thin", {BF16, BF16, BF16, 8, 8, 4, 256}},
     {"gemm.thin", {BF16, BF16, BF16, 8, 1, 1, 256}},
     {"gemm.thin", {F32, F32, F16, 1, 4, 8, 256}},
@@ -96,11 +106,15 @@ static bool is_for(const char *row, const i32 *constants, const char *level)
 /* Bytes of registers that a kernel may spill; most promise none. */
 static int may_spill(const char *row, const i32 *constants)
 {
-    enum { ALIBI = 10, CUSTOM_MASK = 11, WARPGROUPS = 17 };
+    enum { ALIBI = 10, CUSTOM_MASK = 11, COLUMNS = 15, WARPGROUPS = 17, FP8 = 21 };
     if (strcmp(row, "attention.cuda") == 0) return INT_MAX; /* the reference */
     if (strcmp(row, "attention.wgmma") != 0) return 0;
-    /* between tiles where a thread has 160 registers; where hooks are asked of each score */
-    return constants[WARPGROUPS] == 3 || constants[ALIBI] || constants[CUSTOM_MASK] ? 160 : 0;
+    /* between tiles where a thread has 160 registers, or sums of e4m3 beside a wide o; where hooks are asked of each
+     * score */
+    return constants[WARPGROUPS] == 3 || (constants[FP8] && constants[COLUMNS] > 128) ||
+                   constants[ALIBI] || constants[CUSTOM_MASK]
+               ? 160
+               : 0;
 }
 
 static const qi_kernel *find_row(const char *name)

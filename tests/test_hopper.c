@@ -179,7 +179,7 @@ static void read_back(void *to, const void *from, size_t bytes)
 }
 
 enum { SWIZZLE_NONE, SWIZZLE_32B, SWIZZLE_64B, SWIZZLE_128B };
-enum { TYPE_U16 = 1, RANK = 4 };
+enum { TYPE_U8, TYPE_U16, RANK = 4 };
 
 /* The driver's arguments. */
 typedef struct encoding {
@@ -201,17 +201,19 @@ static int encode(encoding e)
                     e.swizzle, e.l2_promotion, e.fill);
 }
 
-/* Rows of 64 of tokens of one head, of an array [tokens, HEADS, head_dim] on the device. */
-static void encode_rows(qi_tensor_map *map, const void *base, int tokens, int head_dim, int rows)
+/* Rows of 128 bytes of tokens of one head, of an array [tokens, HEADS, head_dim] of 2-byte elements, or 1-byte ones, on the
+ * device. */
+static void encode_rows(qi_tensor_map *map, const void *base, int bytes, int tokens, int head_dim,
+                        int rows)
 {
-    const u64 row = (u64)head_dim * 2;
+    const u64 row = (u64)(head_dim * bytes);
     MUST(encode((encoding){.map = map,
-                           .type = TYPE_U16,
+                           .type = bytes == 1 ? TYPE_U8 : TYPE_U16,
                            .rank = RANK,
                            .base = (void *)(uintptr_t)base,
                            .dims = {(u64)head_dim, HEADS, (u64)tokens, 1},
                            .strides = {row, HEADS * row, (u64)tokens * HEADS * row},
-                           .box = {64, 1, (u32)rows, 1},
+                           .box = {128 / (u32)bytes, 1, (u32)rows, 1},
                            .steps = {1, 1, 1, 1},
                            .swizzle = SWIZZLE_128B}));
 }
@@ -305,9 +307,9 @@ static int run_product(const void *argument)
     float *q = random_numbers(of_q, 1), *k = random_numbers(of_kv, 1),
           *v = random_numbers(of_kv, 2);
     hopper_params p = {.head = HEAD, .num_tiles = c->num_tiles};
-    encode_rows(&p.q, upload(q, of_q, bf16), QUERIES, d, 64);
-    encode_rows(&p.k, upload(k, of_kv, bf16), c->keys, d, f->tile);
-    encode_rows(&p.v, upload(v, of_kv, bf16), c->keys, d, f->tile);
+    encode_rows(&p.q, upload(q, of_q, bf16), 2, QUERIES, d, 64);
+    encode_rows(&p.k, upload(k, of_kv, bf16), 2, c->keys, d, f->tile);
+    encode_rows(&p.v, upload(v, of_kv, bf16), 2, c->keys, d, f->tile);
     p.s = device_memory((size_t)(QUERIES * f->tile * c->num_tiles) * sizeof *p.s, NULL);
     p.o = device_memory((size_t)(QUERIES * d) * sizeof *p.o, NULL);
     p.arrived = device_memory(sizeof *p.arrived, NULL);
@@ -330,6 +332,55 @@ static void products_are_exact(void **state)
             const outcome out = run_process(run_product, &c, seed);
             expect_success(configs[i].type, &out);
         }
+}
+
+/* The same of e4m3: 64 queries by 128 keys; the sums of the first product are rounded to it. */
+static int run_product8(const void *argument)
+{
+    enum { QUERIES8 = 64, KEYS = 128, DIMS = 128, SHARED = (64 + 3 * 128) * 128 };
+    (void)argument;
+    const test_fp8 f = test_fp8_of(QKV_E4M3);
+    const int counts[] = {QUERIES8, KEYS, KEYS}, most[] = {1, 1, 2};
+    float *x[3], s[QUERIES8 * KEYS] = {0}, o[QUERIES8 * DIMS] = {0};
+    static float got_s[QUERIES8 * KEYS], got_o[QUERIES8 * DIMS];
+    hopper_params p = {.head = HEAD};
+    qi_tensor_map *maps[] = {&p.q, &p.k, &p.v};
+    for (int t = 0; t < 3; t++) {
+        const int n = counts[t] * HEADS * DIMS;
+        uint8_t *codes = malloc((size_t)n);
+        x[t] = random_numbers(n, most[t]);
+        for (int i = 0; i < n; i++) codes[i] = test_to_fp8(f, (double)x[t][i]);
+        void *at = device_memory((size_t)n, codes);
+        MUST(qi_cuda.stream_synchronize(NULL));
+        free(codes);
+        encode_rows(maps[t], at, 1, counts[t], DIMS, counts[t]);
+    }
+    p.s = device_memory(sizeof s, NULL);
+    p.o = device_memory(sizeof o, NULL);
+    MUST(launch(0, "product8", 128, SHARED, &p));
+    for (int i = 0; i < QUERIES8; i++)
+        for (int j = 0; j < KEYS; j++) {
+            float *sum = &s[i * KEYS + j];
+            for (int d = 0; d < DIMS; d++)
+                *sum += x[0][(i * HEADS + HEAD) * DIMS + d] * x[1][(j * HEADS + HEAD) * DIMS + d];
+            const float weight = (float)test_fp8_value(f, test_to_fp8(f, (double)*sum));
+            for (int d = 0; d < DIMS; d++)
+                o[i * DIMS + d] += weight * x[2][(j * HEADS + HEAD) * DIMS + d];
+        }
+    read_back(got_s, p.s, sizeof s);
+    read_back(got_o, p.o, sizeof o);
+    return compare("s", got_s, s, QUERIES8, KEYS) || compare("o", got_o, o, QUERIES8, DIMS)
+               ? FAILED
+               : SUCCEEDED;
+}
+
+static void products_of_e4m3_are_exact(void **state)
+{
+    (void)state;
+    for (int seed = 0; seed < 3; seed++) {
+        const outcome out = run_process(run_product8, NULL, seed);
+        expect_success("e4m3", &out);
+    }
 }
 
 /* By a fault, or by what it computes; of a stage released too early, in some orders. */
@@ -537,7 +588,7 @@ static int run_fault(const void *argument)
 {
     enum { BYTES = 64 * 128 };
     hopper_params p = {.mode = *(const int *)argument, .bytes = BYTES};
-    encode_rows(&p.k, device_memory(64 * HEADS * 64 * 2, NULL), 64, 64, 64);
+    encode_rows(&p.k, device_memory(64 * HEADS * 64 * 2, NULL), 2, 64, 64, 64);
     p.o = device_memory(128 * sizeof *p.o, NULL);
     return launch(0, "fault", 128, BYTES, &p) ? FAILED : SUCCEEDED;
 }
@@ -599,6 +650,7 @@ int main(void)
     printf("QKV_TEST_SEED=%llu\n", (unsigned long long)test_state);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(products_are_exact),
+        cmocka_unit_test(products_of_e4m3_are_exact),
         cmocka_unit_test(what_a_kernel_forgets_is_found),
         cmocka_unit_test(copies_put_every_byte_where_it_belongs),
         cmocka_unit_test(the_driver_refuses_what_it_cannot_encode),

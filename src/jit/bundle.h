@@ -82,6 +82,7 @@
     X(wgmma_loads, "ops/attention/wgmma_loads.cuh")                                                \
     X(wgmma_scores, "ops/attention/wgmma_scores.cuh")                                              \
     X(wgmma_tile, "ops/attention/wgmma_tile.cuh")                                                  \
+    X(wgmma_transpose, "ops/attention/wgmma_transpose.cuh")                                        \
     X(attention_wgmma, "ops/attention/attention_wgmma.cu")                                         \
     X(gemm_params, "ops/gemm/gemm_params.h")                                                       \
     X(gemm_thin, "ops/gemm/gemm_thin.cu")                                                          \

@@ -19,6 +19,7 @@ typedef enum emulator_op {
     EMULATOR_REDUCE,
     EMULATOR_LDMATRIX,
     EMULATOR_LDMATRIX_TRANS,
+    EMULATOR_STMATRIX,
     EMULATOR_MOVMATRIX,
     EMULATOR_MMA_F16,
     EMULATOR_MMA_BF16,
@@ -65,6 +66,12 @@ typedef struct emulator_ldmatrix {
     unsigned *r; /* [count] */
 } emulator_ldmatrix;
 
+typedef struct emulator_stmatrix {
+    void *row;
+    int count;
+    const unsigned *r; /* [count] */
+} emulator_stmatrix;
+
 typedef struct emulator_movmatrix {
     unsigned value, result;
 } emulator_movmatrix;
@@ -75,11 +82,15 @@ typedef struct emulator_mma { /* m16n8k16 */
     unsigned b[2];
 } emulator_mma;
 
-/* m64nNk16. a and b are descriptors of shared memory as the GPU has them, their addresses the machine's
- * offsets; a is a[4] and b MN-major where `registers`, otherwise both are K-major. */
+typedef enum emulator_type { EMULATOR_F16, EMULATOR_BF16, EMULATOR_E4M3 } emulator_type;
+
+/* m64nNk16, of e4m3 k32. a and b are descriptors of shared memory as the GPU has them, their addresses the machine's
+ * offsets; a is a[4] where `registers`, and b of 16 bits MN-major then, otherwise all are K-major. */
 typedef struct emulator_wgmma {
     float *d; /* [n / 2] */
-    unsigned n, bf16, accumulate, registers;
+    unsigned n;
+    emulator_type type;
+    unsigned accumulate, registers;
     unsigned long long a, b;
     unsigned a_registers[4];
 } emulator_wgmma;

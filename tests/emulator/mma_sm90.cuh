@@ -29,26 +29,42 @@ QI_INLINE void wgmma_commit_group()
 #define wgmma_wait_group(n) emulator->wgmma_wait(n)
 #define wgmma_hold(x)       ((void)(x))
 
-#define EMULATOR_WGMMA(size, type, is_bf16)                                                        \
+#define EMULATOR_WGMMA(size, type, of_type)                                                        \
     QI_INLINE void wgmma_m64n##size##k16_ss_##type(float *d, u64 a, u64 b, int accumulate)         \
     {                                                                                              \
-        emulator_wgmma w = {d, size, is_bf16, accumulate != 0, 0, a, b, {0, 0, 0, 0}};             \
+        emulator_wgmma w = {d, size, of_type, accumulate != 0, 0, a, b, {0, 0, 0, 0}};             \
         emulator->wgmma(&w);                                                                       \
     }                                                                                              \
     QI_INLINE void wgmma_m64n##size##k16_rs_##type(float *d, const u32 a[4], u64 b)                \
     {                                                                                              \
-        emulator_wgmma w = {d, size, is_bf16, 1, 1, 0, b, {a[0], a[1], a[2], a[3]}};               \
+        emulator_wgmma w = {d, size, of_type, 1, 1, 0, b, {a[0], a[1], a[2], a[3]}};               \
+        emulator->wgmma(&w);                                                                       \
+    }
+#define EMULATOR_WGMMA_E4M3(size)                                                                  \
+    QI_INLINE void wgmma_m64n##size##k32_ss_e4m3(float *d, u64 a, u64 b, int accumulate)           \
+    {                                                                                              \
+        emulator_wgmma w = {d, size, EMULATOR_E4M3, accumulate != 0, 0, a, b, {0, 0, 0, 0}};       \
+        emulator->wgmma(&w);                                                                       \
+    }                                                                                              \
+    QI_INLINE void wgmma_m64n##size##k32_rs_e4m3(float *d, const u32 a[4], u64 b, int accumulate)  \
+    {                                                                                              \
+        emulator_wgmma w = {d, size, EMULATOR_E4M3,           accumulate != 0, 1,                  \
+                            0, b,    {a[0], a[1], a[2], a[3]}};                                    \
         emulator->wgmma(&w);                                                                       \
     }
 #define EMULATOR_WGMMA_4(a, b, c, d)                                                               \
-    EMULATOR_WGMMA(a, bf16, 1)                                                                     \
-    EMULATOR_WGMMA(b, bf16, 1)                                                                     \
-    EMULATOR_WGMMA(c, bf16, 1)                                                                     \
-    EMULATOR_WGMMA(d, bf16, 1)                                                                     \
-    EMULATOR_WGMMA(a, f16, 0)                                                                      \
-    EMULATOR_WGMMA(b, f16, 0)                                                                      \
-    EMULATOR_WGMMA(c, f16, 0)                                                                      \
-    EMULATOR_WGMMA(d, f16, 0)
+    EMULATOR_WGMMA(a, bf16, EMULATOR_BF16)                                                         \
+    EMULATOR_WGMMA(b, bf16, EMULATOR_BF16)                                                         \
+    EMULATOR_WGMMA(c, bf16, EMULATOR_BF16)                                                         \
+    EMULATOR_WGMMA(d, bf16, EMULATOR_BF16)                                                         \
+    EMULATOR_WGMMA(a, f16, EMULATOR_F16)                                                           \
+    EMULATOR_WGMMA(b, f16, EMULATOR_F16)                                                           \
+    EMULATOR_WGMMA(c, f16, EMULATOR_F16)                                                           \
+    EMULATOR_WGMMA(d, f16, EMULATOR_F16)                                                           \
+    EMULATOR_WGMMA_E4M3(a)                                                                         \
+    EMULATOR_WGMMA_E4M3(b)                                                                         \
+    EMULATOR_WGMMA_E4M3(c)                                                                         \
+    EMULATOR_WGMMA_E4M3(d)
 EMULATOR_WGMMA_4(8, 16, 24, 32)
 EMULATOR_WGMMA_4(40, 48, 56, 64)
 EMULATOR_WGMMA_4(72, 80, 88, 96)
@@ -59,5 +75,20 @@ EMULATOR_WGMMA_4(200, 208, 216, 224)
 EMULATOR_WGMMA_4(232, 240, 248, 256)
 #undef EMULATOR_WGMMA_4
 #undef EMULATOR_WGMMA
+#undef EMULATOR_WGMMA_E4M3
+
+/* ---- 8 bits --------------------------------------------------------------------------------- */
+
+QI_INLINE u32 f32_to_e4m3x4(float a, float b, float c, float d)
+{
+    return emulator_to_e4m3(a) | emulator_to_e4m3(b) << 8 | emulator_to_e4m3(c) << 16 |
+           emulator_to_e4m3(d) << 24;
+}
+
+QI_INLINE void stmatrix_x4(void *row, const u32 r[4])
+{
+    emulator_stmatrix m = {row, 4, r};
+    emulator->sync_warp(0xffffffffu, EMULATOR_STMATRIX, &m);
+}
 
 #endif

@@ -56,8 +56,8 @@ QI_INLINE float rcp(float x)
 
 QI_INLINE u32 emulator_e4m3_to_f16(u32 bits)
 {
-    const u32 sign = (bits & 0x80) << 8, rest = bits & 0x7f;
-    return sign | (rest == 0x7f ? 0x7fff : f32_to_f16(f16_to_f32(rest << 7) * 256.f));
+    return (bits & 0x7f) == 0x7f ? (bits & 0x80) << 8 | 0x7fff
+                                 : f32_to_f16(emulator_from_e4m3(bits));
 }
 
 QI_INLINE u32 e4m3x2_to_f16x2(u32 bits)

@@ -102,6 +102,23 @@ static void ldmatrix(void *const operands[LANES], unsigned lanes, bool trans)
     }
 }
 
+static void stmatrix(void *const operands[LANES], unsigned lanes)
+{
+    all_lanes(lanes, "stmatrix");
+    const int count = ((const emulator_stmatrix *)operands[0])->count;
+    for (int i = 0; i < count; i++)
+        for (int row = 0; row < SIDE; row++) {
+            unsigned words[SIDE / 2];
+            void *to = ((const emulator_stmatrix *)operands[i * SIDE + row])->row;
+            if ((uintptr_t)to % sizeof words || !grid_is_shared(to, sizeof words))
+                grid_fault("stmatrix: lane %d's row at %p is not 16 aligned bytes of shared memory",
+                           i * SIDE + row, to);
+            for (int l = 0; l < SIDE / 2; l++)
+                words[l] = ((const emulator_stmatrix *)operands[row * SIDE / 2 + l])->r[i];
+            memcpy(to, words, sizeof words);
+        }
+}
+
 static void movmatrix(void *const operands[LANES], unsigned lanes)
 {
     all_lanes(lanes, "movmatrix");
@@ -150,9 +167,9 @@ static void mma(void *const operands[LANES], unsigned lanes, bool bf16)
 }
 
 const char *const warp_op_names[EMULATOR_NUM_OPS] = {
-    "__syncwarp",    "__shfl_sync", "__ballot_sync",      "__match_any_sync",
-    "__reduce_sync", "ldmatrix",    "ldmatrix.trans",     "movmatrix",
-    "mma (f16)",     "mma (bf16)",  "wgmma.commit_group", "wgmma.wait_group"};
+    "__syncwarp", "__shfl_sync",        "__ballot_sync",   "__match_any_sync", "__reduce_sync",
+    "ldmatrix",   "ldmatrix.trans",     "stmatrix",        "movmatrix",        "mma (f16)",
+    "mma (bf16)", "wgmma.commit_group", "wgmma.wait_group"};
 
 void warp_perform(emulator_op op, void *const operands[LANES], unsigned lanes)
 {
@@ -163,6 +180,7 @@ void warp_perform(emulator_op op, void *const operands[LANES], unsigned lanes)
     case EMULATOR_REDUCE: reduce(operands, lanes); break;
     case EMULATOR_LDMATRIX: ldmatrix(operands, lanes, false); break;
     case EMULATOR_LDMATRIX_TRANS: ldmatrix(operands, lanes, true); break;
+    case EMULATOR_STMATRIX: stmatrix(operands, lanes); break;
     case EMULATOR_MOVMATRIX: movmatrix(operands, lanes); break;
     case EMULATOR_MMA_F16: mma(operands, lanes, false); break;
     case EMULATOR_MMA_BF16: mma(operands, lanes, true); break;

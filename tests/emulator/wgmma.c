@@ -10,7 +10,7 @@
 #include "grid.h"
 #include "shared.h"
 
-enum { M = 16, K = 16, MAX_N = 256, ROW = 128, ROWS = 8, WARPS_OF_GROUP = 4 };
+enum { M = 16, MAX_K = 32, MAX_N = 256, ROW = 128, ROWS = 8, WARPS_OF_GROUP = 4 };
 
 /* A column of 16 rows: loops over n have no dependence, and need no transposition of b. */
 typedef float column __attribute__((vector_size(M * sizeof(float))));
@@ -20,16 +20,22 @@ typedef float column __attribute__((vector_size(M * sizeof(float))));
 typedef struct tile {
     const char *window;          /* what addresses are offsets in */
     unsigned start, next, group; /* bytes: to the next tile, to the next 8 rows */
-    bool bf16;
+    emulator_type type;
 } tile;
 
-static tile decode(unsigned long long descriptor, bool bf16)
+/* Of k in a product, 32 bytes of a row. */
+static unsigned depth(emulator_type type)
+{
+    return type == EMULATOR_E4M3 ? 32 : 16;
+}
+
+static tile decode(unsigned long long descriptor, emulator_type type)
 {
     const tile t = {.window = shared_window(),
                     .start = (unsigned)(descriptor & 0xffff) << 4,
                     .next = (unsigned)(descriptor >> 16 & 0x3fff) << 4,
                     .group = (unsigned)(descriptor >> 32 & 0x3fff) << 4,
-                    .bf16 = bf16};
+                    .type = type};
     const unsigned long long other_bits = 0x3fffull << 16 | 0x3fffull << 32 | 0xffff;
     if ((descriptor & ~other_bits) != 1ull << 62)
         grid_fault("wgmma: descriptor %016llx is not of a tile with 128-byte swizzling",
@@ -37,16 +43,21 @@ static tile decode(unsigned long long descriptor, bool bf16)
     return t;
 }
 
-/* The 8 elements at an address before swizzling. */
-static void read_piece(float *to, const tile *t, unsigned address)
+/* The 16 bytes at an address before swizzling; returns how many elements they are. */
+static unsigned read_piece(float *to, const tile *t, unsigned address)
 {
     const char *from = t->window + (address ^ (address >> 7 & 7) << 4);
+    if (t->type == EMULATOR_E4M3) {
+        for (int i = 0; i < 16; i++) to[i] = emulator_from_e4m3((uint8_t)from[i]);
+        return 16;
+    }
     uint16_t bits[8];
     memcpy(bits, from, sizeof bits);
-    if (t->bf16)
+    if (t->type == EMULATOR_BF16)
         for (int i = 0; i < 8; i++) to[i] = emulator_from_bf16(bits[i]);
     else
         for (int i = 0; i < 8; i++) to[i] = emulator_from_f16(bits[i]);
+    return 8;
 }
 
 /* Where 8 rows begin, after a look at whether they are there. */
@@ -58,24 +69,24 @@ static unsigned rows_at(const tile *t, unsigned address)
     return address;
 }
 
-/* to[row][K] of K-major rows, whose first is a multiple of 8. */
+/* to[row][depth] of K-major rows, whose first is a multiple of 8. */
 static void read_k_major(float *to, const tile *t, unsigned first, unsigned count)
 {
-    if (t->start % ROW > ROW - 2 * K) grid_fault("wgmma: 16 of k that are not of one row");
+    if (t->start % ROW > ROW - 32) grid_fault("wgmma: 32 bytes of k that are not of one row");
     for (unsigned i = 0; i < count; i += ROWS) {
         unsigned at = rows_at(t, t->start + (first + i) / ROWS * t->group);
-        for (unsigned row = 0; row < ROWS; row++, at += ROW, to += K) {
-            read_piece(to, t, at);
-            read_piece(to + 8, t, at + 16);
+        for (unsigned row = 0; row < ROWS; row++, at += ROW) {
+            to += read_piece(to, t, at);
+            to += read_piece(to, t, at + 16);
         }
     }
 }
 
-/* to[K][MAX_N] of MN-major rows. */
+/* to[depth][MAX_N] of MN-major rows, of 16 bits. */
 static void read_mn_major(float *to, const tile *t, unsigned n)
 {
     if (t->start % ROW) grid_fault("wgmma: rows of n that do not begin at a row of the tile");
-    for (unsigned k = 0; k < K; k += ROWS)
+    for (unsigned k = 0; k < depth(t->type); k += ROWS)
         for (unsigned i = 0; i < n; i += 64) {
             unsigned at = rows_at(t, t->start + i / 64 * t->next + k / ROWS * t->group);
             for (unsigned row = 0; row < ROWS; row++, at += ROW)
@@ -86,26 +97,30 @@ static void read_mn_major(float *to, const tile *t, unsigned n)
 
 /* ---- the warp's matrices ----------------------------------------------------------------------- */
 
-static void read_a_shared(column a[K], const tile *t, unsigned first)
+static void read_a_shared(column a[MAX_K], const tile *t, unsigned first)
 {
-    float rows[M * K];
+    const unsigned all = depth(t->type);
+    float rows[M * MAX_K];
     read_k_major(rows, t, first, M);
-    for (int m = 0; m < M; m++)
-        for (int k = 0; k < K; k++) a[k][m] = rows[m * K + k];
+    for (unsigned m = 0; m < M; m++)
+        for (unsigned k = 0; k < all; k++) a[k][m] = rows[m * all + k];
 }
 
-static float from_bits(unsigned bits, bool bf16)
+/* Element i of a register. */
+static float element(unsigned word, unsigned i, emulator_type type)
 {
-    return bf16 ? emulator_from_bf16(bits) : emulator_from_f16(bits);
+    if (type == EMULATOR_E4M3) return emulator_from_e4m3(word >> (8 * i) & 0xff);
+    const unsigned bits = word >> (16 * i) & 0xffff;
+    return type == EMULATOR_BF16 ? emulator_from_bf16(bits) : emulator_from_f16(bits);
 }
 
-static void read_a_lane(column a[K], unsigned lane, const unsigned r[4], bool bf16)
+static void read_a_lane(column a[MAX_K], unsigned lane, const unsigned r[4], emulator_type type)
 {
-    const unsigned row = lane / 4, k = lane % 4 * 2;
+    const unsigned half = depth(type) / 2, of_word = half / 4;
+    const unsigned row = lane / 4, k = lane % 4 * of_word;
     for (unsigned i = 0; i < 4; i++)
-        for (unsigned high = 0; high < 2; high++)
-            a[k + i / 2 * 8 + high][row + i % 2 * 8] =
-                from_bits(r[i] >> (16 * high) & 0xffff, bf16);
+        for (unsigned j = 0; j < of_word; j++)
+            a[k + i / 2 * half + j][row + i % 2 * 8] = element(r[i], j, type);
 }
 
 /* Accumulators, kept from one product to the next while their registers are the same. */
@@ -137,13 +152,14 @@ static void keep(float *const registers[LANES], unsigned n)
     EACH_REGISTER(lane, i, column_, m) kept.d[column_][m] = registers[lane][i];
 }
 
-/* d += a b for 16 of k; b[n step_n + k step_k]. */
-static inline void multiply(const column a[K], const float *b, unsigned step_n, unsigned step_k)
+/* d += a b; b[n step_n + k step_k]. */
+static inline void multiply(const column *a, unsigned depth_, const float *b, unsigned step_n,
+                            unsigned step_k)
 {
     for (unsigned n = 0; n < kept.n; n += 4) {
         column *d = &kept.d[n];
         column d0 = d[0], d1 = d[1], d2 = d[2], d3 = d[3];
-        for (unsigned k = 0; k < K; k++) {
+        for (unsigned k = 0; k < depth_; k++) {
             const float *from = b + n * step_n + k * step_k;
             d0 += a[k] * from[0];
             d1 += a[k] * from[step_n];
@@ -175,7 +191,7 @@ static unsigned wanted[NUM_WARPGROUPS];    /* by who waits */
 
 static bool same(const emulator_wgmma *x, const emulator_wgmma *y)
 {
-    return x->n == y->n && x->bf16 == y->bf16 && x->accumulate == y->accumulate &&
+    return x->n == y->n && x->type == y->type && x->accumulate == y->accumulate &&
            x->registers == y->registers && x->a == y->a && x->b == y->b;
 }
 
@@ -184,24 +200,27 @@ static void perform(unsigned warp, unsigned i)
 {
     const emulator_wgmma *w = &all[warp][0].list[i].what;
     float *registers[LANES];
-    column a[K] = {0};
-    float b[K * MAX_N];
+    const unsigned k = depth(w->type);
+    column a[MAX_K] = {0};
+    float b[MAX_K * MAX_N];
     for (unsigned l = 0; l < LANES; l++) {
         const emulator_wgmma *of_lane = &all[warp][l].list[i].what;
         registers[l] = of_lane->d;
-        if (w->registers) read_a_lane(a, l, of_lane->a_registers, w->bf16);
+        if (w->registers) read_a_lane(a, l, of_lane->a_registers, w->type);
     }
     keep(registers, w->n);
     if (!w->accumulate) memset(kept.d, 0, w->n * sizeof kept.d[0]);
-    const tile of_b = decode(w->b, w->bf16);
-    if (w->registers) {
-        read_mn_major(b, &of_b, w->n);
-        multiply(a, b, 1, MAX_N);
-    } else {
-        const tile of_a = decode(w->a, w->bf16);
+    const tile of_b = decode(w->b, w->type);
+    if (!w->registers) {
+        const tile of_a = decode(w->a, w->type);
         read_a_shared(a, &of_a, warp % WARPS_OF_GROUP * M);
+    }
+    if (w->registers && w->type != EMULATOR_E4M3) {
+        read_mn_major(b, &of_b, w->n);
+        multiply(a, k, b, 1, MAX_N);
+    } else {
         read_k_major(b, &of_b, 0, w->n);
-        multiply(a, b, K, 1);
+        multiply(a, k, b, k, 1);
     }
 }
 

@@ -39,15 +39,16 @@ typedef struct attention_cuda {
 typedef struct attention_wgmma {
     i32 used;             /* was its row chosen? */
     i32 warpgroups, keys; /* that compute, of 64 rows each; keys of a block */
-    i32 loaders; /* warps that bring keys, and as many values; warpgroups that do not compute */
-    i32 stages, buffers; /* of keys and values; of queries */
-    i32 piece;           /* keys that one copy brings, 0: they come row by row */
+    i32 loading;          /* warpgroups that do not compute */
+    i32 fp8;              /* are products of e4m3? */
+    i32 stages, buffers;  /* of keys and values; of queries */
+    i32 piece;            /* keys that one copy brings, 0: they come row by row */
     i32 shared_bytes;
 } attention_wgmma;
 
 static inline i32 qi_attention_wgmma_threads(const attention_wgmma *w)
 {
-    return 128 * (w->loaders + w->warpgroups);
+    return 128 * (w->loading + w->warpgroups);
 }
 
 /* What the rows for tensor cores are compiled for of spec and limits, first of their constants. */

@@ -1,31 +1,34 @@
 /* attention_wgmma.cu - attention on Hopper, for operators that have tiles of many rows. Of a block's first warps LOADERS
- * bring keys, as many values, two prepare items; whole warpgroups follow that compute. Tiles of few rows pass the same
- * way, with a warpgroup's other rows unused, warpgroups in turn: memory is slower than that.
+ * bring keys, as many values, two prepare items, and for products of e4m3 four transpose values; whole warpgroups follow
+ * that compute. Tiles of few rows pass the same way, with a warpgroup's other rows unused, warpgroups in turn: memory is
+ * slower than that.
  *
  * JIT constants: HEAD_DIM_QK, HEAD_DIM_VO (to 256), GROUP_SIZE, PAGE_SIZE (0 = ragged), DTYPE_Q, DTYPE_KV, DTYPE_O,
  * CAUSAL, WINDOW, SOFT_CAP, ALIBI, CUSTOM_MASK, SPARSE = 0, MIXED; KEYS of a block; COLUMNS, head_dim_vo in whole 64;
  * PIECE, the keys that one copy brings, 0 where none can; WARPGROUPS that compute; STAGES of the rings; BUFFERS of
- * queries; THREADS: one or two warpgroups load; QI_VARIANT.
+ * queries; THREADS: one or two warpgroups load; FP8: products are of e4m3, as q, k and v; QI_VARIANT.
  * SPDX-License-Identifier: Apache-2.0 */
 #include "kern/cuda/prelude.cuh"
 #include "ops/attention/wgmma_loads.cuh"
 #include "ops/attention/wgmma_tile.cuh"
+#include "ops/attention/wgmma_transpose.cuh"
 
 /* Registers of a thread, of those that the block is launched with: a warpgroup that asks for more waits for ever. */
+#define LOADING_GROUPS (THREADS / 128 - WARPGROUPS)
 #if WARPGROUPS == 3
 #define LOADING_REGISTERS   32
 #define COMPUTING_REGISTERS 160
+#elif LOADING_GROUPS == 2
+#define LOADING_REGISTERS   40
+#define COMPUTING_REGISTERS 216
 #elif PIECE > 0
 #define LOADING_REGISTERS   40
 #define COMPUTING_REGISTERS 232
-#elif LOADERS == 1
+#else
 #define LOADING_REGISTERS   56
 #define COMPUTING_REGISTERS 224
-#else
-#define LOADING_REGISTERS   40
-#define COMPUTING_REGISTERS 216
 #endif
-_Static_assert(LOADING_REGISTERS *LOADERS * 128 + COMPUTING_REGISTERS * CONSUMERS <=
+_Static_assert(LOADING_REGISTERS *LOADING_GROUPS * 128 + COMPUTING_REGISTERS * CONSUMERS <=
                    65536 / THREADS / 8 * 8 * THREADS,
                "as launched");
 
@@ -38,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     griddepcontrol_wait();
     griddepcontrol_launch_dependents();
     const int warp = (int)uniform(threadIdx.x / WARP);
-    if (warp < 4 * LOADERS) {
+    if (warp < 4 * LOADING_GROUPS) {
         setmaxnreg_dec(LOADING_REGISTERS);
         if (warp < LOADERS)
             load_items(&p, shared, 0);
@@ -46,6 +49,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             load_items(&p, shared, 1);
         else if (warp < 2 * LOADERS + ITEM_THREADS / WARP)
             prepare_items(&p, shared, (int)threadIdx.x - PREPARERS_AT);
+        else if (FP8)
+            transpose_items(&p, shared, warp - 2 * LOADERS - ITEM_THREADS / WARP);
     } else {
         setmaxnreg_inc(COMPUTING_REGISTERS);
         compute_items(&p, shared);

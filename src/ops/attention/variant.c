@@ -117,6 +117,7 @@ qkv_status qi_variant_read(const qkv_variant *variant, variant_table *out)
     }
     out->num_params = v.num_params;
     out->no_softmax = defines(v.source, "VARIANT_NO_SOFTMAX");
+    out->changes_queries = defines(v.source, "VARIANT_QUERY");
     out->changes_keys = defines(v.source, "VARIANT_KEY");
     return QKV_OK;
 }

@@ -20,7 +20,7 @@ typedef struct variant_param {
 typedef struct variant_table {
     char name[VARIANT_MAX_NAME + 1];
     int32_t num_params;
-    int no_softmax, changes_keys;
+    int no_softmax, changes_queries, changes_keys;
     size_t bytes; /* of variant_params */
     variant_param params[VARIANT_MAX_PARAMS];
 } variant_table;

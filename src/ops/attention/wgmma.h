@@ -11,9 +11,9 @@ const char *qi_attention_reject_wgmma(const qkv_attention *a);
 /* Shapes of the kernel's tiles for a's spec and limits. */
 void qi_attention_wgmma_configure(qkv_attention *a);
 
-enum { QI_WGMMA_CONSTANTS = QI_SPEC_CONSTANTS + 7 };
+enum { QI_WGMMA_CONSTANTS = QI_SPEC_CONSTANTS + 8 };
 #define QI_WGMMA_CONSTANT_NAMES                                                                    \
-    QI_SPEC_CONSTANT_NAMES "KEYS COLUMNS PIECE WARPGROUPS STAGES BUFFERS THREADS"
+    QI_SPEC_CONSTANT_NAMES "KEYS COLUMNS PIECE WARPGROUPS STAGES BUFFERS THREADS FP8"
 void qi_attention_wgmma_constants(const qkv_attention *a, i32 out[QI_WGMMA_CONSTANTS]);
 
 /* Enqueues the launch. */

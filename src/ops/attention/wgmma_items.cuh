@@ -9,21 +9,30 @@
 #include "ops/attention/prefill_notes.cuh"
 #include "ops/attention/wgmma_params.h"
 
-/* Warps that fill each of the two rings, and warpgroups that do not compute. */
-#define LOADERS (THREADS / 128 - WARPGROUPS)
+/* Warps that fill each of the two rings, of as many warpgroups; and those of one more that transpose values for products
+ * of e4m3. */
+#define TRANSPOSERS (FP8 ? 4 : 0)
+#define LOADERS     (THREADS / 128 - WARPGROUPS - TRANSPOSERS / 4)
+
+/* The products' left and right elements. */
+enum { PRODUCT_TYPE = FP8 ? QI_E4M3 : MMA_TYPE, PRODUCT_BYTES = FP8 ? 1 : 2 };
 
 enum {
     TILE_ROWS = 64 * WARPGROUPS,
-    QK_CHUNKS = WGMMA_CHUNKS(HEAD_DIM_QK),
-    VO_CHUNKS = WGMMA_CHUNKS(HEAD_DIM_VO),
+    CHUNK_DIMS = 128 / PRODUCT_BYTES, /* of a row of shared memory; of 16 bytes of it */
+    PIECE_DIMS = 16 / PRODUCT_BYTES,
+    QK_CHUNKS = WGMMA_CHUNKS(HEAD_DIM_QK, PRODUCT_BYTES),
+    VO_CHUNKS = WGMMA_CHUNKS(HEAD_DIM_VO, PRODUCT_BYTES),
     Q_CHUNK_BYTES = TILE_ROWS * 128,
     KV_CHUNK_BYTES = KEYS * 128,
-    Q_BYTES = WGMMA_TILE_BYTES(TILE_ROWS, HEAD_DIM_QK),
-    K_BYTES = WGMMA_TILE_BYTES(KEYS, HEAD_DIM_QK),
-    V_BYTES = WGMMA_TILE_BYTES(KEYS, HEAD_DIM_VO),
-    K_AT = WGMMA_RINGS_AT(HEAD_DIM_QK, WARPGROUPS, BUFFERS),
+    Q_BYTES = WGMMA_TILE_BYTES(TILE_ROWS, HEAD_DIM_QK, PRODUCT_BYTES),
+    K_BYTES = WGMMA_TILE_BYTES(KEYS, HEAD_DIM_QK, PRODUCT_BYTES),
+    V_BYTES = WGMMA_TILE_BYTES(KEYS, HEAD_DIM_VO, PRODUCT_BYTES),
+    TURNED_BYTES = WGMMA_TURNED_BYTES(HEAD_DIM_VO, KEYS, PRODUCT_BYTES),
+    K_AT = WGMMA_RINGS_AT(HEAD_DIM_QK, PRODUCT_BYTES, WARPGROUPS, BUFFERS),
     V_AT = K_AT + STAGES * K_BYTES,
-    NOTES_AT = V_AT + STAGES * V_BYTES,
+    TURNED_AT = V_AT + STAGES * V_BYTES,
+    NOTES_AT = TURNED_AT + STAGES * TURNED_BYTES,
     ROWS_AT = NOTES_AT + WGMMA_NOTES * PREFILL_ITEM_BYTES,
     BARRIERS_AT = ROWS_AT + BUFFERS * WGMMA_ROWS_BYTES(WARPGROUPS),
     CONSUMERS = WARPGROUPS * 128, /* threads that compute; in front of them are those that load */
@@ -33,18 +42,23 @@ enum {
     BAR_CONSUMERS = WARPGROUPS + 1,
     BAR_ITEMS = WARPGROUPS + 2,
 };
-_Static_assert(LOADERS >= 1 && LOADERS <= 2 && KEYS % 16 == 0, "as launched");
+_Static_assert(LOADERS >= 1 && LOADERS <= 2 && KEYS % (FP8 ? 32 : 16) == 0 &&
+                   COLUMNS == WGMMA_COLUMNS(HEAD_DIM_VO),
+               "as launched");
 
 /* full: what was loaded is there; empty: it was used. */
 typedef struct tile_barriers {
+    uint4 zeros;                                    /* for values that are not the item's */
     u64 noted[WGMMA_NOTES], forgotten[WGMMA_NOTES]; /* items */
     u64 loaded[WGMMA_NOTES];                        /* of an item all keys were asked for */
     u64 rows_full[BUFFERS], rows_empty[BUFFERS];    /* queries and what is noted of rows */
     u64 k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
-    int is_last;                      /* did this block finish the item's tile? */
-    u32 queries[ITEM_THREADS / WARP]; /* their kind, of each warp's rows */
+    u64 turned_full[STAGES], turned_empty[STAGES]; /* values as e4m3 products take them */
+    int is_last;                                   /* did this block finish the item's tile? */
+    u32 queries[ITEM_THREADS / WARP];              /* their kind, of each warp's rows */
 } tile_barriers;
-_Static_assert(sizeof(tile_barriers) <= WGMMA_BARRIERS_BYTES, "as launched");
+_Static_assert(sizeof(tile_barriers) <= WGMMA_BARRIERS_BYTES && BARRIERS_AT % 16 == 0,
+               "as launched");
 
 QI_INLINE tile_barriers *barriers_of(char *shared)
 {
@@ -54,10 +68,11 @@ QI_INLINE tile_barriers *barriers_of(char *shared)
 /* By one thread. */
 QI_INLINE void init_barriers(tile_barriers *b)
 {
+    enum { READERS = 2 * LOADERS + TRANSPOSERS + CONSUMERS / WARP }; /* warps that read notes */
+    if (FP8) b->zeros = make_uint4(0, 0, 0, 0);
     for (int i = 0; i < WGMMA_NOTES; i++) {
         mbarrier_init(&b->noted[i], 1);
-        mbarrier_init(&b->forgotten[i],
-                      2 * LOADERS + CONSUMERS / WARP); /* whoever reads notes, by warps */
+        mbarrier_init(&b->forgotten[i], READERS);
         mbarrier_init(&b->loaded[i], LOADERS);
     }
     for (int i = 0; i < BUFFERS; i++) {
@@ -68,7 +83,10 @@ QI_INLINE void init_barriers(tile_barriers *b)
         mbarrier_init(&b->k_full[i], LOADERS);
         mbarrier_init(&b->v_full[i], LOADERS);
         mbarrier_init(&b->k_empty[i], WARPGROUPS);
-        mbarrier_init(&b->v_empty[i], WARPGROUPS);
+        mbarrier_init(&b->v_empty[i], FP8 ? TRANSPOSERS : WARPGROUPS);
+        if (!FP8) continue;
+        mbarrier_init(&b->turned_full[i], TRANSPOSERS);
+        mbarrier_init(&b->turned_empty[i], WARPGROUPS);
     }
     mbarrier_fence_init();
 }
@@ -121,7 +139,8 @@ QI_INLINE int num_blocks(int first, int end)
 /* Dim d of row m of a tile of rows in shared memory: 16-byte pieces stand as wgmma takes them. */
 QI_INLINE char *query_at(char *q, int m, int d)
 {
-    return q + d / 64 * Q_CHUNK_BYTES + m * 128 + ((d / 8 % 8) ^ (m % 8)) * 16 + d % 8 * 2;
+    return q + d / CHUNK_DIMS * Q_CHUNK_BYTES + m * 128 + ((d / PIECE_DIMS % 8) ^ (m % 8)) * 16 +
+           d % PIECE_DIMS * PRODUCT_BYTES;
 }
 
 /* Queries of any type, order and address, by way of f32; where the scale is negative the query is negated, and zeros
@@ -129,7 +148,7 @@ QI_INLINE char *query_at(char *q, int m, int d)
 QI_INLINE void convert_queries(const attention_cuda_params *c, const qi_work *w,
                                const prefill_row *rows, char *q, int tid)
 {
-    enum { PAIRS = QK_CHUNKS * 32 };
+    enum { PAIRS = QK_CHUNKS * CHUNK_DIMS / 2 };
     const attention_params *p = &c->at;
 #pragma unroll 1
     for (int i = tid; i < w->num_rows * GROUP_SIZE * PAIRS; i += ITEM_THREADS) {
@@ -146,15 +165,14 @@ QI_INLINE void convert_queries(const attention_cuda_params *c, const qi_work *w,
             if (CHANGES_QUERIES) x = hook_query(c, hook_pos(p, r->row, head), a, x);
             if (r->scale < 0.f) x.x = -x.x, x.y = -x.y;
         }
-        const u32 both = pack_pair(x.x, x.y);
-        *(u16 *)query_at(q, m, a) = (u16)both;
-        *(u16 *)query_at(q, m, b) = (u16)(both >> 16);
+        qi_store(query_at(q, m, a), &x.x, PRODUCT_TYPE, 1);
+        qi_store(query_at(q, m, b), &x.y, PRODUCT_TYPE, 1);
     }
     fence_proxy_async();
 }
 
 /* Unit i of a tile's queries as they stand in memory: 16 bytes of row m, from dim d on. */
-enum { UNIT_DIMS = 16 / qi_size_of(DTYPE_Q), ROW_UNITS = 64 * QK_CHUNKS / UNIT_DIMS };
+enum { UNIT_DIMS = 16 / qi_size_of(DTYPE_Q), ROW_UNITS = CHUNK_DIMS * QK_CHUNKS / UNIT_DIMS };
 #define UNIT_ROW(i) ((i) / ROW_UNITS)
 #define UNIT_DIM(i) ((i) % ROW_UNITS * UNIT_DIMS)
 
@@ -162,6 +180,11 @@ enum { UNIT_DIMS = 16 / qi_size_of(DTYPE_Q), ROW_UNITS = 64 * QK_CHUNKS / UNIT_D
 QI_INLINE void convert_unit(char *q, int m, int d, float sign)
 {
     const uint4 unit = *(const uint4 *)query_at(q, m, d);
+#if FP8 /* it is of that type, and to be negated */
+    const u32 signs = 0x80808080;
+    *(uint4 *)query_at(q, m, d) =
+        make_uint4(unit.x ^ signs, unit.y ^ signs, unit.z ^ signs, unit.w ^ signs);
+#else
     const u32 words[4] = {unit.x, unit.y, unit.z, unit.w};
 #pragma unroll
     for (int i = 0; i < UNIT_DIMS; i += 8) {
@@ -171,6 +194,7 @@ QI_INLINE void convert_unit(char *q, int m, int d, float sign)
             make_uint4(pack_pair(sign * x[0], sign * x[1]), pack_pair(sign * x[2], sign * x[3]),
                        pack_pair(sign * x[4], sign * x[5]), pack_pair(sign * x[6], sign * x[7]));
     }
+#endif
 }
 
 /* Queries 16 bytes at a time. What is of another type or to be negated is changed where it came to lie, by the thread
@@ -193,7 +217,7 @@ QI_INLINE void copy_queries(const attention_cuda_params *c, const qi_work *w,
 #pragma unroll 1
     for (int i = tid; i < all; i += ITEM_THREADS) {
         const float scale = rows[UNIT_ROW(i)].scale;
-        if (DTYPE_Q != MMA_TYPE || scale < 0.f)
+        if (DTYPE_Q != PRODUCT_TYPE || scale < 0.f)
             convert_unit(q, UNIT_ROW(i), UNIT_DIM(i), scale < 0.f ? -1.f : 1.f);
     }
     fence_proxy_async();
@@ -291,8 +315,8 @@ QI_INLINE void prepare_rows(const wgmma_params *p, const prefill_item_notes *not
         enum { ROWS = TILE_ROWS / GROUP_SIZE * GROUP_SIZE };
         mbarrier_arrive_expect_tx(&b->rows_full[buffer], ROWS * 128 * QK_CHUNKS);
         for (int i = 0; i < QK_CHUNKS; i++)
-            tma_load_4d(q + i * Q_CHUNK_BYTES, &p->q, &b->rows_full[buffer], 64 * i, 0, w->kv_head,
-                        rows[0].row.token);
+            tma_load_4d(q + i * Q_CHUNK_BYTES, &p->q, &b->rows_full[buffer], CHUNK_DIMS * i, 0,
+                        w->kv_head, rows[0].row.token);
         return;
     }
     mbarrier_arrive(&b->rows_full[buffer]);

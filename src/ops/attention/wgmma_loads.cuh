@@ -58,7 +58,7 @@ QI_INLINE void load_pieces(const wgmma_params *p, const item_keys *k, int first,
     __syncwarp();
     if (l->lane < pieces)
         for (int i = 0; i < chunks; i++)
-            tma_load_4d(to + i * KV_CHUNK_BYTES, is_v ? &p->v : &p->k, full, 64 * i,
+            tma_load_4d(to + i * KV_CHUNK_BYTES, is_v ? &p->v : &p->k, full, CHUNK_DIMS * i,
                         PAGE_SIZE > 0 ? slot_of_key(key) : (int)k->list + key, k->kv_head, page);
     ring_next(&l->at, STAGES);
 #endif
@@ -80,9 +80,10 @@ QI_INLINE void load_by_tma(const wgmma_params *p, const item_keys *k, loader *l,
 /* ---- row by row ------------------------------------------------------------------------------- */
 
 enum {
-    WARP_ROWS = KEYS / LOADERS, /* rows of a block that a warp brings */
+    WIDENED = PRODUCT_BYTES / KV_BYTES, /* bytes that each becomes */
+    WARP_ROWS = KEYS / LOADERS,         /* rows of a block that a warp brings */
     /* So many at a time, each by so many lanes; and the rows whose addresses a lane has. */
-    STEP_ROWS = KV_BYTES == 2 ? 4 : 8,
+    STEP_ROWS = 4 * WIDENED,
     ROW_LANES = WARP / STEP_ROWS,
     STEPS = WARP_ROWS / STEP_ROWS,
     ROWS_OF_LANE = (WARP_ROWS + WARP - 1) / WARP,
@@ -150,12 +151,11 @@ QI_INLINE const char *row_at_step(const char *const row[ROWS_OF_LANE], const int
 /* Where this lane's part of 64 dims of its row at step 0 begins; flip: its piece of 16 bytes with bits changed. */
 QI_INLINE char *part_of_lane(char *to, const int flip)
 {
-    const int lane = tid_x() % WARP, mine = lane / ROW_LANES,
-              piece = lane % ROW_LANES * (2 / KV_BYTES);
+    const int lane = tid_x() % WARP, mine = lane / ROW_LANES, piece = lane % ROW_LANES * WIDENED;
     return to + mine * 128 + (piece ^ mine ^ flip) * 16;
 }
 
-/* The warp's rows to `to`, of 64 dims 16 bytes a lane; past the last dim come zeros. */
+/* The warp's rows to `to`, of each chunk 16 bytes a lane; past the last dim come zeros. */
 QI_INLINE void copy_rows(char *to, const char *const row[ROWS_OF_LANE], const int is_v)
 {
     const int chunks = is_v ? VO_CHUNKS : QK_CHUNKS, dim = is_v ? HEAD_DIM_VO : HEAD_DIM_QK;
@@ -166,11 +166,11 @@ QI_INLINE void copy_rows(char *to, const char *const row[ROWS_OF_LANE], const in
         const char *from = row_at_step(row, i) + mine;
 #pragma unroll
         for (int c = 0; c < chunks; c++) {
-            const int first =
-                64 * c + mine / KV_BYTES; /* of the lane's 8 or 16 dims; 8 are there or not */
+            const int first = CHUNK_DIMS * c +
+                              mine / KV_BYTES; /* of the lane's 8 or 16 dims; 8 are there or not */
             const int bytes = first + (KV_BYTES == 1 ? 8 : 0) < dim ? 16 : first < dim ? 8 : 0;
             cp_async_16(part[i % 2] + i * STEP_ROWS * 128 + c * KV_CHUNK_BYTES,
-                        from + (bytes > 0 ? 64 * c * KV_BYTES : 0), (u32)bytes);
+                        from + (bytes > 0 ? CHUNK_DIMS * c * KV_BYTES : 0), (u32)bytes);
         }
     }
     cp_async_commit_group();
@@ -229,21 +229,23 @@ QI_INLINE void load_by_rows(const attention_params *p, const item_keys *k, loade
         copy_rows(to, row, is_v);
         find_pages(p, k, first + KEYS + rows_before(), page);
         cp_async_wait_group(0);
-        if (KV_BYTES == 1) widen_rows(to, is_v);
+        if (WIDENED == 2) widen_rows(to, is_v);
         tell_rows(l);
     }
 }
 
-/* 8 dims from any address. */
-QI_INLINE uint4 load_odd_piece(const char *from)
+/* A row's dims from d on, of `left` that it has, from any address to 16 bytes; zeros past its last. */
+QI_INLINE void copy_odd_piece(char *to, const char *row, int d, int left)
 {
+    if (WIDENED == 1 || left <= 0) {
+        copy_elements(to, row + d * KV_BYTES, left * KV_BYTES);
+        return;
+    }
+    const u8 *from = (const u8 *)row + d;
     u32 pair[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-        pair[i] = KV_BYTES == 2
-                      ? ((const u16 *)from)[2 * i] | (u32)((const u16 *)from)[2 * i + 1] << 16
-                      : widen(((const u8 *)from)[2 * i] | (u32)((const u8 *)from)[2 * i + 1] << 8);
-    return make_uint4(pair[0], pair[1], pair[2], pair[3]);
+    for (int i = 0; i < 4; i++) pair[i] = widen(from[2 * i] | (u32)from[2 * i + 1] << 8);
+    *(uint4 *)to = make_uint4(pair[0], pair[1], pair[2], pair[3]);
 }
 
 /* The same of rows at any address. */
@@ -258,10 +260,9 @@ QI_INLINE void load_odd_rows(const attention_params *p, const item_keys *k, load
 #pragma unroll 1
         for (int i = tid_x() % WARP; i < WARP_ROWS * pieces; i += WARP) {
             const int r = i / pieces, piece = i % pieces, key = first + rows_before() + r;
-            const char *from = row_of_key(p, k, key, page_of_key(p, k, key), is_v);
-            char *place = to + piece / 8 * KV_CHUNK_BYTES + r * 128 + ((piece ^ r) & 7) * 16;
-            *(uint4 *)place = piece * 8 < dim ? load_odd_piece(from + piece * 8 * KV_BYTES)
-                                              : make_uint4(0, 0, 0, 0);
+            copy_odd_piece(to + piece / 8 * KV_CHUNK_BYTES + r * 128 + ((piece ^ r) & 7) * 16,
+                           row_of_key(p, k, key, page_of_key(p, k, key), is_v), piece * PIECE_DIMS,
+                           dim - piece * PIECE_DIMS);
         }
         tell_rows(l);
     }

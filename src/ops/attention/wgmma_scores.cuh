@@ -7,13 +7,18 @@
 
 #include "ops/attention/wgmma_items.cuh"
 
-enum { NUM_SCORES = KEYS / 2, NUM_SUMS = COLUMNS / 2 }; /* registers of a thread: scores, o */
+/* Registers of a thread: scores, the same as weights, o. */
+enum { NUM_SCORES = KEYS / 2, NUM_WEIGHTS = KEYS * PRODUCT_BYTES / 8, NUM_SUMS = COLUMNS / 2 };
+
+/* The largest weight of a row when its maximum was last followed is 2 to the power of this. It may grow to 2^8, which
+ * all types hold; in e4m3 weights are multiples of 2^-9, and have their 3 bits of mantissa from 2^-6 on. */
+#define TOP_WEIGHT (FP8 ? 6.f : 0.f)
 
 /* The lane's two rows. */
 typedef struct two_rows {
     int m[2];       /* of the tile */
     float scale[2]; /* makes a product a score */
-    float max[2];   /* that weights are relative to */
+    float max[2];   /* that weights are relative to, 2^TOP_WEIGHT less than the maximum */
     float sum[2];   /* the lane's part of the sum of weights */
 } two_rows;
 
@@ -114,8 +119,8 @@ QI_INLINE void finish_scores(const attention_cuda_params *c, const tile_item *t,
         mask_scores(&c->at, t, first, r, s);
 }
 
-/* The maximum that weights are relative to follows the true one only where that would be 2^8 above it, so that o is
- * seldom multiplied, and stays far from what f32 and the tensor cores' types hold. shrink: what the rows' sums and o
+/* The maximum that weights are relative to follows the true one only where weights would pass 2^8, so that o is seldom
+ * multiplied, and stays far from what f32 and the tensor cores' types hold. shrink: what the rows' sums and o
  * are to be multiplied by; returns whether any of the warp's is not 1. */
 QI_INLINE int follow_maxima(const float *s, two_rows *r, float shrink[2])
 {
@@ -141,6 +146,7 @@ QI_INLINE int follow_maxima(const float *s, two_rows *r, float shrink[2])
         x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
         x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
         if (x <= r->max[h] + 8.f) continue;
+        x -= TOP_WEIGHT;
         shrink[h] = ex2(r->max[h] - x);
         r->max[h] = x;
         r->sum[h] *= shrink[h];
@@ -148,22 +154,31 @@ QI_INLINE int follow_maxima(const float *s, two_rows *r, float shrink[2])
     return 1;
 }
 
-/* Scores to weights, 2^(scale s - max), and this lane's part of their sum. */
+/* Four scores, two of each row, to weights, 2^(scale s - max), and this lane's part of their sum. */
 QI_INLINE void weigh_scores(two_rows *r, float *s)
 {
 #pragma unroll
-    for (int i = 0; i < NUM_SCORES; i++) {
-        const int h = i / 2 % 2;
+    for (int i = 0; i < 4; i++) {
+        const int h = i / 2;
         s[i] = ex2(fmaf(s[i], r->scale[h], -r->max[h]));
         r->sum[h] += s[i];
     }
 }
 
-/* Weights as the left operand of the next product. */
+/* Weights as the left operand of the next product. Of e4m3 a register is of four columns, where a lane has four keys of
+ * two columns of 8: so the keys of 16 change places, in values (wgmma_transpose.cuh) as here. */
 QI_INLINE void pack_weights(const float *s, u32 *weights)
 {
+#if FP8
 #pragma unroll
-    for (int i = 0; i < NUM_SCORES; i += 2) weights[i / 2] = pack_pair(s[i], s[i + 1]);
+    for (int i = 0; i < NUM_WEIGHTS; i++) {
+        const float *x = s + i / 2 * 8 + i % 2 * 2;
+        weights[i] = f32_to_e4m3x4(x[0], x[1], x[4], x[5]);
+    }
+#else
+#pragma unroll
+    for (int i = 0; i < NUM_WEIGHTS; i++) weights[i] = pack_pair(s[2 * i], s[2 * i + 1]);
+#endif
 }
 
 #endif

@@ -10,11 +10,15 @@
 #include "ops/attention/merge_rows.cuh"
 #include "ops/attention/wgmma_scores.cuh"
 
-#define WGMMA_CALL_(n, form, type) wgmma_m64n##n##k16_##form##_##type
-#define WGMMA_CALL(n, form, type)  WGMMA_CALL_(n, form, type)
+#define WGMMA_CALL_(n, depth, form, type) wgmma_m64n##n##k##depth##_##form##_##type
+#define WGMMA_CALL(n, depth, form, type)  WGMMA_CALL_(n, depth, form, type)
+#if FP8
+#define MULTIPLY(n, form, ...) WGMMA_CALL(n, 32, form, e4m3)(__VA_ARGS__)
+#else
 #define MULTIPLY(n, form, ...)                                                                     \
-    (MMA_TYPE == QI_BF16 ? WGMMA_CALL(n, form, bf16)(__VA_ARGS__)                                  \
-                         : WGMMA_CALL(n, form, f16)(__VA_ARGS__))
+    (MMA_TYPE == QI_BF16 ? WGMMA_CALL(n, 16, form, bf16)(__VA_ARGS__)                              \
+                         : WGMMA_CALL(n, 16, form, f16)(__VA_ARGS__))
+#endif
 
 /* ---- products ------------------------------------------------------------------------------- */
 
@@ -22,18 +26,34 @@
 QI_INLINE void multiply_keys(u32 q, u32 k, float *s)
 {
 #pragma unroll
-    for (int i = 0; i < (HEAD_DIM_QK + 15) / 16; i++)
+    for (int i = 0; i < (HEAD_DIM_QK * PRODUCT_BYTES + 31) / 32; i++)
         MULTIPLY(KEYS, ss, s, wgmma_descriptor(q, (u32)(i / 4 * Q_CHUNK_BYTES + i % 4 * 32)),
                  wgmma_descriptor(k, (u32)(i / 4 * KV_CHUNK_BYTES + i % 4 * 32)), i > 0);
     wgmma_commit_group();
 }
 
-/* Begins o += weights v. */
-QI_INLINE void multiply_values(const u32 *weights, u32 v, float *o)
+/* Of e4m3 the sums of a block stand apart, and are added to o in f32, since the tensor cores cut off what is small
+ * beside d: for a part of the columns at a time, as registers allow. Otherwise o is the products' d. */
+#if FP8
+#define PART_COLUMNS 32
+#else
+#define PART_COLUMNS COLUMNS
+#endif
+enum { PARTS = COLUMNS / PART_COLUMNS, PART_SUMS = PART_COLUMNS / 2 };
+
+/* Begins o += weights v, or sums = weights v for columns of the part. */
+QI_INLINE void multiply_values(const u32 *weights, u32 v, const int part, float *sums, float *o)
 {
+#if FP8
+#pragma unroll
+    for (int i = 0; i < KEYS / 32; i++)
+        MULTIPLY(PART_COLUMNS, rs, sums, weights + 4 * i,
+                 wgmma_descriptor(v, (u32)(part * PART_COLUMNS * 128 + i * 32)), i > 0);
+#else
 #pragma unroll
     for (int i = 0; i < KEYS / 16; i++)
         MULTIPLY(COLUMNS, rs, o, weights + 4 * i, wgmma_descriptor(v, (u32)i * 2048));
+#endif
     wgmma_commit_group();
 }
 
@@ -43,10 +63,19 @@ QI_INLINE void hold_scores(float *s)
     for (int i = 0; i < NUM_SCORES; i++) wgmma_hold(s[i]);
 }
 
-QI_INLINE void hold_sums(float *o)
+/* After a wait: o has the part's sums. */
+QI_INLINE void take_sums(const int part, float *sums, float *o)
 {
+#if FP8
+#pragma unroll
+    for (int i = 0; i < PART_SUMS; i++) {
+        wgmma_hold(sums[i]);
+        o[part * PART_SUMS + i] += sums[i];
+    }
+#else
 #pragma unroll
     for (int i = 0; i < NUM_SUMS; i++) wgmma_hold(o[i]);
+#endif
 }
 
 /* ---- blocks --------------------------------------------------------------------------------- */
@@ -67,6 +96,7 @@ QI_INLINE u32 tile_of_keys(const worker *t)
 
 QI_INLINE u32 tile_of_values(const worker *t)
 {
+    if (FP8) return wgmma_tile(t->shared + TURNED_AT + t->values.stage * TURNED_BYTES, 0);
     return wgmma_tile(t->shared + V_AT + t->values.stage * V_BYTES, KV_CHUNK_BYTES);
 }
 
@@ -76,9 +106,16 @@ QI_INLINE void pass_keys(worker *t)
     ring_next(&t->keys, STAGES);
 }
 
+QI_INLINE void wait_for_values(const worker *t)
+{
+    u64 *full = FP8 ? t->b->turned_full : t->b->v_full;
+    mbarrier_wait(&full[t->values.stage], t->values.parity);
+}
+
 QI_INLINE void pass_values(worker *t)
 {
-    if (t->tid == 0) mbarrier_arrive(&t->b->v_empty[t->values.stage]);
+    u64 *empty = FP8 ? t->b->turned_empty : t->b->v_empty;
+    if (t->tid == 0) mbarrier_arrive(&empty[t->values.stage]);
     ring_next(&t->values, STAGES);
 }
 
@@ -92,13 +129,13 @@ QI_INLINE void clear_values(char *v, int begin, int end, int tid)
 }
 
 /* Waits for the values of the block at `first`. Those of keys that are not the item's become zeros, since a weight
- * of 0 times what lies there may be NaN; every warpgroup sees to it itself. */
+ * of 0 times what lies there may be NaN; every warpgroup sees to it itself, where they were not transposed. */
 QI_INLINE void await_values(worker *t, const tile_item *item, int first)
 {
     const qi_work *w = &item->notes->work;
     const int begin = w->kv_begin - first, end = w->kv_end - first; /* rows of the item's keys */
-    mbarrier_wait(&t->b->v_full[t->values.stage], t->values.parity);
-    if (begin <= 0 && end >= KEYS) return;
+    wait_for_values(t);
+    if (FP8 || (begin <= 0 && end >= KEYS)) return;
     char *v = t->shared + V_AT + t->values.stage * V_BYTES;
     clear_values(v, 0, begin, t->tid);
     clear_values(v, end, KEYS, t->tid);
@@ -106,23 +143,28 @@ QI_INLINE void await_values(worker *t, const tile_item *item, int first)
     bar_sync(1 + t->group, 128);
 }
 
-/* From a block's products to weights. Returns whether o is to be multiplied by shrink first. */
-QI_INLINE int weigh_block(const worker *t, const tile_item *item, int first, two_rows *r, float *s,
+/* Finishes a block's scores. Returns whether o is to be multiplied by shrink before weights are added to it. */
+QI_INLINE int score_block(const worker *t, const tile_item *item, int first, two_rows *r, float *s,
                           float shrink[2])
 {
     finish_scores(&t->p->c, item, first, r, s);
-    if (!SOFTMAX) return 0;
-    const int grew = follow_maxima(s, r, shrink);
-    weigh_scores(r, s);
-    return grew;
+    return SOFTMAX ? follow_maxima(s, r, shrink) : 0;
+}
+
+/* The part of PARTS of a block's scores to weights; what they are without a softmax. */
+QI_INLINE void weigh_part(two_rows *r, float *s, const int part)
+{
+#pragma unroll
+    for (int i = 0; i < NUM_SCORES; i += 4)
+        if (SOFTMAX && i * PARTS / NUM_SCORES == part) weigh_scores(r, s + i);
 }
 
 /* 64 rows of the item, whose queries these are: their weighted sums of v to o. */
 QI_INLINE void walk_blocks(worker *t, const tile_item *item, const char *queries, two_rows *r,
                            float *o)
 {
-    float s[NUM_SCORES], shrink[2];
-    u32 weights[NUM_SCORES / 2];
+    float s[NUM_SCORES], sums[PART_SUMS], shrink[2];
+    u32 weights[NUM_WEIGHTS];
 #pragma unroll
     for (int i = 0; i < NUM_SUMS; i++) o[i] = 0.f;
     if (item->blocks == 0) return;
@@ -133,7 +175,9 @@ QI_INLINE void walk_blocks(worker *t, const tile_item *item, const char *queries
     hold_scores(s);
     pass_keys(t);
     int first = item->first;
-    weigh_block(t, item, first, r, s, shrink);
+    score_block(t, item, first, r, s, shrink);
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) weigh_part(r, s, part);
     pack_weights(s, weights);
 #pragma unroll 1
     for (int i = 1; i < item->blocks; i++) {
@@ -143,14 +187,23 @@ QI_INLINE void walk_blocks(worker *t, const tile_item *item, const char *queries
         multiply_keys(q, k, s);
         await_values(t, item, first);
         wgmma_fence();
-        multiply_values(weights, v, o);
+        multiply_values(weights, v, 0, sums, o);
         wgmma_wait_group(1);
         hold_scores(s);
         pass_keys(t);
         first += KEYS;
-        const int grew = weigh_block(t, item, first, r, s, shrink);
+        const int grew = score_block(t, item, first, r, s, shrink);
+#pragma unroll
+        for (int part = 1; part < PARTS; part++) { /* beside each the next one's weights */
+            wgmma_wait_group(0);
+            take_sums(part - 1, sums, o);
+            wgmma_fence();
+            multiply_values(weights, v, part, sums, o);
+            weigh_part(r, s, part - 1);
+        }
+        weigh_part(r, s, PARTS - 1);
         wgmma_wait_group(0);
-        hold_sums(o);
+        take_sums(PARTS - 1, sums, o);
         pass_values(t);
         if (grew) {
 #pragma unroll
@@ -159,10 +212,14 @@ QI_INLINE void walk_blocks(worker *t, const tile_item *item, const char *queries
         pack_weights(s, weights);
     }
     await_values(t, item, first);
-    wgmma_fence();
-    multiply_values(weights, tile_of_values(t), o);
-    wgmma_wait_group(0);
-    hold_sums(o);
+    const u32 v = tile_of_values(t);
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+        wgmma_fence();
+        multiply_values(weights, v, part, sums, o);
+        wgmma_wait_group(0);
+        take_sums(part, sums, o);
+    }
     pass_values(t);
 }
 
@@ -174,7 +231,7 @@ QI_INLINE void skip_blocks(worker *t, const tile_item *item)
         mbarrier_wait(&t->b->k_full[t->keys.stage], t->keys.parity);
         bar_sync(1 + t->group, 128); /* or a stage could pass a warp twice */
         pass_keys(t);
-        mbarrier_wait(&t->b->v_full[t->values.stage], t->values.parity);
+        wait_for_values(t);
         bar_sync(1 + t->group, 128);
         pass_values(t);
     }
@@ -225,7 +282,7 @@ _Static_assert(QI_F16 == 1 && QI_BF16 == 2, "as above");
 QI_INLINE void store_plain_rows(const wgmma_params *params, const tile_item *item, const float *o,
                                 const float norm[2], char *stage, int row_begin)
 {
-    enum { PASS = QK_CHUNKS < VO_CHUNKS ? 64 * QK_CHUNKS : COLUMNS, PIECES = PASS / 8 };
+    enum { PASS = 64 * QK_CHUNKS < COLUMNS ? 64 * QK_CHUNKS : COLUMNS, PIECES = PASS / 8 };
     const attention_params *p = &params->c.at;
     const qi_work *w = &item->notes->work;
     const int lane = tid_x() % WARP, all = w->num_rows * GROUP_SIZE;
