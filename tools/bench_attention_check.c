@@ -67,6 +67,7 @@ static double weight_error(const bench *b, const qkv_attention_spec *spec)
 {
     const char *device = qkv_context_device_name(b->ctx);
     if (b->gpu) {
+        if (spec->dtype_q.bits == 8 && spec->dtype_kv.code == QKV_E4M3.code) return 0x1p-4;
         if (spec->dtype_kv.code == QKV_F16.code && spec->dtype_kv.bits == 16) return 0x1p-11;
         return spec->dtype_kv.bits == 32 ? 0 : 0x1p-8;
     }

@@ -30,10 +30,11 @@ static const struct {
                       "head_dim_qk/head_dim_vo, or one for both"},
     [KEY_PAGE] = {"page", KIND_INT, 0, 1 << 24, NULL, "tokens a page; 0 = ragged, without pages"},
     [KEY_LAYOUT] = {"layout", KIND_CHOICE, 0, 0, "NHD|HND", "order of a page's axes"},
-    [KEY_Q] = {"q", KIND_CHOICE, 0, 0, DTYPES, "dtype of q"},
+    [KEY_Q] = {"q", KIND_CHOICE, 0, 0, DTYPES "|e4m3", "dtype of q"},
     [KEY_KV] = {"kv", KIND_CHOICE, 0, 0, KV_DTYPES,
                 "dtype of the cache; that of q or dtype if not given"},
-    [KEY_O] = {"o", KIND_CHOICE, 0, 0, DTYPES, "dtype of o; that of q if not given"},
+    [KEY_O] = {"o", KIND_CHOICE, 0, 0, DTYPES,
+               "dtype of o; that of q if not given, bf16 beside q of 8 bits"},
     [KEY_MASK] = {"mask", KIND_CHOICE, 0, 0, "none|causal", "attention mask"},
     [KEY_WINDOW] = {"window", KIND_INT, -1, 1 << 27, NULL, "keys left of a row's own; -1 = open"},
     [KEY_CAP] = {"cap", KIND_REAL, 0, 1 << 20, NULL, "soft cap of the logits; 0 = none"},
@@ -318,7 +319,9 @@ bool problem_parse(const char *op, const char *text, problem *out, char error[PR
     if (!apply(index, text, has, given, &p, error)) return false;
     for (size_t i = 0; i < sizeof follows / sizeof follows[0]; i++)
         if (has[follows[i].key] && !given[follows[i].key] && given[follows[i].from])
-            p.value[follows[i].key] = p.value[follows[i].from];
+            p.value[follows[i].key] = follows[i].key == KEY_O && p.value[KEY_Q].first > 2
+                                          ? p.value[KEY_O] /* nobody stores so few bits */
+                                          : p.value[follows[i].from];
     if (!check(&p, has, error)) return false;
     *out = p;
     return true;
