@@ -335,7 +335,7 @@ static qi_limits schedule_limits(const qkv_attention *a, qkv_attention_limits *l
         .fixed_cuts = fixed,
         .cost_visit = !cuda             ? 200
                       : a->cuda.prefill ? 40000
-                                        : 5000,
+                                        : 30000,
         .cost_key =
             (cuda ? 150 : 3) * (int32_t)qi_dtype_bytes((qi_dtype)qi_dtype_of(spec->dtype_kv)),
         .cost_pair = 1,

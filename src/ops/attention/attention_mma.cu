@@ -17,8 +17,8 @@
 #include "ops/attention/prefill_mma.cuh"
 #endif
 
-/* Can a block begin before the launch's turn, if it is let? */
-#if DECODE_ROWS && !PREFILL && !MIXED && !SPARSE && __CUDA_ARCH__ >= 900
+/* Can a block begin before the launch's turn, if it is let? With the longest heads it has no registers for that. */
+#if DECODE_ROWS && !PREFILL && !MIXED && !SPARSE && HEAD_DIM_VO <= 128 && __CUDA_ARCH__ >= 900
 #define MAY_BE_EARLY 1
 #else
 #define MAY_BE_EARLY 0
