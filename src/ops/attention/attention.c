@@ -312,6 +312,14 @@ static i32 near_keys(const qkv_attention_spec *spec)
  * elements on the CPUs measured (docs/performance.md), starting a tile about 200; on GPUs, whose
  * tensor cores are that much faster than their memory, 150, and 5000 or, with prefill tiles, 40000, where a
  * unit is some 0.1 ns of half an SM. A cut there costs some 4 us. */
+/* What starting a tile costs a strip on a GPU: instructions alone where a strip has one, as it has with few tiles; else
+ * the wait between two, as measured (NOTES.md). */
+static i32 cuda_cost_visit(const qkv_attention *a, const qkv_attention_limits *limits)
+{
+    if (a->cuda.prefill) return 40000;
+    return (i64)limits->max_requests * a->spec.num_kv_heads <= limits->max_workers ? 5000 : 30000;
+}
+
 static qi_limits schedule_limits(const qkv_attention *a, qkv_attention_limits *limits)
 {
     const qkv_attention_spec *spec = &a->spec;
@@ -333,9 +341,7 @@ static qi_limits schedule_limits(const qkv_attention *a, qkv_attention_limits *l
                      : !cuda && spec->page_size > 64 ? spec->page_size
                                                      : 64,
         .fixed_cuts = fixed,
-        .cost_visit = !cuda             ? 200
-                      : a->cuda.prefill ? 40000
-                                        : 30000,
+        .cost_visit = !cuda ? 200 : cuda_cost_visit(a, limits),
         .cost_key =
             (cuda ? 150 : 3) * (int32_t)qi_dtype_bytes((qi_dtype)qi_dtype_of(spec->dtype_kv)),
         .cost_pair = 1,
