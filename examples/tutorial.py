@@ -200,8 +200,8 @@ assert close(shared.run(q, k_cache, v_cache), o)
 # %% [markdown]
 # ## 4. From logits to tokens
 #
-# A pipe of stages, which are fused into one kernel where they can be. The draw depends on the seed
-# alone, not on what else is in the batch.
+# A pipe of stages, which run as one kernel. The draw depends on the seed alone, not on what else is in
+# the batch.
 
 # %%
 from qkv.logits_processor import LogitsPipe, Sample, Softmax, Temperature, TopP  # noqa: E402

@@ -84,7 +84,10 @@ enum {
     OPS_PAGES = 24, /* a third of them for each request's own */
     OPS_PER_REQUEST = OPS_PAGES / OPS_REQUESTS,
     OPS_VOCAB = 300,
+    OPS_K = 20,
     OPS_STATES = 2,
+    OPS_WALKS = 2, /* of draft tokens, OPS_NODES long */
+    OPS_NODES = OPS_ROWS / OPS_WALKS - 1,
 };
 
 /* What all operators read and write; floats first. Inputs of one may be outputs of another. */
@@ -103,7 +106,10 @@ typedef struct ops_data {
     float lse_states[OPS_STATES][OPS_ROWS * OPS_HEADS], lse[OPS_ROWS * OPS_HEADS];
     float temperature[OPS_ROWS], top_p[OPS_ROWS];
     uint64_t seed[OPS_ROWS];
-    int32_t tokens[OPS_ROWS], top_k[OPS_ROWS], positions[OPS_ROWS], offsets[OPS_REQUESTS];
+    int32_t top[OPS_ROWS * OPS_K];
+    int32_t tokens[OPS_ROWS], accepted[OPS_ROWS], num_accepted[OPS_WALKS];
+    int32_t draft_tokens[OPS_WALKS * OPS_NODES], top_k[OPS_ROWS], positions[OPS_ROWS],
+        offsets[OPS_REQUESTS];
     int32_t slots[OPS_ROWS], src[2], dst[2];
     int32_t qo_indptr[OPS_REQUESTS + 1], kv_lens[OPS_REQUESTS];
     int32_t table[OPS_REQUESTS * OPS_PER_REQUEST];
@@ -157,9 +163,11 @@ static inline void ops_fill(ops_data *d, uint64_t seed)
         d->top_p[i] = (float)(0.75 + test_uniform(0.25));
         d->top_k[i] = 1 + (int32_t)test_below(OPS_VOCAB);
         d->seed[i] = test_u64();
-        d->tokens[i] = -1;
+        d->tokens[i] = d->accepted[i] = -2;
         d->positions[i] = (int32_t)test_below(10000);
     }
+    for (int i = 0; i < OPS_WALKS * OPS_NODES; i++)
+        d->draft_tokens[i] = (int32_t)test_below(OPS_VOCAB);
     ops_fill_index(d);
     test_state = before;
 }
@@ -324,6 +332,38 @@ static inline qkv_status ops_sample(const ops *s, void *stream)
                       &params, stream);
 }
 
+static inline qkv_status ops_top_k(const ops *s, void *stream)
+{
+    ops_data *d = s->d;
+    return qkv_top_k(s->ctx, OPS_MATRIX(d->product, OPS_K),
+                     TENSOR(d->top, QKV_I32, OPS_ROWS, OPS_K), OPS_MATRIX(d->logits, OPS_VOCAB), 1,
+                     stream);
+}
+
+static inline qkv_status ops_log_probs(const ops *s, void *stream)
+{
+    ops_data *d = s->d;
+    return qkv_log_probs(s->ctx, TENSOR(d->lse, QKV_F32, OPS_ROWS, 1),
+                         TENSOR(d->top, QKV_I32, OPS_ROWS, 1), OPS_MATRIX(d->logits, OPS_VOCAB),
+                         TENSOR(d->positions, QKV_I32, OPS_ROWS, 1), stream);
+}
+
+/* Draft rows are target rows, of other nodes. */
+static inline qkv_status ops_verify(const ops *s, void *stream)
+{
+    ops_data *d = s->d;
+    const qkv_verify_io io = {
+        QKV_VERIFY_IO_INIT,
+        .accepted = TENSOR(d->accepted, QKV_I32, OPS_WALKS, OPS_NODES + 1),
+        .num_accepted = OPS_INTS(d->num_accepted, OPS_WALKS),
+        .tokens = TENSOR(d->tokens, QKV_I32, OPS_WALKS, OPS_NODES + 1),
+        .target = TENSOR(d->logits, QKV_BF16, OPS_WALKS, OPS_NODES + 1, OPS_VOCAB),
+        .draft_tokens = TENSOR(d->draft_tokens, QKV_I32, OPS_WALKS, OPS_NODES),
+        .draft = TENSOR(d->logits + OPS_VOCAB, QKV_BF16, OPS_WALKS, OPS_NODES, OPS_VOCAB),
+        .seed = TENSOR(d->seed, QKV_U64, OPS_WALKS)};
+    return qkv_verify(s->ctx, &io, stream);
+}
+
 static inline qkv_status ops_run(const ops *s, int which, void *stream)
 {
     ops_data *d = s->d;
@@ -371,6 +411,9 @@ static const struct {
     {"gemm", ops_gemm, 1},
     {"argmax", ops_argmax, 1},
     {"sample", ops_sample, 1},
+    {"top_k", ops_top_k, 1},
+    {"log_probs", ops_log_probs, 1},
+    {"verify", ops_verify, 1},
     {"attention run, decode", ops_run_decode, 1},
     {"attention run, mixed", ops_run_mixed, 1},
     {"attention run, levels", ops_run_levels, 2},

@@ -28,7 +28,11 @@ static void abi_sizes_are_pinned(void **state)
         {"qkv_arg", sizeof(qkv_arg), 16},
         {"qkv_kv_append_options", sizeof(qkv_kv_append_options), 88},
         {"qkv_rope_spec", sizeof(qkv_rope_spec), 32},
-        {"qkv_sampling_params", sizeof(qkv_sampling_params), 56},
+        {"qkv_sampling_params", sizeof(qkv_sampling_params), 152},
+        {"qkv_verify_io", sizeof(qkv_verify_io), 80},
+        {"qkv_stage", sizeof(qkv_stage), 40},
+        {"qkv_logits_pipe_spec", sizeof(qkv_logits_pipe_spec), 40},
+        {"qkv_named_tensor", sizeof(qkv_named_tensor), 16},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++)
         if (cases[i].size != cases[i].pinned)
@@ -38,7 +42,7 @@ static void abi_sizes_are_pinned(void **state)
     assert_int_equal(offsetof(qkv_attention_spec, variant), sizeof(qkv_attention_spec) - 8);
     assert_int_equal(offsetof(qkv_attention_limits, reserved), sizeof(qkv_attention_limits) - 4);
     assert_int_equal(offsetof(qkv_attention_io, args), sizeof(qkv_attention_io) - 8);
-    assert_int_equal(offsetof(qkv_sampling_params, offset), sizeof(qkv_sampling_params) - 8);
+    assert_int_equal(offsetof(qkv_sampling_params, valid), sizeof(qkv_sampling_params) - 8);
 }
 
 static void abi_numbers_are_pinned(void **state)
@@ -68,6 +72,16 @@ static void abi_numbers_are_pinned(void **state)
     assert_int_equal(QKV_PARAM_I32, 1);
     assert_int_equal(QKV_PARAM_TENSOR, 2);
     assert_int_equal(QKV_ATTENTION_LSE_BASE_2, 2);
+    assert_int_equal(QKV_LOGITS, 0);
+    assert_int_equal(QKV_PROBS, 1);
+    assert_int_equal(QKV_TOP_K_FIRST, 0);
+    assert_int_equal(QKV_TOP_K_JOINT, 1);
+    static const int32_t stages[] = {
+        QKV_STAGE_REPETITION, QKV_STAGE_FREQUENCY, QKV_STAGE_PRESENCE,    QKV_STAGE_BIAS,
+        QKV_STAGE_BITMASK,    QKV_STAGE_USER,      QKV_STAGE_TEMPERATURE, QKV_STAGE_TOP_N_SIGMA,
+        QKV_STAGE_SOFTMAX,    QKV_STAGE_TOP_K,     QKV_STAGE_TOP_P,       QKV_STAGE_MIN_P,
+        QKV_STAGE_TYPICAL_P,  QKV_STAGE_SAMPLE};
+    for (int32_t i = 0; i < 14; i++) assert_int_equal(stages[i], i);
     assert_int_equal(QKV_SILU, 0);
     assert_int_equal(QKV_GELU, 1);
     assert_int_equal(QKV_GELU_TANH, 2);

@@ -65,6 +65,42 @@ static qkv_status run_sample(DLTensor *const *t)
     return qkv_sample(ctx, t[0], t[1], &params, NULL);
 }
 
+static qkv_status run_top_k(DLTensor *const *t)
+{
+    return qkv_top_k(ctx, t[0], t[1], t[2], 1, NULL);
+}
+
+static qkv_status run_log_probs(DLTensor *const *t)
+{
+    return qkv_log_probs(ctx, t[0], t[1], t[2], t[3], NULL);
+}
+
+static qkv_status run_renormalize(DLTensor *const *t)
+{
+    const qkv_sampling_params params = {
+        QKV_SAMPLING_PARAMS_INIT, .kind = QKV_PROBS, .top_k = t[2], .top_p = t[3],
+        .typical_p = t[4],        .indices = t[5],   .valid = t[6]};
+    return qkv_renormalize(ctx, t[0], t[1], &params, NULL);
+}
+
+static qkv_status run_mask_logits(DLTensor *const *t)
+{
+    const qkv_sampling_params params = {
+        QKV_SAMPLING_PARAMS_INIT, .repetition = t[2],   .frequency = t[3], .presence = t[4],
+        .counts = t[5],           .prompt = t[6],       .bias = t[7],      .bitmask = t[8],
+        .temperature = t[9],      .top_n_sigma = t[10], .top_k = t[11]};
+    return qkv_mask_logits(ctx, t[0], t[1], &params, NULL);
+}
+
+static qkv_status run_verify(DLTensor *const *t)
+{
+    const qkv_verify_io io = {QKV_VERIFY_IO_INIT, .accepted = t[0], .num_accepted = t[1],
+                              .tokens = t[2],     .target = t[3],   .draft_tokens = t[4],
+                              .draft = t[5],      .parents = t[6],  .seed = t[7],
+                              .offset = t[8]};
+    return qkv_verify(ctx, &io, NULL);
+}
+
 /* ---- merge --------------------------------------------------------------------------------- */
 
 static qkv_status run_merge(DLTensor *const *t)
@@ -76,8 +112,10 @@ static qkv_status run_merge(DLTensor *const *t)
 /* ---- the calls ----------------------------------------------------------------------------- */
 
 static const int32_t positions[] = {0, 7, -3, 1 << 20}, indptr[] = {0, 1, 4}, offsets[] = {5, -5};
-static const float zeros[24], ones[] = {1, 1, 1, 1};
+static const float zeros[28], ones[] = {1, 1, 1, 1, 1, 1, 1, 1};
 static const int32_t top_k[] = {0, 1, 5, INT32_MAX};
+static const int32_t picked[] = {0, 1, 2, 3, 4, 5, 6, -1, 7, INT32_MIN, INT32_MAX, 0};
+static const int32_t row_of[] = {0, 1, 2, 0, 1, 2, 0, 1};
 static const uint64_t seeds[4];
 
 static const bad_entry request_entries[] = {
@@ -103,6 +141,17 @@ static const bad_entry sample_entries[] = {
     {"min_p", 0, -0.5, NULL},
     {"min_p", 1, 1.5, NULL},
     {"min_p", 3, NAN, NULL},
+    {0},
+};
+
+static const bad_entry mask_entries[] = {
+    {"repetition", 1, 0, NULL}, {"repetition", 0, NAN, NULL}, {"frequency", 2, INFINITY, NULL},
+    {"presence", 0, NAN, NULL}, {"top_n_sigma", 3, 0, NULL},  {0},
+};
+
+static const bad_entry renormalize_entries[] = {
+    {"typical_p", 1, 0, NULL},
+    {"typical_p", 0, 1.5, NULL},
     {0},
 };
 
@@ -152,11 +201,60 @@ static const bad_call calls[] = {
      .run = run_sample,
      .entries = sample_entries,
      .args = {ARG("tokens", I32, SHAPE(4), .output = true),
-              ARG("logits", F32, SHAPE(4, 7), .also = "tokens", .longer = 2, .shorter = 2),
+              ARG("rows", F32, SHAPE(4, 7), .also = "tokens temperature", .longer = 2,
+                  .shorter = 2),
               ARG("temperature", F32, SHAPE(4), .init = ones, .optional = true),
               ARG("top_k", I32, SHAPE(4), .init = top_k, .optional = true),
               ARG("top_p", F32, SHAPE(4), .init = ones, .optional = true),
               ARG("min_p", F32, SHAPE(4), .init = zeros, .optional = true),
+              ARG("seed", U64, SHAPE(4), .init = seeds),
+              ARG("offset", U64, SHAPE(4), .init = seeds, .optional = true)}},
+    {.what = "renormalize",
+     .run = run_renormalize,
+     .entries = renormalize_entries,
+     .args = {ARG("probs", BF16, SHAPE(8, 7), .output = true),
+              ARG("rows", F32, SHAPE(3, 7), .also = "probs", .longer = 1, .shorter = 1),
+              ARG("top_k", I32, SHAPE(8), .init = row_of, .optional = true),
+              ARG("top_p", F32, SHAPE(8), .init = ones, .optional = true),
+              ARG("typical_p", F32, SHAPE(8), .init = ones, .optional = true),
+              ARG("indices", I32, SHAPE(8), .init = row_of, .also = "valid top_p"),
+              ARG("valid", U8, SHAPE(8), .output = true, .optional = true)}},
+    {.what = "mask_logits",
+     .run = run_mask_logits,
+     .entries = mask_entries,
+     .args = {ARG("out", F32, SHAPE(4, 7), .output = true),
+              ARG("rows", F16, SHAPE(4, 7), .also = "out repetition counts"),
+              ARG("repetition", F32, SHAPE(4), .init = ones, .also = "prompt"),
+              ARG("frequency", F32, SHAPE(4), .init = ones, .optional = true),
+              ARG("presence", F32, SHAPE(4), .init = ones, .optional = true),
+              ARG("counts", I32, SHAPE(4, 7), .init = zeros),
+              ARG("prompt", I32, SHAPE(4, 1), .init = zeros, .optional = true),
+              ARG("bias", BF16, SHAPE(4, 7), .init = zeros, .optional = true),
+              ARG("bitmask", I32, SHAPE(4, 1), .init = seeds, .optional = true),
+              ARG("temperature", F32, SHAPE(4), .init = ones, .optional = true),
+              ARG("top_n_sigma", F32, SHAPE(4), .init = ones, .optional = true),
+              ARG("top_k", I32, SHAPE(4), .init = top_k, .optional = true)}},
+    {.what = "top_k",
+     .run = run_top_k,
+     .args = {ARG("values", BF16, SHAPE(4, 5), .output = true, .optional = true),
+              ARG("indices", I32, SHAPE(4, 5), .output = true, .also = "values"),
+              ARG("rows", BF16, SHAPE(4, 7), .also = "indices values", .longer = 2, .shorter = 2)}},
+    {.what = "log_probs",
+     .run = run_log_probs,
+     .args = {ARG("log_probs", F32, SHAPE(4, 3), .output = true),
+              ARG("ranks", I32, SHAPE(4, 3), .output = true, .optional = true),
+              ARG("logits", F16, SHAPE(4, 7), .also = "tokens log_probs", .longer = 2,
+                  .shorter = 2),
+              ARG("tokens", I32, SHAPE(4, 3), .init = picked, .also = "log_probs ranks")}},
+    {.what = "verify",
+     .run = run_verify,
+     .args = {ARG("accepted", I32, SHAPE(4, 3), .output = true),
+              ARG("num_accepted", I32, SHAPE(4), .output = true),
+              ARG("tokens", I32, SHAPE(4, 3), .output = true),
+              ARG("target", F32, SHAPE(4, 3, 7), .also = "accepted draft"),
+              ARG("draft_tokens", I32, SHAPE(4, 2), .init = row_of),
+              ARG("draft", F32, SHAPE(4, 2, 7), .optional = true),
+              ARG("parents", I32, SHAPE(4, 2), .init = zeros, .optional = true),
               ARG("seed", U64, SHAPE(4), .init = seeds),
               ARG("offset", U64, SHAPE(4), .init = seeds, .optional = true)}},
     {.what = "attention_merge",

@@ -90,14 +90,46 @@ static const struct {
     {"gemm.tile", {F32, F32, F32, 1, 4, 256}},
     {"argmax.cuda", {F32, 4, 1024}},
     {"argmax.cuda", {BF16, 8, 1024}},
-    {"sample.cuda", {F32, 4, 512}},
-    {"sample.cuda", {BF16, 8, 512}},
+    {"top_k.cuda", {F32, 4, 512, 8, 1}},
+    {"top_k.cuda", {F32, 4, 512, 8, 0}},
+    {"top_k.cuda", {BF16, 8, 512, 4, 0}},
+    {"top_k.cuda", {F32, 1, 512, 1, 0}},
+    {"log_probs.cuda", {F32, 4, 512, 8, 1}},
+    {"log_probs.cuda", {BF16, 8, 512, 8, 1}},
+    {"log_probs.cuda", {F16, 1, 512, 1, 0}},
+    {"verify.cuda", {F32, 0, 4, 512, 8}},
+    {"verify.cuda", {BF16, 0, 8, 512, 8}},
+    {"verify.cuda", {F32, 1, 4, 512, 8}},
+    {"verify.cuda", {F16, 0, 1, 512, 1}},
+    {"verify.cuda", {F16, 1, 8, 512, 1}},
+    {"sampling.cuda", {F32, QI_I32, 0, 3, 4, 512, 1, 0, 0, 0, 0}},
+    {"sampling.cuda", {F32, QI_I32, 0, 3, 4, 512, 8, 8, 0xeb9a7, 0, 0}}, /* top_k, top_p */
+    {"sampling.cuda", {F32, QI_I32, 0, 3, 4, 512, 8, 0, 0xeb9a7, 0, 0}}, /* streamed */
+    {"sampling.cuda", {BF16, QI_I32, 0, 3, 8, 512, 8, 4, 0xeb9, 0, 0}},  /* top_p */
+    {"sampling.cuda", {F32, F32, 0, 1, 4, 512, 8, 10, 0xb9, 0, 0}},      /* top_p to rows */
+    {"sampling.cuda", {F32, QI_I32, 0, 3, 4, 512, 8, 8, 0xec97, 0, 0}},  /* min_p */
+    {"sampling.cuda", {F16, F16, 0, 1, 8, 512, 1, 0, 0xdcba987, 0, 0}},
 };
 
-/* Rows, or constants of theirs, for one generation only. */
+/* Where a row's constants say how many blocks a cluster has; -1: it has none. */
+static int cluster_at(const char *row)
+{
+    static const struct {
+        const char *row;
+        int at;
+    } places[] = {
+        {"sampling.cuda", 6}, {"top_k.cuda", 3}, {"log_probs.cuda", 3}, {"verify.cuda", 4}};
+    for (size_t i = 0; i < sizeof places / sizeof places[0]; i++)
+        if (strcmp(row, places[i].row) == 0) return places[i].at;
+    return -1;
+}
+
+/* Rows, or constants of theirs, for some generations only. */
 static bool is_for(const char *row, const i32 *constants, const char *level)
 {
     enum { DECODE_PIECE = 16 };
+    const int cluster = cluster_at(row);
+    if (cluster >= 0 && constants[cluster] > 1) return strcmp(level, "sm_80") != 0;
     const bool hopper = strcmp(row, "attention.wgmma") == 0 ||
                         (strcmp(row, "attention.mma") == 0 && constants[DECODE_PIECE] > 0);
     return !hopper || strcmp(level, "sm_90a") == 0;

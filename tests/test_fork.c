@@ -102,6 +102,9 @@ static int every_call_says_so(const layer *l)
            IS_TOLD(qkv_gated_activation(ctx, NULL, NULL, NULL, 0, NULL)) &&
            IS_TOLD(qkv_argmax(ctx, NULL, NULL, NULL)) &&
            IS_TOLD(qkv_sample(ctx, NULL, NULL, NULL, NULL)) &&
+           IS_TOLD(qkv_top_k(ctx, NULL, NULL, NULL, 1, NULL)) &&
+           IS_TOLD(qkv_log_probs(ctx, NULL, NULL, NULL, NULL, NULL)) &&
+           IS_TOLD(qkv_verify(ctx, NULL, NULL)) &&
            IS_TOLD(qkv_kv_append(ctx, NULL, NULL, 0, NULL, NULL, NULL, NULL, NULL, NULL)) &&
            IS_TOLD(qkv_kv_append_slots(ctx, NULL, NULL, 0, NULL, NULL, NULL, NULL, NULL)) &&
            IS_TOLD(qkv_kv_copy_pages(ctx, NULL, NULL, NULL, NULL, NULL));

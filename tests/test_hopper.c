@@ -1,21 +1,13 @@
 /* test_hopper.c - kern/cuda/tma.cuh and mma_sm90.cuh on a GPU of compute capability 9.0: products of tiles that are
  * copied, swizzled, through a ring of barriers; copies; what the driver refuses to encode. On the emulated GPU also
- * that it finds what a kernel does wrong.
- *
- * A process of its own runs each kernel: after a fault a GPU takes nothing more.
+ * that it finds what a kernel does wrong. A process of its own runs each kernel.
  * SPDX-License-Identifier: Apache-2.0 */
-#include <fcntl.h>
-#include <sys/wait.h>
-#include <unistd.h>
-
-#include "device/cuda_api.h"
+#include "gpu_process.h"
 #include "hopper_params.h"
-#include "jit/nvrtc.h"
-#include "support.h"
-
-enum { SUCCEEDED, FAILED, NOT_HOPPER }; /* of a process */
 
 /* ---- kernels -------------------------------------------------------------------------------- */
+
+enum { NOT_HOPPER = FAILED + 1 }; /* of a process */
 
 enum { HEADS = 3, HEAD = 1, QUERIES = 128, MAX_THREADS = 384 };
 
@@ -35,48 +27,18 @@ enum { NUM_RIGHT = 4, NUM_CONFIGS = sizeof configs / sizeof configs[0] };
 
 static void *images[NUM_CONFIGS]; /* NULL: not compiled yet */
 
-static char *append_file(char *text, const char *name)
-{
-    char path[512];
-    snprintf(path, sizeof path, QKV_SOURCE_DIR "/../tests/%s", name);
-    FILE *file = fopen(path, "r");
-    if (!file) fail_msg("no file %s", path);
-    size_t used = text ? strlen(text) : 0, got;
-    do {
-        text = realloc(text, used + 4097);
-        got = fread(text + used, 1, 4096, file);
-        used += got;
-    } while (got > 0);
-    text[used] = '\0';
-    fclose(file);
-    return text;
-}
-
 /* The kernel of configuration i, compiled at its first use in a process. */
 static void *image_of(int i)
 {
     char level[QI_ARCH_BYTES], defines[256];
-    size_t bytes;
     if (images[i]) return images[i];
-    char *text = append_file(append_file(NULL, "hopper_params.h"), "hopper.cu");
-    const qi_nvrtc *nvrtc = qi_nvrtc_find(0);
-    qi_nvrtc_level(nvrtc, 9, 0, level);
+    qi_nvrtc_level(qi_nvrtc_find(0), 9, 0, level);
     snprintf(defines, sizeof defines,
              "#define TYPE %s\n#define TILE %d\n#define HEAD_DIM %d\n#define STAGES %d\n"
              "#define WRONG %d\n",
              configs[i].type, configs[i].tile, configs[i].head_dim, configs[i].stages,
              configs[i].wrong);
-    const qi_jit_job job = {.what = "hopper.cu",
-                            .device = kDLCUDA,
-                            .level = level,
-                            .defines = defines,
-                            .header = text,
-                            .main = "qi_variant.h"};
-    if (qi_nvrtc_compile(nvrtc, &job, &images[i], &bytes, NULL) != QKV_OK) {
-        fprintf(stderr, "%s\n", qkv_last_error());
-        exit(1);
-    }
-    free(text);
+    images[i] = compile_kernels("hopper.cu", "hopper_params.h", level, defines);
     return images[i];
 }
 
@@ -89,94 +51,7 @@ static int compile_all(void **state)
     return 0;
 }
 
-/* ---- processes -------------------------------------------------------------------------------- */
-
-#define MUST(call)                                                                                 \
-    do {                                                                                           \
-        const int result_ = (call);                                                                \
-        if (result_ != 0) {                                                                        \
-            fprintf(stderr, "%s: error %d\n", #call, result_);                                     \
-            _exit(FAILED);                                                                         \
-        }                                                                                          \
-    } while (0)
-
-static int attribute(int which)
-{
-    int value = 0;
-    MUST(qi_cuda.device_attribute(&value, which, 0));
-    return value;
-}
-
-static void open_device(void)
-{
-    cu_context context;
-    MUST((int)qi_cuda_load());
-    MUST(qi_cuda.init(0));
-    MUST(qi_cuda.primary_retain(&context, 0));
-    MUST(qi_cuda.context_set(context));
-    if (attribute(CU_DEVICE_MAJOR) != 9) _exit(NOT_HOPPER);
-}
-
-typedef struct outcome {
-    int code;
-    char said[4096]; /* to stderr */
-} outcome;
-
-/* What body(argument) in a process of its own comes to. seed: of the emulator, 0: none. */
-static outcome run_process(int (*body)(const void *), const void *argument, int seed)
-{
-    outcome out = {.code = -1};
-    char number[16];
-    int ends[2], status;
-    fflush(NULL);
-    assert_int_equal(pipe(ends), 0);
-    const pid_t child = fork();
-    assert_true(child >= 0);
-    if (child == 0) {
-        snprintf(number, sizeof number, "%d", seed);
-        if (seed)
-            setenv("QKV_EMULATOR_SEED", number, 1);
-        else
-            unsetenv("QKV_EMULATOR_SEED");
-        dup2(ends[1], STDERR_FILENO);
-        close(ends[0]);
-        open_device();
-        _exit(body(argument));
-    }
-    close(ends[1]);
-    ssize_t got;
-    size_t used = 0;
-    while ((got = read(ends[0], out.said + used, sizeof out.said - 1 - used)) > 0)
-        used += (size_t)got;
-    close(ends[0]);
-    assert_int_equal(waitpid(child, &status, 0), child);
-    if (WIFEXITED(status)) out.code = WEXITSTATUS(status);
-    return out;
-}
-
-static void expect_success(const char *what, const outcome *out)
-{
-    if (out->code != SUCCEEDED) fail_msg("%s: exit code %d: %s", what, out->code, out->said);
-}
-
-/* ---- in a process: memory, maps, launches ------------------------------------------------------ */
-
-static void *device_memory(size_t bytes, const void *from)
-{
-    cu_ptr p;
-    MUST(qi_cuda.memory_alloc(&p, bytes));
-    if (from)
-        MUST(qi_cuda.copy_async(p, (cu_ptr)(uintptr_t)from, bytes, NULL));
-    else
-        MUST(qi_cuda.memset_async(p, 0xff, bytes, NULL));
-    return (void *)(uintptr_t)p;
-}
-
-static void read_back(void *to, const void *from, size_t bytes)
-{
-    MUST(qi_cuda.copy_async((cu_ptr)(uintptr_t)to, (cu_ptr)(uintptr_t)from, bytes, NULL));
-    MUST(qi_cuda.stream_synchronize(NULL));
-}
+/* ---- in a process: maps, launches -------------------------------------------------------------- */
 
 enum { SWIZZLE_NONE, SWIZZLE_32B, SWIZZLE_64B, SWIZZLE_128B };
 enum { TYPE_U8, TYPE_U16, RANK = 4 };
@@ -633,15 +508,15 @@ static void faults_are_told(void **state)
 
 /* ---- main ------------------------------------------------------------------------------------- */
 
-static int nothing(const void *unused)
+static int is_hopper(const void *unused)
 {
     (void)unused;
-    return SUCCEEDED;
+    return attribute(CU_DEVICE_MAJOR) == 9 ? SUCCEEDED : NOT_HOPPER;
 }
 
 int main(void)
 {
-    if (!test_on_cuda() || run_process(nothing, NULL, 0).code == NOT_HOPPER) {
+    if (!test_on_cuda() || run_process(is_hopper, NULL, 0).code == NOT_HOPPER) {
         printf("skipped: no GPU of compute capability 9.0\n");
         return 0;
     }

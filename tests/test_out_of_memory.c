@@ -196,6 +196,9 @@ static void out_of_memory_does_not_matter_to_stateless_calls(void **state)
         {"gated", qkv_gated_activation(ctx, to, tx, tx, 0, NULL)},
         {"argmax", qkv_argmax(ctx, tt, tx, NULL)},
         {"sample", qkv_sample(ctx, tt, tx, &sampling, NULL)},
+        {"top_k", qkv_top_k(ctx, NULL, TENSOR(tokens, QKV_I32, ROWS, 1), tx, 1, NULL)},
+        {"log_probs", qkv_log_probs(ctx, TENSOR(out, QKV_F32, ROWS, 1), NULL, tx,
+                                    TENSOR(tokens, QKV_I32, ROWS, 1), NULL)},
     };
     const bool hit = heap_disarm();
     assert_false(hit);

@@ -147,7 +147,7 @@ static void problem_names_the_bad_key(void **state)
         {"decode", "heads=8/4/2", "heads: expected N or N/N", "three"},
         {"decode", "heads=8/3", "heads: expected query heads that are a multiple", "no multiple"},
         {"decode", "heads=4/8", "heads: expected query heads that are a multiple", "the wrong way"},
-        {"decode", "q=float", "q: expected f32|f16|bf16, got \"float\"", "not a choice"},
+        {"decode", "q=float", "q: expected f32|f16|bf16|e4m3, got \"float\"", "not a choice"},
         {"decode", "q=f", "q: expected f32|f16|bf16", "a part of a choice"},
         {"decode", "q=f32|f16", "q: expected f32|f16|bf16", "the separator is no choice"},
         {"decode", "q=", "q: expected f32|f16|bf16", "an empty choice"},

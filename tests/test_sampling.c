@@ -1,14 +1,9 @@
-/* test_sampling.c - qkv_argmax and qkv_sample against a sort in double, at every level.
+/* test_sampling.c - qkv_argmax, and the draw of qkv_sample without a filter: from logits and from probabilities,
+ * of every size of row and batch.
  * SPDX-License-Identifier: Apache-2.0 */
-#include <float.h>
-
-#include "support.h"
+#include "sampling_check.h"
 
 #include "kern/philox.h"
-
-#define MAX_VOCAB 70000
-
-static const DLDataType dtypes[] = {{2, 32, 1}, {2, 16, 1}, {4, 16, 1}}; /* f32, f16, bf16 */
 
 /* ---- random numbers --------------------------------------------------------------------------- */
 
@@ -54,23 +49,24 @@ static void argmax_at_level(qkv_context *ctx, void *user)
     for (size_t c = 0; c < sizeof shapes / sizeof shapes[0]; c++) {
         for (int d = 0; d < 3; d++) {
             const int64_t batch = shapes[c].batch, vocab = shapes[c].vocab, pitch = vocab + 3;
-            void *logits = malloc((size_t)(batch * pitch + 1) * test_bytes(dtypes[d]));
+            void *logits = malloc((size_t)(batch * pitch + 1) * test_bytes(float_dtypes[d]));
             int32_t tokens[16], expected[16];
             for (int64_t i = 0; i < batch * pitch; i++)
-                test_put(logits, dtypes[d], i, i % pitch < vocab ? test_uniform(20) : INFINITY);
+                test_put(logits, float_dtypes[d], i,
+                         i % pitch < vocab ? test_uniform(20) : INFINITY);
             for (int64_t r = 0; r < batch; r++) {
                 /* some NaN, some -inf, sometimes an equal pair of maxima */
                 for (int n = 0; n < 3; n++) {
-                    test_put(logits, dtypes[d], r * pitch + test_below(vocab), NAN);
-                    test_put(logits, dtypes[d], r * pitch + test_below(vocab), -INFINITY);
+                    test_put(logits, float_dtypes[d], r * pitch + test_below(vocab), NAN);
+                    test_put(logits, float_dtypes[d], r * pitch + test_below(vocab), -INFINITY);
                 }
                 if (test_below(2))
                     for (int n = 0; n < 2; n++)
-                        test_put(logits, dtypes[d], r * pitch + test_below(vocab), 21);
+                        test_put(logits, float_dtypes[d], r * pitch + test_below(vocab), 21);
                 expected[r] = 0;
                 double best = -INFINITY;
                 for (int64_t i = 0; i < vocab; i++) {
-                    const double x = test_get(logits, dtypes[d], r * pitch + i);
+                    const double x = test_get(logits, float_dtypes[d], r * pitch + i);
                     if (x > best) {
                         best = x;
                         expected[r] = (int32_t)i;
@@ -79,7 +75,7 @@ static void argmax_at_level(qkv_context *ctx, void *user)
                 tokens[r] = -1;
             }
             test_tensor x;
-            test_tensor_init(&x, logits, dtypes[d], TEST_SHAPE(batch, vocab));
+            test_tensor_init(&x, logits, float_dtypes[d], TEST_SHAPE(batch, vocab));
             x.strides[0] = pitch;
             EXPECT_OK(qkv_argmax(ctx, TENSOR(tokens, QKV_I32, batch), &x.t, NULL));
             for (int64_t r = 0; r < batch; r++)
@@ -119,275 +115,234 @@ static void argmax_defines_nan_infinities_and_ties(void **state)
     test_every_level(1, argmax_special_at_level, NULL);
 }
 
-/* ---- sampling: the reference ------------------------------------------------------------------ */
+/* ---- the draw ------------------------------------------------------------------------------------ */
 
-typedef struct item {
-    double logit;
-    int32_t index;
-} item;
+static const int64_t vocabs[] = {1, 2, 127, 32000, 128256, 151936, 256000, 500000, QKV_MAX_VOCAB};
 
-static int by_logit(const void *a, const void *b)
+static void rows_of_every_size(void **state)
 {
-    const item *x = a, *y = b;
-    if (x->logit != y->logit) return x->logit > y->logit ? -1 : 1;
-    return (x->index > y->index) - (x->index < y->index);
-}
-
-typedef struct options {
-    float temperature, top_p, min_p;
-    int32_t top_k;
-    uint64_t seed, offset;
-} options;
-
-/*
- * Is token what the definition in qkv/sampling.h gives? The library's masses are fixed-point
- * numbers of at least 2^-44 of the largest, so where the definition's sums come within `slack` of a
- * boundary either side is right.
- */
-static int is_right(const void *logits, DLDataType dtype, int64_t row, int64_t vocab, options o,
-                    int32_t token)
-{
-    static item items[MAX_VOCAB];
-    const double slack = 1e-9;
-    int64_t n = 0;
-    for (int64_t i = 0; i < vocab; i++) {
-        const double x = test_get(logits, dtype, row + i);
-        if (x > -INFINITY) items[n++] = (item){x, (int32_t)i};
-    }
-    qsort(items, (size_t)n, sizeof items[0], by_logit);
-    if (n == 0) return token == 0;
-    if (o.temperature == 0) return token == items[0].index;
-#define MASS(i) exp((items[i].logit - items[0].logit) / (double)o.temperature)
-    if (o.top_k > 0 && o.top_k < n) n = o.top_k;
-    double sum = 0, total = 0;
-    for (int64_t i = 0; i < n; i++) total += MASS(i);
-    int64_t kept = 0;
-    while (kept < n && (kept == 0 || sum < total * ((double)o.top_p - slack))) sum += MASS(kept++);
-    /* every count of kept tokens that rounding allows: nearly always one */
-    for (int64_t end = kept; end <= n; end++) {
-        double mass = 0;
-        for (int64_t i = 0; i < end && MASS(i) >= (double)o.min_p * (1 - slack); i++)
-            mass += MASS(i);
-        const double u = (double)qi_philox_u64(o.seed, o.offset) / 0x1p64 * mass;
-        double below = 0;
-        for (int64_t i = 0; i < end; i++) {
-            if (u < below - slack * mass) break;
-            if (items[i].index == token && u <= below + MASS(i) + slack * mass) return 1;
-            below += MASS(i);
-        }
-        if (end < n && sum > total * ((double)o.top_p + slack)) break;
-        if (end < n) sum += MASS(end);
-    }
-#undef MASS
-    return 0;
-}
-
-static options random_options(void)
-{
-    static const float temperatures[] = {0, 0.01f, 0.7f, 1, 3, 1e30f};
-    static const float top_ps[] = {1e-6f, 0.1f, 0.9f, 0.999f, 1};
-    static const float min_ps[] = {0, 0.01f, 0.3f, 1};
-    static const int32_t top_ks[] = {0, 1, 2, 40, 1000, 1000000};
-    return (options){
-        .temperature = temperatures[test_below(6)],
-        .top_p = top_ps[test_below(5)],
-        .min_p = min_ps[test_below(4)],
-        .top_k = top_ks[test_below(6)],
-        .seed = test_u64(),
-        .offset = test_below(2) ? test_u64() : (uint64_t)test_below(100),
-    };
-}
-
-/* Logits of several kinds: smooth, all equal, few values (many ties), masked, steep. */
-static double random_logit(int64_t kind)
-{
-    switch (kind) {
-    case 0: return test_uniform(8);
-    case 1: return 1.5;
-    case 2: return (double)test_below(4);
-    case 3: return test_below(10) ? -INFINITY : test_uniform(5);
-    case 4: return -1000 * fabs(test_uniform(1));
-    default: return test_below(50) ? test_uniform(1) : NAN;
-    }
-}
-
-#define ROWS 4
-
-static void sample_at_level(qkv_context *ctx, void *user)
-{
-    (void)user;
-    static const int64_t vocabs[] = {1, 2, 17, 300, 1024, 1025, 5000, 50257};
-    for (int trial = 0; trial < 200; trial++) {
-        const int64_t vocab = vocabs[trial % (trial < 180 ? 7 : 8)], pitch = vocab + test_below(9);
-        const DLDataType dtype = dtypes[test_below(3)];
-        const int64_t kind = test_below(6);
-        void *logits = malloc((size_t)(ROWS * pitch) * test_bytes(dtype));
-        for (int64_t i = 0; i < ROWS * pitch; i++)
-            test_put(logits, dtype, i, i % pitch < vocab ? random_logit(kind) : INFINITY);
-        options o[ROWS];
-        float temperature[ROWS], top_p[ROWS], min_p[ROWS];
-        int32_t top_k[ROWS], tokens[ROWS];
-        uint64_t seed[ROWS], offset[ROWS];
-        for (int r = 0; r < ROWS; r++) {
-            o[r] = random_options();
-            temperature[r] = o[r].temperature;
-            top_p[r] = o[r].top_p;
-            min_p[r] = o[r].min_p;
-            top_k[r] = o[r].top_k;
-            seed[r] = o[r].seed;
-            offset[r] = o[r].offset;
-            tokens[r] = -1;
-        }
-        test_tensor x;
-        test_tensor_init(&x, logits, dtype, TEST_SHAPE(ROWS, vocab));
-        x.strides[0] = pitch;
-        const qkv_sampling_params params = {
-            QKV_SAMPLING_PARAMS_INIT,
-            .temperature = TENSOR(temperature, QKV_F32, ROWS),
-            .top_k = TENSOR(top_k, QKV_I32, ROWS),
-            .top_p = TENSOR(top_p, QKV_F32, ROWS),
-            .min_p = TENSOR(min_p, QKV_F32, ROWS),
-            .seed = TENSOR(seed, QKV_U64, ROWS),
-            .offset = TENSOR(offset, QKV_U64, ROWS),
-        };
-        EXPECT_OK(qkv_sample(ctx, TENSOR(tokens, QKV_I32, ROWS), &x.t, &params, NULL));
-        for (int r = 0; r < ROWS; r++) {
-            if (!is_right(logits, dtype, r * pitch, vocab, o[r], tokens[r]))
-                fail_msg("trial %d: vocab %d, kind %d, row %d: temperature %g, top_k %d, top_p %g, "
-                         "min_p %g, seed %llu, offset %llu: token %d is not the one",
-                         trial, (int)vocab, (int)kind, r, (double)o[r].temperature, o[r].top_k,
-                         (double)o[r].top_p, (double)o[r].min_p, (unsigned long long)o[r].seed,
-                         (unsigned long long)o[r].offset, tokens[r]);
-            /* alone, the same row draws the same token */
-            int32_t alone = -1;
-            x.t.shape[0] = 1;
-            x.t.byte_offset = (uint64_t)(r * pitch) * test_bytes(dtype);
-            const qkv_sampling_params one = {
-                QKV_SAMPLING_PARAMS_INIT,
-                .temperature = TENSOR(&temperature[r], QKV_F32, 1),
-                .top_k = TENSOR(&top_k[r], QKV_I32, 1),
-                .top_p = TENSOR(&top_p[r], QKV_F32, 1),
-                .min_p = TENSOR(&min_p[r], QKV_F32, 1),
-                .seed = TENSOR(&seed[r], QKV_U64, 1),
-                .offset = TENSOR(&offset[r], QKV_U64, 1),
+    (void)state;
+    for (size_t v = 0; v < sizeof vocabs / sizeof *vocabs; v++)
+        for (int kind = 0; kind < 2; kind++) {
+            const sampling_spec spec = {
+                .batch = 2,
+                .vocab = sampling_vocab(vocabs[v]),
+                .dtype = float_dtypes[test_below(3)],
+                .kind = kind,
+                .shape = (int)test_below(ROW_DIRTY + 1),
+                .strided = test_below(2),
+                .indexed = test_below(2),
             };
-            EXPECT_OK(qkv_sample(ctx, TENSOR(&alone, QKV_I32, 1), &x.t, &one, NULL));
-            assert_int_equal(alone, tokens[r]);
+            sampling_case *c = case_new(&spec);
+            check_sample(c);
+            case_free(c);
         }
-        free(logits);
+}
+
+static void random_rows(void **state)
+{
+    (void)state;
+    static const int64_t some[] = {1, 2, 3, 31, 127, 1024, 1025, 4099, 33000};
+    for (int n = sampling_cases(120); n > 0; n--) {
+        const uint64_t few = sampling_few();
+        sampling_spec spec = {
+            .batch = 1 + test_below(9),
+            .vocab = sampling_vocab(some[test_below(n % 10 ? 8 : 9)]),
+            .dtype = float_dtypes[test_below(3)],
+            .kind = (int32_t)test_below(2),
+            .given = test_below(2) ? STAGE(TEMPERATURE) : 0,
+            .shared = test_below(2) ? STAGE(TEMPERATURE) : 0,
+            .shape = -1,
+            .strided = test_below(2),
+            .indexed = test_below(2),
+        };
+        sampling_go_on(few);
+        if (spec.kind == QKV_PROBS) spec.given = 0;
+        sampling_case *c = case_new(&spec);
+        check_sample(c);
+        case_free(c);
     }
 }
 
-static void sample_equals_a_sort_at_every_level(void **state)
+static void batches_of_every_size(void **state)
 {
     (void)state;
-    test_every_level(2, sample_at_level, NULL);
+    static const int64_t batches[] = {0, 1, 2, 3, 64, 257, 1000, 4096};
+    for (size_t b = 0; b < sizeof batches / sizeof *batches; b++) {
+        const sampling_spec spec = {
+            .batch = test_is_emulated() && batches[b] > 64 ? 65 : batches[b],
+            .vocab = 1 + test_below(200),
+            .dtype = float_dtypes[test_below(3)],
+            .kind = (int32_t)test_below(2),
+            .shape = -1,
+        };
+        sampling_case *c = case_new(&spec);
+        check_sample(c);
+        case_free(c);
+    }
 }
 
-/* ---- sampling: the distribution --------------------------------------------------------------- */
-
-enum { MAX_DRAWS = 20000, FEW_DRAWS = 2000 };
-#define KINDS 12
-
-static void sample_draws_the_distribution(void **state)
+/* The token where masses, added up in order of index, first exceed u * their sum: by hand. */
+static void masses_add_up_in_order_of_index(void **state)
 {
     (void)state;
-    static int32_t tokens[MAX_DRAWS];
-    static uint64_t seed[MAX_DRAWS], offset[MAX_DRAWS];
-    static float logits[MAX_DRAWS][KINDS];
-    const int draws = test_is_emulated() ? FEW_DRAWS : MAX_DRAWS;
-    double p[KINDS], total = 0;
-    float row[KINDS];
-    for (int i = 0; i < KINDS; i++) {
-        row[i] = (float)test_uniform(1.5);
-        p[i] = exp((double)row[i]);
-        total += p[i];
+    enum { TOKENS = 8, DRAWS = 256 };
+    /* of 16: whole numbers and their halves, so that sums and products are exact */
+    static const float row[TOKENS] = {0, 3, 0.5f, 0, 8, 1, 3.5f, 0};
+    static float rows[DRAWS][TOKENS];
+    static uint64_t seed[DRAWS];
+    static int32_t tokens[DRAWS];
+    for (int d = 0; d < DRAWS; d++) {
+        memcpy(rows[d], row, sizeof row);
+        seed[d] = test_u64();
     }
-    const uint64_t one_seed = test_u64();
-    for (int d = 0; d < draws; d++) {
-        memcpy(logits[d], row, sizeof row);
-        seed[d] = one_seed;
-        offset[d] = (uint64_t)d;
+    const qkv_sampling_params params = {QKV_SAMPLING_PARAMS_INIT, .kind = QKV_PROBS,
+                                        .seed = TENSOR(seed, QKV_U64, DRAWS)};
+    for (int k = 0; k < contexts.n; k++) {
+        memset(tokens, 0xff, sizeof tokens);
+        EXPECT_OK(qkv_sample(contexts.ctx[k], TENSOR(tokens, QKV_I32, DRAWS),
+                             TENSOR(rows, QKV_F32, DRAWS, TOKENS), &params, NULL));
+        for (int d = 0; d < DRAWS; d++) {
+            const uint64_t random = qi_philox_u64(seed[d], 0);
+            uint64_t sum = 0; /* in halves of 16ths: u * 32 is random >> 59 and a fraction */
+            int32_t token = 0;
+            while (token < TOKENS - 1 && (sum += (uint64_t)(2 * row[token])) <= random >> 59)
+                token++;
+            assert_int_equal(tokens[d], token);
+        }
     }
-    qkv_context *ctx;
-    EXPECT_OK(test_context_create(&ctx));
+}
+
+/* A request's number is that of its seed and offset; without offset it is draw 0. */
+static void draws_follow_seed_and_offset(void **state)
+{
+    (void)state;
+    enum { TOKENS = 64, DRAWS = 64 };
+    static float rows[DRAWS][TOKENS]; /* flat: the token is the random number's six highest bits */
+    uint64_t seed[DRAWS], offset[DRAWS], one_seed = test_u64(), one_offset = test_u64();
+    int32_t tokens[DRAWS];
+    for (int d = 0; d < DRAWS; d++) {
+        seed[d] = test_u64();
+        offset[d] = test_u64();
+        for (int t = 0; t < TOKENS; t++) rows[d][t] = 0.25f;
+    }
+    const DLTensor *const seeds[] = {TENSOR(seed, QKV_U64, DRAWS), TENSOR(&one_seed, QKV_U64, 1)};
+    const DLTensor *const offsets[] = {NULL, TENSOR(offset, QKV_U64, DRAWS),
+                                       TENSOR(&one_offset, QKV_U64, 1)};
+    for (int k = 0; k < contexts.n; k++)
+        for (int form = 0; form < 6; form++) {
+            const qkv_sampling_params params = {
+                QKV_SAMPLING_PARAMS_INIT, .kind = form % 2 ? QKV_PROBS : QKV_LOGITS,
+                .seed = seeds[form % 2], .offset = offsets[form / 2]};
+            memset(tokens, 0xff, sizeof tokens);
+            EXPECT_OK(qkv_sample(contexts.ctx[k], TENSOR(tokens, QKV_I32, DRAWS),
+                                 TENSOR(rows, QKV_F32, DRAWS, TOKENS), &params, NULL));
+            for (int d = 0; d < DRAWS; d++) {
+                const uint64_t at = form / 2 == 0 ? 0 : form / 2 == 1 ? offset[d] : one_offset;
+                const uint64_t random = qi_philox_u64(form % 2 ? one_seed : seed[d], at);
+                assert_int_equal(tokens[d], random >> 58);
+            }
+        }
+}
+
+/* ---- rows without mass, and what is no number ------------------------------------------------------ */
+
+static void degenerate_rows_give_what_the_header_says(void **state)
+{
+    (void)state;
+    enum { ROWS = 11, TOKENS = 5 };
+    const float nan = NAN, inf = INFINITY, tiny = 0x1p-126f, denormal = 0x1p-127f;
+    static const struct {
+        const char *why;
+        int kind, token, valid;
+    } expected[ROWS] = {
+        {"no logit but -inf", QKV_LOGITS, 0, 0},
+        {"no logit but NaN", QKV_LOGITS, 0, 0},
+        {"NaN counts as -inf", QKV_LOGITS, 2, 0},
+        {"+inf is one finite number", QKV_LOGITS, 3, 0},
+        {"one logit, however small", QKV_LOGITS, 4, 1},
+        {"no probability", QKV_PROBS, 0, 0},
+        {"NaN and negative count as 0", QKV_PROBS, 3, 0},
+        {"+inf is one finite number", QKV_PROBS, 2, 0},
+        {"below 2^-126 is 0", QKV_PROBS, 0, 0},
+        {"2^-126 is not", QKV_PROBS, 4, 1},
+        {"-0 is not negative", QKV_PROBS, 1, 1},
+    };
+    float rows[ROWS][TOKENS] = {
+        {-inf, -inf, -inf, -inf, -inf},
+        {nan, nan, nan, nan, nan},
+        {nan, -inf, 1, nan, nan},
+        {1, nan, 3e38f, inf, 7},
+        {-inf, -inf, -inf, -inf, -FLT_MAX},
+        {0, 0, 0, 0, 0},
+        {nan, -1, -inf, 1e-3f, nan},
+        {1, 2, inf, 3, nan},
+        {denormal, denormal, 0, denormal, 0},
+        {0, denormal, 0, denormal, tiny},
+        {-0.f, 0.5f, -0.f, 0, 0},
+    };
+    for (int k = 0; k < contexts.n; k++)
+        for (int i = 0; i < ROWS; i++) {
+            uint64_t seed = test_u64();
+            int32_t token = -1;
+            uint8_t valid = 9;
+            const qkv_sampling_params params = {QKV_SAMPLING_PARAMS_INIT, .kind = expected[i].kind,
+                                                .seed = TENSOR(&seed, QKV_U64, 1),
+                                                .valid = TENSOR(&valid, QKV_U8, 1)};
+            EXPECT_OK(qkv_sample(contexts.ctx[k], TENSOR(&token, QKV_I32, 1),
+                                 TENSOR(rows[i], QKV_F32, 1, TOKENS), &params, NULL));
+            if (token != expected[i].token || valid != expected[i].valid)
+                fail_msg("%s, %s: token %d, valid %d", contexts.name[k], expected[i].why, token,
+                         valid);
+        }
+}
+
+static void indices_past_the_rows_have_no_mass(void **state)
+{
+    (void)state;
+    enum { ROWS = 3, TOKENS = 4, BATCH = 8 };
+    static float rows[ROWS][TOKENS] = {{0, 0, 1, 0}, {0, 0, 0, 1}, {0, 1, 0, 0}};
+    int32_t indices[BATCH] = {2, 0, -1, 1, 3, INT32_MAX, INT32_MIN, 2}, tokens[BATCH];
+    const int32_t expected[BATCH] = {1, 2, 0, 3, 0, 0, 0, 1};
+    const uint8_t expected_valid[BATCH] = {1, 1, 0, 1, 0, 0, 0, 1};
+    uint64_t seed[BATCH] = {0};
+    uint8_t valid[BATCH];
+    const qkv_sampling_params params = {
+        QKV_SAMPLING_PARAMS_INIT, .kind = QKV_PROBS, .seed = TENSOR(seed, QKV_U64, BATCH),
+        .indices = TENSOR(indices, QKV_I32, BATCH), .valid = TENSOR(valid, QKV_U8, BATCH)};
+    for (int k = 0; k < contexts.n; k++) {
+        memset(tokens, 0xff, sizeof tokens);
+        memset(valid, 9, sizeof valid);
+        EXPECT_OK(qkv_sample(contexts.ctx[k], TENSOR(tokens, QKV_I32, BATCH),
+                             TENSOR(rows, QKV_F32, ROWS, TOKENS), &params, NULL));
+        assert_memory_equal(tokens, expected, sizeof tokens);
+        assert_memory_equal(valid, expected_valid, sizeof valid);
+    }
+}
+
+/* ---- errors ---------------------------------------------------------------------------------------- */
+
+static void rows_have_a_longest(void **state)
+{
+    (void)state;
+    uint64_t seed = 1;
+    int32_t token = CHECK_POISON;
+    float *row = calloc(QKV_MAX_VOCAB + 1, sizeof *row);
+    assert_non_null(row);
+    row[QKV_MAX_VOCAB - 1] = 100;
     const qkv_sampling_params params = {QKV_SAMPLING_PARAMS_INIT,
-                                        .seed = TENSOR(seed, QKV_U64, draws),
-                                        .offset = TENSOR(offset, QKV_U64, draws)};
-    EXPECT_OK(qkv_sample(ctx, TENSOR(tokens, QKV_I32, draws), TENSOR(logits, QKV_F32, draws, KINDS),
-                         &params, NULL));
-    qkv_context_destroy(ctx);
-    double seen[KINDS] = {0}, chi_square = 0;
-    for (int d = 0; d < draws; d++) seen[tokens[d]]++;
-    for (int i = 0; i < KINDS; i++) {
-        const double expected = draws * p[i] / total;
-        chi_square += (seen[i] - expected) * (seen[i] - expected) / expected;
-    }
-    /* 11 degrees of freedom: above 45 once in 2e5 runs */
-    if (chi_square > 45) fail_msg("chi-square %.1f", chi_square);
-}
-
-/* ---- errors ------------------------------------------------------------------------------------ */
-
-static void sampling_names_the_bad_argument(void **state)
-{
-    (void)state;
-    qkv_context *ctx;
-    EXPECT_OK(test_context_create(&ctx));
-    float logits[2][8] = {{0}}, temperature[2] = {1, -1}, top_p[2] = {0.5f, 0}, min_p[2] = {0, 2};
-    float good[2] = {1, 1};
-    int32_t tokens[2] = {-7, -7}, top_k[2] = {-3, 4};
-    uint64_t seed[2] = {0};
-    DLTensor *t = TENSOR(tokens, QKV_I32, 2), *x = TENSOR(logits, QKV_F32, 2, 8);
-    DLTensor *s = TENSOR(seed, QKV_U64, 2);
-#define SAMPLE(...)                                                                                \
-    qkv_sample(ctx, t, x, &(qkv_sampling_params){QKV_SAMPLING_PARAMS_INIT, __VA_ARGS__}, NULL)
-    const qkv_status invalid = QKV_ERR_INVALID;
-    EXPECT_FAIL(invalid, "ctx", qkv_argmax(NULL, t, x, NULL));
-    EXPECT_FAIL(invalid, "tokens", qkv_argmax(ctx, NULL, x, NULL));
-    EXPECT_FAIL(invalid, "logits", qkv_argmax(ctx, t, NULL, NULL));
-    EXPECT_FAIL(invalid, "tokens", qkv_argmax(ctx, TENSOR(tokens, QKV_I32, 1), x, NULL));
-    EXPECT_FAIL(invalid, "tokens", qkv_argmax(ctx, TENSOR(tokens, QKV_F32, 2), x, NULL));
-    EXPECT_FAIL(invalid, "vocab", qkv_argmax(ctx, t, TENSOR(logits, QKV_F32, 2, 0), NULL));
-    EXPECT_FAIL(invalid, "tokens: expected memory apart from logits, got an overlap",
-                qkv_argmax(ctx, TENSOR(logits, QKV_I32, 2), x, NULL));
-    EXPECT_FAIL(
-        invalid, "ctx",
-        qkv_sample(NULL, t, x, &(qkv_sampling_params){QKV_SAMPLING_PARAMS_INIT, .seed = s}, NULL));
-    EXPECT_FAIL(invalid, "params", qkv_sample(ctx, t, x, NULL, NULL));
-    EXPECT_FAIL(invalid, "params", qkv_sample(ctx, t, x, &(qkv_sampling_params){.seed = s}, NULL));
-    EXPECT_FAIL(invalid, "seed", SAMPLE(.seed = NULL));
-    EXPECT_FAIL(invalid, "params.reserved: expected 0, got 1", SAMPLE(.seed = s, .reserved = 1));
-    EXPECT_FAIL(invalid, "seed", SAMPLE(.seed = TENSOR(seed, QKV_U64, 1)));
-    EXPECT_FAIL(invalid, "offset", SAMPLE(.seed = s, .offset = TENSOR(top_k, QKV_I32, 2)));
-    EXPECT_FAIL(invalid, "top_k: expected memory apart from tokens, got an overlap",
-                SAMPLE(.seed = s, .top_k = t));
-    if (!test_on_cuda()) { /* where values are not looked at */
-        EXPECT_FAIL(invalid, "temperature[1]",
-                    SAMPLE(.seed = s, .temperature = TENSOR(temperature, QKV_F32, 2)));
-        EXPECT_FAIL(invalid, "top_k[0]", SAMPLE(.seed = s, .top_k = TENSOR(top_k, QKV_I32, 2)));
-        EXPECT_FAIL(invalid, "top_p[1]", SAMPLE(.seed = s, .top_p = TENSOR(top_p, QKV_F32, 2)));
-        EXPECT_FAIL(invalid, "min_p[1]", SAMPLE(.seed = s, .min_p = TENSOR(min_p, QKV_F32, 2)));
-        good[1] = NAN;
-        EXPECT_FAIL(invalid, "temperature[1]: expected >= 0 and finite, got nan",
-                    SAMPLE(.seed = s, .temperature = TENSOR(good, QKV_F32, 2)));
-        EXPECT_FAIL(invalid, "top_p[1]: expected in (0, 1], got nan",
-                    SAMPLE(.seed = s, .top_p = TENSOR(good, QKV_F32, 2)));
-        EXPECT_FAIL(invalid, "min_p[1]: expected in [0, 1], got nan",
-                    SAMPLE(.seed = s, .min_p = TENSOR(good, QKV_F32, 2)));
-        good[1] = INFINITY;
-        EXPECT_FAIL(invalid, "temperature[1]: expected >= 0 and finite, got inf",
-                    SAMPLE(.seed = s, .temperature = TENSOR(good, QKV_F32, 2)));
-    }
-#undef SAMPLE
-    assert_int_equal(tokens[0], -7);
-    assert_int_equal(tokens[1], -7);
-    good[1] = FLT_MAX; /* finite, and good */
-    EXPECT_OK(qkv_sample(ctx, t, x,
-                         &(qkv_sampling_params){QKV_SAMPLING_PARAMS_INIT, .seed = s,
-                                                .temperature = TENSOR(good, QKV_F32, 2)},
-                         NULL));
-    qkv_context_destroy(ctx);
+                                        .seed = TENSOR(&seed, QKV_U64, 1)};
+    EXPECT_FAIL(QKV_ERR_INVALID, "rows: expected",
+                qkv_sample(contexts.ctx[0], TENSOR(&token, QKV_I32, 1),
+                           TENSOR(row, QKV_F32, 1, QKV_MAX_VOCAB + 1), &params, NULL));
+    EXPECT_FAIL(QKV_ERR_INVALID, "rows: expected",
+                qkv_sample(contexts.ctx[0], TENSOR(&token, QKV_I32, 1), TENSOR(row, QKV_F32, 1, 0),
+                           &params, NULL));
+    assert_int_equal(token, CHECK_POISON);
+    EXPECT_OK(qkv_sample(contexts.ctx[0], TENSOR(&token, QKV_I32, 1),
+                         TENSOR(row, QKV_F32, 1, QKV_MAX_VOCAB), &params, NULL));
+    assert_int_equal(token, QKV_MAX_VOCAB - 1);
+    free(row);
 }
 
 int main(void)
@@ -397,9 +352,14 @@ int main(void)
         cmocka_unit_test(philox_gives_the_published_numbers),
         cmocka_unit_test(argmax_equals_a_scan_at_every_level),
         cmocka_unit_test(argmax_defines_nan_infinities_and_ties),
-        cmocka_unit_test(sample_equals_a_sort_at_every_level),
-        cmocka_unit_test(sample_draws_the_distribution),
-        cmocka_unit_test(sampling_names_the_bad_argument),
+        cmocka_unit_test(rows_of_every_size),
+        cmocka_unit_test(random_rows),
+        cmocka_unit_test(batches_of_every_size),
+        cmocka_unit_test(masses_add_up_in_order_of_index),
+        cmocka_unit_test(draws_follow_seed_and_offset),
+        cmocka_unit_test(degenerate_rows_give_what_the_header_says),
+        cmocka_unit_test(indices_past_the_rows_have_no_mass),
+        cmocka_unit_test(rows_have_a_longest),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return cmocka_run_group_tests_name("sampling", tests, contexts_open, contexts_close);
 }

@@ -10,8 +10,9 @@
 #include "ceilings_gpu.h"
 
 static const bench_op *const ops[] = {
-    &bench_decode,  &bench_prefill, &bench_mixed, &bench_append, &bench_gemm,
-    &bench_rmsnorm, &bench_rope,    &bench_gated, &bench_argmax, &bench_sample,
+    &bench_decode,      &bench_prefill,     &bench_mixed, &bench_append,    &bench_gemm,
+    &bench_rmsnorm,     &bench_rope,        &bench_gated, &bench_argmax,    &bench_sample,
+    &bench_renormalize, &bench_mask_logits, &bench_top_k, &bench_log_probs, &bench_verify,
 };
 
 struct bench_session {

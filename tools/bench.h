@@ -112,6 +112,9 @@ typedef struct bench_array {
 
 /* n elements, uniform in [-scale, scale). */
 bench_array bench_random(bench *b, DLDataType dtype, double n, double scale);
+
+/* The same of a normal distribution of mean 0. */
+bench_array bench_normal(bench *b, DLDataType dtype, double n, double spread);
 static inline char *bench_at(const bench_array *a, int64_t i)
 {
     return a->data + data_bytes(a->dtype, i);
@@ -156,6 +159,7 @@ static inline int64_t bench_int(const bench *b, problem_key key)
 void bench_expect_finite(bench *b, const void *p, DLDataType dtype, int64_t n);
 
 extern const bench_op bench_decode, bench_prefill, bench_mixed, bench_append, bench_gemm,
-    bench_rmsnorm, bench_rope, bench_gated, bench_argmax, bench_sample;
+    bench_rmsnorm, bench_rope, bench_gated, bench_argmax, bench_sample, bench_renormalize,
+    bench_top_k, bench_log_probs, bench_mask_logits, bench_verify;
 
 #endif

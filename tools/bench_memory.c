@@ -67,24 +67,41 @@ const void *bench_fetch(bench *b, const void *p, size_t bytes)
     return b->fetched;
 }
 
-bench_array bench_random(bench *b, DLDataType dtype, double n, double scale)
+typedef void fill_values(data_random *r, void *p, DLDataType dtype, int64_t n, double scale);
+
+static bench_array filled(bench *b, DLDataType dtype, double n, double scale, fill_values *fill,
+                          int64_t period)
 {
     bench_array a = {.dtype = dtype, .data = bench_memory(b, n, data_bytes(dtype, 1))};
     if (b->only_compiles) return a;
+    a.period = n < (double)period ? (int64_t)n : period;
+    const size_t first_bytes = data_bytes(dtype, a.period);
     if (!b->gpu) {
-        data_fill(&b->random, a.data, dtype, (int64_t)n, scale);
+        fill(&b->random, a.data, dtype, a.period, scale);
+        for (int64_t i = a.period; i < (int64_t)n; i += a.period) {
+            const int64_t more = (int64_t)n - i < a.period ? (int64_t)n - i : a.period;
+            memcpy((char *)a.data + data_bytes(dtype, i), a.data, data_bytes(dtype, more));
+        }
         return a;
     }
-    a.period = n < PERIOD ? (int64_t)n : PERIOD;
-    const size_t first_bytes = data_bytes(dtype, a.period);
     void *host = data_alloc((double)first_bytes, 1);
     a.known = bench_alloc(b, (double)a.period, sizeof *a.known);
-    data_fill(&b->random, host, dtype, a.period, scale);
+    fill(&b->random, host, dtype, a.period, scale);
     for (int64_t i = 0; i < a.period; i++) a.known[i] = (float)data_get(host, dtype, i);
     cuda_copy(b->gpu, a.data, host, first_bytes);
     cuda_repeat(b->gpu, a.data, first_bytes, data_bytes(dtype, (int64_t)n));
     data_free(host);
     return a;
+}
+
+bench_array bench_random(bench *b, DLDataType dtype, double n, double scale)
+{
+    return filled(b, dtype, n, scale, data_fill, b->gpu ? PERIOD : INT64_MAX);
+}
+
+bench_array bench_normal(bench *b, DLDataType dtype, double n, double spread)
+{
+    return filled(b, dtype, n, spread, data_fill_normal, PERIOD);
 }
 
 void bench_read(const bench_array *a, int64_t first, int64_t n, double *out)

@@ -222,6 +222,19 @@ void data_fill(data_random *r, void *p, DLDataType dtype, int64_t n, double scal
     }
 }
 
+void data_fill_normal(data_random *r, void *p, DLDataType dtype, int64_t n, double spread)
+{
+    for (int64_t i = 0; i < n; i++) { /* Box and Muller */
+        const double u = ((double)(data_u64(r) >> 11) + 0.5) * 0x1p-53;
+        const double turn = (double)(data_u64(r) >> 11) * 0x1p-53;
+        const double x = sqrt(-2 * log(u)) * cos(6.283185307179586 * turn) * spread;
+        if (is_f32(dtype))
+            ((float *)p)[i] = (float)x;
+        else
+            ((uint16_t *)p)[i] = narrow_bits(dtype, x);
+    }
+}
+
 void data_poison(void *p, DLDataType dtype, int64_t n)
 {
     memset(p, 0xff, data_bytes(dtype, n)); /* all ones is a NaN in every float format */

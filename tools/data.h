@@ -28,6 +28,9 @@ void data_shuffle(data_random *r, int32_t *x, int64_t n);
 /* Elements of a dtype, uniform in [-scale, scale). */
 void data_fill(data_random *r, void *p, DLDataType dtype, int64_t n, double scale);
 
+/* Normal, mean 0. */
+void data_fill_normal(data_random *r, void *p, DLDataType dtype, int64_t n, double spread);
+
 /* NaN in every element: what a kernel must overwrite. */
 void data_poison(void *p, DLDataType dtype, int64_t n);
 

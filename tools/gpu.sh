@@ -23,8 +23,9 @@ mkdir -p "$1"
 build=$(cd "$1" && pwd)
 
 tests="test_norm test_activation test_rope test_page test_append_options test_merge test_gemm
-  test_sampling test_attention_edge test_attention_grid test_attention_levels test_attention_bsr
-  test_attention_low_precision test_attention_properties test_attention_invariance test_variants test_hopper
+  test_sampling test_sampling_filters test_sampling_stages test_sampling_equality test_sampling_statistics
+  test_top_k test_log_probs test_verify test_logits_pipe test_attention_edge test_attention_grid test_attention_levels test_attention_bsr
+  test_attention_low_precision test_attention_properties test_attention_invariance test_variants test_hopper test_cluster
   test_cuda_calls test_cuda_graphs test_cuda_streams test_cuda_faults test_device_plan"
 
 # ---- what a program needs ------------------------------------------------------------------------
@@ -133,7 +134,7 @@ run_sanitizer() {
       --seconds 0 --file "$here/bench/problems/smoke.txt")
     [ $tool = plain ] || with=(compute-sanitizer --tool $tool --error-exitcode 9)
     run "$tool-bench" "$(left "$budget" "$start")" "${with[@]}" "${bench[@]}"
-    for test in ${TESTS:-test_norm test_sampling test_merge test_attention_edge test_attention_levels test_attention_properties}; do
+    for test in ${TESTS:-test_norm test_sampling test_sampling_stages test_merge test_attention_edge test_attention_levels test_attention_properties}; do
       run "$tool-$test" "$(left "$budget" "$start")" "${with[@]}" "$build/$test"
     done
   done

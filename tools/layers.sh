@@ -37,12 +37,13 @@ check_tree() {
   for op in src/ops/*/; do
     op=${op#src/}
     op=${op%/}
-    local kernels=("src/$op"/*.cpu.[ch] "src/$op"/*_tile.h "src/$op"/*.cu "src/$op"/*.cuh)
+    local kernels=("src/$op"/*.cpu.[ch] "src/$op"/*_tile.h "src/$op"/*.cu "src/$op"/*.cuh
+                   "src/$op"/verify.h "src/$op"/weights.h)
     local hosts=()
     for file in "src/$op"/*.[ch]; do
       [[ " ${kernels[*]} " == *" $file "* ]] || hosts+=("$file")
     done
-    check "${kernels[@]}" -- "kern/.*|$op/[a-z_]+((_params|_tile|\\.cpu)\\.h|\\.cuh)|$op/(lanes|planner|schedule|strips|tiles)\\.h|$op/(groups|schedule)\\.c|qi_variant\\.h"
+    check "${kernels[@]}" -- "kern/.*|$op/[a-z_]+((_params|_tile|\\.cpu)\\.h|\\.cuh)|$op/(lanes|planner|schedule|strips|tiles|verify|weights)\\.h|$op/(groups|schedule)\\.c|qi_variant\\.h"
     check "${hosts[@]}" -- "qkv/[a-z_]+\\.h|base/.*|core/launch\\.h|kern/(abi|plan|kv_view|rope|rope_turns|scale|tensor_map)\\.h|$op/.*"
   done
   check python/qkv/*.[ch] -- 'qkv/[a-z_]+\.h|[a-z_]+\.h'

@@ -48,8 +48,11 @@ typedef enum problem_key {
     KEY_VOCAB,
     KEY_TEMPERATURE,
     KEY_TOP_K,
+    KEY_SORTED,
     KEY_TOP_P,
     KEY_MIN_P,
+    KEY_SPREAD,
+    KEY_NODES,
     KEY_DATA,
     NUM_KEYS
 } problem_key;

@@ -35,9 +35,14 @@ from ._native import (
     kv_append,
     kv_append_slots,
     kv_copy_pages,
+    log_probs,
+    mask_logits,
+    renormalize,
     rmsnorm,
     rope,
     sample,
+    top_k,
+    verify,
     version,
 )
 

@@ -136,7 +136,7 @@ static int fill_module(PyObject *module)
     }
     return add_errors(module) || PyModule_AddFunctions(module, version_functions) ||
                    add_tensors(module) || add_context(module) || add_functions(module) ||
-                   add_attention(module)
+                   add_sampling(module) || add_logits_pipe(module) || add_attention(module)
                ? -1
                : 0;
 }

@@ -93,19 +93,182 @@ def gemm_quantized(
     x: _A, w: _Array, format: Literal["q8_0", "q4_0", "q4_1"], *, out: _A | None = None, ctx: Context | None = None, stream: int | None = None
 ) -> _A: ...
 def argmax(logits: _A, *, out: _A | None = None, ctx: Context | None = None, stream: int | None = None) -> _A: ...
+@overload
 def sample(
-    logits: _A,
+    rows: _A,
     *,
     seed: int | _Index,
     offset: int | _Index | None = None,
     temperature: _Scale | None = None,
     top_k: int | _Index | None = None,
+    top_n_sigma: _Scale | None = None,
+    repetition: _Scale | None = None,
+    frequency: _Scale | None = None,
+    presence: _Scale | None = None,
+    counts: _Index | None = None,
+    prompt: _Index | None = None,
+    bias: _Array | Sequence[Any] | None = None,
+    bitmask: _Index | None = None,
     top_p: _Scale | None = None,
     min_p: _Scale | None = None,
+    typical_p: _Scale | None = None,
+    kind: Literal["logits", "probs"] = "logits",
+    order: Literal["top_k_first", "joint"] = "top_k_first",
+    indices: _Index | None = None,
+    valid: None = None,
     out: _A | None = None,
     ctx: Context | None = None,
     stream: int | None = None,
 ) -> _A: ...
+@overload
+def sample(
+    rows: _A,
+    *,
+    seed: int | _Index,
+    offset: int | _Index | None = None,
+    temperature: _Scale | None = None,
+    top_k: int | _Index | None = None,
+    top_n_sigma: _Scale | None = None,
+    repetition: _Scale | None = None,
+    frequency: _Scale | None = None,
+    presence: _Scale | None = None,
+    counts: _Index | None = None,
+    prompt: _Index | None = None,
+    bias: _Array | Sequence[Any] | None = None,
+    bitmask: _Index | None = None,
+    top_p: _Scale | None = None,
+    min_p: _Scale | None = None,
+    typical_p: _Scale | None = None,
+    kind: Literal["logits", "probs"] = "logits",
+    order: Literal["top_k_first", "joint"] = "top_k_first",
+    indices: _Index | None = None,
+    valid: Literal[True] | _A,
+    out: _A | None = None,
+    ctx: Context | None = None,
+    stream: int | None = None,
+) -> tuple[_A, _A]: ...
+@overload
+def renormalize(
+    rows: _A,
+    *,
+    temperature: _Scale | None = None,
+    top_k: int | _Index | None = None,
+    top_n_sigma: _Scale | None = None,
+    repetition: _Scale | None = None,
+    frequency: _Scale | None = None,
+    presence: _Scale | None = None,
+    counts: _Index | None = None,
+    prompt: _Index | None = None,
+    bias: _Array | Sequence[Any] | None = None,
+    bitmask: _Index | None = None,
+    top_p: _Scale | None = None,
+    min_p: _Scale | None = None,
+    typical_p: _Scale | None = None,
+    kind: Literal["logits", "probs"] = "logits",
+    order: Literal["top_k_first", "joint"] = "top_k_first",
+    indices: _Index | None = None,
+    valid: None = None,
+    out: _A | None = None,
+    ctx: Context | None = None,
+    stream: int | None = None,
+) -> _A: ...
+@overload
+def renormalize(
+    rows: _A,
+    *,
+    temperature: _Scale | None = None,
+    top_k: int | _Index | None = None,
+    top_n_sigma: _Scale | None = None,
+    repetition: _Scale | None = None,
+    frequency: _Scale | None = None,
+    presence: _Scale | None = None,
+    counts: _Index | None = None,
+    prompt: _Index | None = None,
+    bias: _Array | Sequence[Any] | None = None,
+    bitmask: _Index | None = None,
+    top_p: _Scale | None = None,
+    min_p: _Scale | None = None,
+    typical_p: _Scale | None = None,
+    kind: Literal["logits", "probs"] = "logits",
+    order: Literal["top_k_first", "joint"] = "top_k_first",
+    indices: _Index | None = None,
+    valid: Literal[True] | _A,
+    out: _A | None = None,
+    ctx: Context | None = None,
+    stream: int | None = None,
+) -> tuple[_A, _A]: ...
+@overload
+def mask_logits(
+    rows: _A,
+    *,
+    temperature: _Scale | None = None,
+    top_k: int | _Index | None = None,
+    top_n_sigma: _Scale | None = None,
+    repetition: _Scale | None = None,
+    frequency: _Scale | None = None,
+    presence: _Scale | None = None,
+    counts: _Index | None = None,
+    prompt: _Index | None = None,
+    bias: _Array | Sequence[Any] | None = None,
+    bitmask: _Index | None = None,
+    indices: _Index | None = None,
+    valid: None = None,
+    out: _A | None = None,
+    ctx: Context | None = None,
+    stream: int | None = None,
+) -> _A: ...
+@overload
+def mask_logits(
+    rows: _A,
+    *,
+    temperature: _Scale | None = None,
+    top_k: int | _Index | None = None,
+    top_n_sigma: _Scale | None = None,
+    repetition: _Scale | None = None,
+    frequency: _Scale | None = None,
+    presence: _Scale | None = None,
+    counts: _Index | None = None,
+    prompt: _Index | None = None,
+    bias: _Array | Sequence[Any] | None = None,
+    bitmask: _Index | None = None,
+    indices: _Index | None = None,
+    valid: Literal[True] | _A,
+    out: _A | None = None,
+    ctx: Context | None = None,
+    stream: int | None = None,
+) -> tuple[_A, _A]: ...
+def top_k(
+    rows: _A,
+    k: int,
+    *,
+    sorted: bool = True,
+    values: _A | None = None,
+    indices: _A | None = None,
+    ctx: Context | None = None,
+    stream: int | None = None,
+) -> tuple[_A, _A]: ...
+@overload
+def log_probs(
+    logits: _A, tokens: _Index, *, ranks: None = None, out: _A | None = None, ctx: Context | None = None, stream: int | None = None
+) -> _A: ...
+@overload
+def log_probs(
+    logits: _A, tokens: _Index, *, ranks: Literal[True] | _A, out: _A | None = None, ctx: Context | None = None, stream: int | None = None
+) -> tuple[_A, _A]: ...
+def verify(
+    target: _A,
+    draft_tokens: _Index,
+    draft: _A | None = None,
+    *,
+    seed: int | _Index,
+    offset: int | _Index | None = None,
+    parents: _Index | None = None,
+    accepted: _A | None = None,
+    num_accepted: _A | None = None,
+    tokens: _A | None = None,
+    ctx: Context | None = None,
+    stream: int | None = None,
+) -> tuple[_A, _A, _A]: ...
 def kv_append(
     k_cache: _Array,
     v_cache: _Array | None,
@@ -150,6 +313,19 @@ def kv_append_slots(
 def kv_copy_pages(
     k_cache: _Array, v_cache: _Array | None, src: _Index, dst: _Index, *, ctx: Context | None = None, stream: int | None = None
 ) -> None: ...
+
+@final
+class LogitsPipe:
+    def __new__(
+        cls,
+        stages: Sequence[tuple[str, float | None, str | None, str | None, str | None]],
+        *,
+        kind: Literal["logits", "probs"] = "logits",
+        unfused: bool = False,
+    ) -> Self: ...
+    def run(
+        self, rows: _A, params: Mapping[str, Any], *, out: _A | None = None, ctx: Context | None = None, stream: int | None = None
+    ) -> _A | tuple[_A, _A]: ...
 
 @final
 class Attention:

@@ -20,6 +20,14 @@ typedef struct signature {
 
 int read_signature(signature *s);
 
+/* The parameters in C of a function that METHOD lists, and what the texts of most say. */
+#define ARGUMENTS PyObject *module, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#define COMMON                                                                                     \
+    "ctx: a qkv.Context, None = the default one of the arrays' device. stream: the handle of a "   \
+    "CUDA "                                                                                        \
+    "stream,\n"                                                                                    \
+    "None = the current one of the arrays' framework. "
+
 /* Sorts the arguments of a METH_FASTCALL | METH_KEYWORDS call into values[num_names]; those not given are
  * NULL. References are borrowed. -1 with TypeError. */
 int read_call(const signature *s, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames,

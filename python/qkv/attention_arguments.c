@@ -18,13 +18,7 @@ void read_scale(call *c, PyObject *value, const char *name, qkv_scale *out)
         }
         return;
     }
-    tensor *t = array_or_list(c, value, name, QKV_F32);
-    if (t && t->dl.ndim == 0) { /* frameworks keep single scales as scalars */
-        static int64_t one[] = {1};
-        t->dl.ndim = 1;
-        t->dl.shape = t->dl.strides = one;
-    }
-    out->tensor = dl(t);
+    out->tensor = dl(value_array(c, value, name, QKV_F32));
 }
 
 /* ---- variants ------------------------------------------------------------------------------------- */

@@ -473,10 +473,8 @@ static PyObject *attention_run(PyObject *object, PyObject *const *args, Py_ssize
     io.v = dl(optional_array(&c, v[RUN_V], "v"));
     const int64_t shape[] = {q && q->dl.ndim ? q->dl.shape[0] : 0, self->num_qo_heads,
                              self->head_dim_vo};
-    tensor *o = output(&c, v[RUN_O], "o", self->dtype_o, 3, shape), *lse = NULL;
-    if (!absent(v[RUN_LSE]) && v[RUN_LSE] != Py_False) {
-        lse = output(&c, v[RUN_LSE] == Py_True ? NULL : v[RUN_LSE], "lse", QKV_F32, 2, shape);
-    }
+    tensor *o = output(&c, v[RUN_O], "o", self->dtype_o, 3, shape);
+    tensor *lse = wanted_output(&c, v[RUN_LSE], "lse", QKV_F32, 2, shape);
     io.o = dl(o);
     io.lse = dl(lse);
     read_scale(&c, v[RUN_Q_SCALE], "q_scale", &io.q_scale);
@@ -501,7 +499,7 @@ static PyObject *attention_run(PyObject *object, PyObject *const *args, Py_ssize
         if (status) c.failed = 1, raise_status(status);
     }
     Py_DECREF(ordered);
-    return lse ? end_call_pair(&c, o, lse) : end_call(&c, o);
+    return end_call_wanted(&c, o, lse);
 }
 
 enum { STATUS_STREAM };
@@ -639,15 +637,15 @@ static PyObject *merge(PyObject *module, PyObject *const *args, Py_ssize_t nargs
         lse_states[i] = dl(array(&c, PyTuple_GetItem(lse_list, i), "lse_states"));
     }
     tensor *o = output_like(&c, v[MERGE_O], "o", &slots[0]), *lse = NULL;
-    if (!absent(v[MERGE_LSE]) && v[MERGE_LSE] != Py_False) {
-        lse = v[MERGE_LSE] == Py_True ? output_like(&c, NULL, "lse", &slots[1])
-                                      : written_array(&c, v[MERGE_LSE], "lse");
+    if (!c.failed) {
+        const DLTensor *like = &slots[1].dl;
+        lse = wanted_output(&c, v[MERGE_LSE], "lse", like->dtype, like->ndim, like->shape);
     }
     if (ready(&c)) {
         RUN(&c, qkv_attention_merge(c.ctx, dl(o), dl(lse), o_states, lse_states, (int32_t)num,
                                     base_2 ? QKV_ATTENTION_LSE_BASE_2 : 0, c.stream));
     }
-    PyObject *result = lse ? end_call_pair(&c, o, lse) : end_call(&c, o);
+    PyObject *result = end_call_wanted(&c, o, lse);
     Py_DECREF(o_list);
     Py_DECREF(lse_list);
     return result;

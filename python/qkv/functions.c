@@ -1,15 +1,9 @@
-/* functions.c - the operators without state: norms, activation, RoPE, products, sampling, cache pages.
+/* functions.c - the operators without state: norms, activation, RoPE, products, cache pages.
  * Each reads its arguments, makes its output and calls the C function of its name.
  * SPDX-License-Identifier: Apache-2.0 */
 #include "arguments.h"
 #include "attention_arguments.h"
 #include "tensors.h"
-
-#define COMMON                                                                                     \
-    "ctx: a qkv.Context, None = the default one of x's device. stream: the handle of a CUDA "      \
-    "stream,\n"                                                                                    \
-    "None = the current one of the arrays' framework. "
-#define ARGUMENTS PyObject *module, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 
 /* ---- norms and activation ------------------------------------------------------------------------- */
 
@@ -159,7 +153,7 @@ static PyObject *rope(ARGUMENTS)
         RUN(&c, qkv_rope(c.ctx, &spec, dl(q_out), dl(q), dl(k_out), dl(k), dl(positions),
                          dl(indptr), dl(offsets), c.stream));
     }
-    return end_call_pair(&c, q_out, k_out);
+    return end_call_tuple(&c, 2, (tensor *[]){q_out, k_out});
 }
 
 /* ---- products ------------------------------------------------------------------------------------- */
@@ -221,118 +215,6 @@ static PyObject *gemm_quantized(ARGUMENTS)
         RUN(&c,
             qkv_gemm_quantized(c.ctx, dl(out), dl(x), dl(w), (qkv_weight_format)format, c.stream));
     }
-    return end_call(&c, out);
-}
-
-/* ---- sampling ------------------------------------------------------------------------------------- */
-
-static tensor *token_output(call *c, PyObject *value, const tensor *logits)
-{
-    if (c->failed) return NULL;
-    const int64_t batch = logits->dl.ndim ? logits->dl.shape[0] : 0;
-    return output(c, value, "out", QKV_I32, 1, &batch);
-}
-
-enum { ARGMAX_LOGITS, ARGMAX_OUT, ARGMAX_CTX, ARGMAX_STREAM };
-static signature argmax_signature = {
-    .text = "argmax(logits, *, out=None, ctx=None, stream=None)\n--\n\n"
-            "The index of each row's largest logit, the lowest among equals.\n\n"
-            "logits: [batch, vocab] f32, f16 or bf16. out: i32 [batch]; made if None. " COMMON
-            "Returns out."};
-
-static PyObject *argmax(ARGUMENTS)
-{
-    (void)module;
-    PyObject *v[ARGMAX_STREAM + 1];
-    if (read_call(&argmax_signature, args, nargs, kwnames, v)) return NULL;
-    call c;
-    tensor slots[2];
-    begin_call(&c, slots, 2, v[ARGMAX_CTX], v[ARGMAX_STREAM]);
-    tensor *logits = array(&c, v[ARGMAX_LOGITS], "logits");
-    tensor *out = token_output(&c, v[ARGMAX_OUT], logits);
-    if (ready(&c)) RUN(&c, qkv_argmax(c.ctx, dl(out), dl(logits), c.stream));
-    return end_call(&c, out);
-}
-
-/* A parameter of sample(): one number for all rows, or [batch] of them. Frameworks know few operations on
- * u64, so that i64 is taken for it, bit by bit. */
-static tensor *sampling_parameter(call *c, PyObject *value, const char *name, DLDataType dtype,
-                                  const tensor *logits)
-{
-    if (c->failed || absent(value)) return NULL;
-    const DLDataType made = dtype.bits == 64 && c->device.device_type != kDLCPU ? QKV_I64 : dtype;
-    tensor *t;
-    if (PyNumber_Check(value) && !is_array(value)) {
-        uint64_t bits = 0;
-        PyObject *number = NULL;
-        if (made.bits == 64 && !read_u64(value, name, &bits))
-            number = PyLong_FromLongLong((long long)bits); /* 2^63 and more wrap */
-        if (made.bits == 64 && !number) c->failed = 1;
-        t = filled(c, name, made, logits->dl.shape[0], number ? number : value);
-        Py_XDECREF(number);
-    } else {
-        t = array_or_list(c, value, name, dtype);
-    }
-    if (t && dtype.bits == 64 && t->dl.dtype.bits == 64 && t->dl.dtype.code == kDLInt)
-        t->dl.dtype = dtype;
-    return t;
-}
-
-enum {
-    SAMPLE_LOGITS,
-    SAMPLE_SEED,
-    SAMPLE_OFFSET,
-    SAMPLE_TEMPERATURE,
-    SAMPLE_TOP_K,
-    SAMPLE_TOP_P,
-    SAMPLE_MIN_P,
-    SAMPLE_OUT,
-    SAMPLE_CTX,
-    SAMPLE_STREAM
-};
-static signature sample_signature = {
-    .text = "sample(logits, *, seed, offset=None, temperature=None, top_k=None, top_p=None, "
-            "min_p=None, "
-            "out=None, ctx=None, stream=None)\n--\n\n"
-            "Draws one token a row: softmax(logits / temperature), the top_k largest, of those "
-            "top_p, of\n"
-            "those min_p. A row's draw depends on its seed and offset alone: one seed for all rows "
-            "draws\n"
-            "with the same random number in each; give a list for draws that are independent.\n\n"
-            "logits: [batch, vocab] f32, f16 or bf16. The others are a number or an array [batch] "
-            "on the\n"
-            "logits' device: seed, offset (the number of the draw): u64 or i64; temperature: f32 "
-            ">= 0,\n"
-            "0 = argmax; top_k: i32, 0 = all; top_p: f32 in (0, 1]; min_p: f32 in [0, 1].\n"
-            "out: i32 [batch]; made if None. " COMMON "Returns out."};
-
-static PyObject *sample(ARGUMENTS)
-{
-    (void)module;
-    PyObject *v[SAMPLE_STREAM + 1];
-    if (read_call(&sample_signature, args, nargs, kwnames, v)) return NULL;
-    call c;
-    tensor slots[8];
-    begin_call(&c, slots, 8, v[SAMPLE_CTX], v[SAMPLE_STREAM]);
-    tensor *logits = array(&c, v[SAMPLE_LOGITS], "logits");
-    if (logits && logits->dl.ndim != 2) {
-        raise_error(QKV_ERR_INVALID, "logits: expected [batch, vocab], got %d axes",
-                    logits->dl.ndim);
-        c.failed = 1;
-    }
-    tensor *seed = sampling_parameter(&c, v[SAMPLE_SEED], "seed", QKV_U64, logits);
-    tensor *offset = sampling_parameter(&c, v[SAMPLE_OFFSET], "offset", QKV_U64, logits);
-    tensor *temperature =
-        sampling_parameter(&c, v[SAMPLE_TEMPERATURE], "temperature", QKV_F32, logits);
-    tensor *top_k = sampling_parameter(&c, v[SAMPLE_TOP_K], "top_k", QKV_I32, logits);
-    tensor *top_p = sampling_parameter(&c, v[SAMPLE_TOP_P], "top_p", QKV_F32, logits);
-    tensor *min_p = sampling_parameter(&c, v[SAMPLE_MIN_P], "min_p", QKV_F32, logits);
-    tensor *out = token_output(&c, v[SAMPLE_OUT], logits);
-    const qkv_sampling_params params = {QKV_SAMPLING_PARAMS_INIT, .temperature = dl(temperature),
-                                        .top_k = dl(top_k),       .top_p = dl(top_p),
-                                        .min_p = dl(min_p),       .seed = dl(seed),
-                                        .offset = dl(offset)};
-    if (ready(&c)) RUN(&c, qkv_sample(c.ctx, dl(out), dl(logits), &params, c.stream));
     return end_call(&c, out);
 }
 
@@ -571,8 +453,6 @@ static PyMethodDef functions[] = {
     METHOD("rope", rope),
     METHOD("gemm", gemm),
     METHOD("gemm_quantized", gemm_quantized),
-    METHOD("argmax", argmax),
-    METHOD("sample", sample),
     METHOD("kv_append", kv_append),
     METHOD("kv_append_slots", kv_append_slots),
     METHOD("kv_copy_pages", kv_copy_pages),
@@ -586,8 +466,6 @@ static signature *const signatures[] = {
     &rope_signature,
     &gemm_signature,
     &gemm_quantized_signature,
-    &argmax_signature,
-    &sample_signature,
     &kv_append_signature,
     &kv_append_slots_signature,
     &kv_copy_pages_signature,

@@ -4,23 +4,24 @@
     tokens = pipe(logits, temperature=0.8, top_p=0.9, seed=7)      # i32 [batch]
 
 A stage takes logits or probabilities and gives logits, probabilities or tokens; an order that does
-not fit is refused when the pipe is made. What leads to a token becomes one call of qkv.sample or
-qkv.argmax as far as its order is theirs; stages before that, and all of a pipe that ends early, run
-in the array's own framework (torch or NumPy), in f32. compile=False runs every stage by itself.
+not fit is refused when the pipe is made. The stages of this module, one after the other, are one
+kernel, whatever they are (qkv_logits_pipe of qkv/sampling.h); compile=False gives each a kernel of
+its own, for the same tokens. A class of your own may stand anywhere among them.
 """
 
-import contextlib
 import enum
-import math
+import itertools
 import sys
 from typing import Any, Sequence
 
 import qkv
+from qkv import _native
 
 Array = Any  # of torch, NumPy, ...
 
 __all__ = [
-    "TensorType", "LogitsProcessor", "Temperature", "Softmax", "TopK", "TopP", "MinP", "Sample",
+    "TensorType", "LogitsProcessor", "Repetition", "Frequency", "Presence", "Bias", "Bitmask",
+    "UserStage", "Temperature", "TopNSigma", "Softmax", "TopK", "TopP", "MinP", "TypicalP", "Sample",
     "Greedy", "LogitsPipe",
 ]
 
@@ -36,100 +37,8 @@ class TensorType(enum.Enum):
 LOGITS, PROBS, INDICES = TensorType
 
 
-# ---- the array's framework -----------------------------------------------------------------------
-
-
-def _is_torch(x):
-    return type(x).__module__.partition(".")[0] == "torch"
-
-
-def _framework(x):
-    """The module whose functions work on x."""
-    name = type(x).__module__.partition(".")[0]
-    if name not in ("torch", "numpy"):
-        raise NotImplementedError(
-            f"logits: the stages that are not fused are offered for torch and NumPy, got {type(x)}"
-        )
-    return sys.modules[name]
-
-
-def _f32(x):
-    return x.float() if _is_torch(x) else x.astype("float32", copy=False)
-
-
-def _largest(x):
-    return x.amax(-1, keepdim=True) if _is_torch(x) else x.max(-1, keepdims=True)
-
-
-def _descending(x):
-    """The order of each row by value, descending, equals by index: the one of qkv_sample."""
-    if _is_torch(x):
-        return x.argsort(dim=-1, descending=True, stable=True)
-    return (-x).argsort(-1, kind="stable")
-
-
-def _mask_of_prefix(order, prefix):
-    """[batch, vocab] bool: prefix says it of the tokens in that order."""
-    if _is_torch(order):
-        return prefix.new_zeros(order.shape).scatter_(-1, order, prefix)
-    xp = _framework(order)
-    mask = xp.zeros(order.shape, dtype=bool)
-    xp.put_along_axis(mask, order, prefix, -1)
-    return mask
-
-
-def _renormalised(x):
-    total = x.sum(-1)[:, None]
-    return x / _framework(x).where(total > 0, total, 1)
-
-
-def _check_range(name, values, low, high, open_low):
-    for row, v in enumerate(values):
-        if not (low < v if open_low else low <= v) or not v <= high or v == math.inf:
-            above = f"above {low:g}" if open_low else f"{low:g} or more"
-            upto = "" if high == math.inf else f", at most {high:g}"
-            raise ValueError(f"{name}[{row}]: expected {above}{upto}, got {v:g}")
-
-
-def _column(x, name, value, dtype, low, high=math.inf, open_low=False):
-    """A parameter, one for all rows or one a row, as dtype [batch or 1, 1] beside x. Values are
-    checked where they are on the host."""
-    is_number = not hasattr(value, "__len__") and not hasattr(value, "shape")
-    if is_number or not (_is_torch(value) and value.device.type != "cpu"):
-        values = value.tolist() if hasattr(value, "tolist") else value
-        many = isinstance(values, (list, tuple))
-        _check_range(name, values if many else [values], low, high, open_low)
-    if _is_torch(x):
-        torch = sys.modules["torch"]
-        options = {"dtype": getattr(torch, dtype), "device": x.device}
-        # full() rather than a copy from the host, which a stream under capture would refuse.
-        if is_number:
-            column = torch.full((), value, **options)
-        else:
-            column = torch.as_tensor(value, **options)
-    else:
-        column = _framework(x).asarray(value, dtype=dtype)
-    batch = x.shape[0]
-    if tuple(column.shape) not in ((), (batch,)):
-        raise ValueError(
-            f"{name}: expected a number or one a row, [{batch}], got {tuple(column.shape)}"
-        )
-    return column.reshape(-1, 1)
-
-
-def _seeds(x, seed):
-    """One seed for all rows would give all of them the same random number: each row gets a stream
-    of its own, the first that of the seed."""
-    batch = x.shape[0]
-    if not hasattr(seed, "__index__") or hasattr(seed, "shape") or batch == 1:
-        return seed
-    step, size = 0x9E3779B97F4A7C15, 1 << 64  # odd, so that streams differ; 2^64 / golden ratio
-    if not _is_torch(x):
-        return [(seed + row * step) % size for row in range(batch)]
-    torch = sys.modules["torch"]
-    rows = torch.arange(batch, dtype=torch.int64, device=x.device)
-    first = (seed + size // 2) % size - size // 2
-    return rows * (step - size) + first
+def _is_number(value):
+    return not hasattr(value, "__len__") and not hasattr(value, "shape")
 
 
 # ---- stages --------------------------------------------------------------------------------------
@@ -137,7 +46,7 @@ def _seeds(x, seed):
 
 class LogitsProcessor:
     """One stage. A class of your own says what it takes and gives in `moves`, names its parameters
-    in `parameters`, and computes in `apply`; it then runs in the framework, before what is fused.
+    in `parameters`, and computes in `apply`, in the array's framework.
 
     moves       {TensorType: TensorType} input to output
     parameters  names; each must have a value at the call of the pipe, or here
@@ -161,97 +70,195 @@ class LogitsProcessor:
         return f"{type(self).__name__}({values})"
 
 
-class Temperature(LogitsProcessor):
+class _Native(LogitsProcessor):
+    """A stage of the library: `kind` is its name there, and that of its value if it has one."""
+
+    kind = ""
+    has_value = True
+
+    def native(self):
+        """As qkv._native.LogitsPipe takes it. A number given here is the stage's own."""
+        default = self.values.get(self.kind) if self.has_value else None
+        return self.kind, default if _is_number(default) else None, None, None, None
+
+    def given(self):
+        """What else was given here, which goes with every call."""
+        own = self.kind if self.has_value else None
+        return {n: v for n, v in self.values.items() if n != own or not _is_number(v)}
+
+
+class _OnLogits(_Native):
+    moves = {LOGITS: LOGITS}
+
+
+class _OnProbs(_Native):
+    moves = {PROBS: PROBS}
+
+
+class Repetition(_OnLogits):
+    """l > 0 ? l / repetition : l * repetition for tokens that prompt (i32 [batch, ceil(vocab / 32)],
+    a bit each, the lowest first) or counts (i32 [batch, vocab], of the output so far) have; either
+    or both are given."""
+
+    kind = "repetition"
+    parameters = ("repetition", "counts", "prompt")
+
+    def __init__(self, repetition: float | Array | None = None):
+        super().__init__(repetition=repetition)
+
+
+class Frequency(_OnLogits):
+    """l -= frequency * counts, i32 [batch, vocab]."""
+
+    kind = "frequency"
+    parameters = ("frequency", "counts")
+
+    def __init__(self, frequency: float | Array | None = None):
+        super().__init__(frequency=frequency)
+
+
+class Presence(_OnLogits):
+    """l -= presence for tokens whose count, of counts i32 [batch, vocab], is above 0."""
+
+    kind = "presence"
+    parameters = ("presence", "counts")
+
+    def __init__(self, presence: float | Array | None = None):
+        super().__init__(presence=presence)
+
+
+class Bias(_OnLogits):
+    """l += bias, f32, f16 or bf16 [batch or 1, vocab]."""
+
+    kind = "bias"
+    has_value = False
+    parameters = ("bias",)
+
+    def __init__(self, bias: Array | None = None):
+        super().__init__(bias=bias)
+
+
+class Bitmask(_OnLogits):
+    """-inf for tokens whose bit of bitmask, i32 [batch or 1, ceil(vocab / 32)], is 0."""
+
+    kind = "bitmask"
+    has_value = False
+    parameters = ("bitmask",)
+
+    def __init__(self, bitmask: Array | None = None):
+        super().__init__(bitmask=bitmask)
+
+
+class UserStage(_OnLogits):
+    """A stage in a few lines of C, which are compiled into the kernel, for the CPU and GPUs alike:
+
+        UserStage("QI_FN float logits_stage(float logit, float value, float element, int token, "
+                  "int request) { return logit - value * element; }", value="strength", tensor="cost")
+
+    source   in the common subset of C11 and C++17, with the functions of qkv/variant.h
+    value    the name by which a call gives value, a number or one a row; None = without, 0
+    tensor   that of the array [batch or 1, vocab] whose element it is; None = without, 0
+    default  of the value
+    """
+
+    kind = "user"
+
+    def __init__(
+        self, source: str, *, value: str | None = None, tensor: str | None = None,
+        default: float | None = None,
+    ):
+        self.source, self.value, self.tensor, self.default = source, value, tensor, default
+        self.parameters = tuple(name for name in (value, tensor) if name is not None)
+        super().__init__()
+
+    def native(self):
+        return self.kind, self.default, self.source, self.value, self.tensor
+
+    def __repr__(self):
+        return f"UserStage({', '.join(self.parameters)})"
+
+
+class Temperature(_OnLogits):
     """logits / temperature; 0 leaves the largest one alone, the first among equals."""
 
-    moves = {LOGITS: LOGITS}
+    kind = "temperature"
     parameters = ("temperature",)
 
     def __init__(self, temperature: float | Array | None = None):
         super().__init__(temperature=temperature)
 
-    def apply(self, x, kind, temperature):
-        xp = _framework(x)
-        t = _column(x, "temperature", temperature, "float32", 0)
-        is_largest = x == _largest(x)
-        first = is_largest & (is_largest.cumsum(-1) == 1)
-        return xp.where(t == 0, xp.where(first, 0.0, -math.inf), x / xp.where(t == 0, 1, t))
+
+class TopNSigma(_OnLogits):
+    """Keeps the logits within top_n_sigma standard deviations of the largest."""
+
+    kind = "top_n_sigma"
+    parameters = ("top_n_sigma",)
+
+    def __init__(self, top_n_sigma: float | Array | None = None):
+        super().__init__(top_n_sigma=top_n_sigma)
 
 
-class Softmax(LogitsProcessor):
+class Softmax(_Native):
     """Logits to probabilities. A row of nothing but -inf gives zeros."""
 
+    kind = "softmax"
+    has_value = False
     moves = {LOGITS: PROBS}
 
     def __init__(self):
         super().__init__()
 
-    def apply(self, x, kind):
-        xp = _framework(x)
-        largest = _largest(x)
-        p = xp.where(x == largest, 1, xp.exp(x - largest))  # also where that is inf - inf
-        return _renormalised(xp.where(x == -math.inf, 0, p))
 
-
-class TopK(LogitsProcessor):
+class TopK(_Native):
     """Keeps the top_k largest, the first among equals; 0 or >= vocab keeps all. Other logits become
     -inf; other probabilities 0, and the rest is renormalised."""
 
+    kind = "top_k"
     moves = {LOGITS: LOGITS, PROBS: PROBS}
     parameters = ("top_k",)
 
     def __init__(self, top_k: int | Array | None = None):
         super().__init__(top_k=top_k)
 
-    def apply(self, x, kind, top_k):
-        xp = _framework(x)
-        k = _column(x, "top_k", top_k, "int64", 0)
-        order = _descending(x)
-        place = xp.ones_like(order).cumsum(-1)
-        keep = _mask_of_prefix(order, (place <= k) | (k == 0))
-        if kind is LOGITS:
-            return xp.where(keep, x, -math.inf)
-        return _renormalised(xp.where(keep, x, 0))
 
-
-class TopP(LogitsProcessor):
+class TopP(_OnProbs):
     """Keeps the smallest set of largest probabilities whose sum reaches top_p, in (0, 1], and
     renormalises."""
 
-    moves = {PROBS: PROBS}
+    kind = "top_p"
     parameters = ("top_p",)
 
     def __init__(self, top_p: float | Array | None = None):
         super().__init__(top_p=top_p)
 
-    def apply(self, x, kind, top_p):
-        xp = _framework(x)
-        limit = _column(x, "top_p", top_p, "float32", 0, 1, open_low=True)
-        order = _descending(x)
-        sorted_p = x.gather(-1, order) if _is_torch(x) else xp.take_along_axis(x, order, -1)
-        sums = sorted_p.cumsum(-1, dtype=xp.float64)
-        prefix = (sums - sorted_p < limit * sums[:, -1:]) | (limit >= 1)
-        return _renormalised(xp.where(_mask_of_prefix(order, prefix), x, 0))
 
-
-class MinP(LogitsProcessor):
+class MinP(_OnProbs):
     """Keeps the probabilities of at least min_p, in [0, 1], times the largest, and renormalises."""
 
-    moves = {PROBS: PROBS}
+    kind = "min_p"
     parameters = ("min_p",)
 
     def __init__(self, min_p: float | Array | None = None):
         super().__init__(min_p=min_p)
 
-    def apply(self, x, kind, min_p):
-        limit = _column(x, "min_p", min_p, "float32", 0, 1)
-        return _renormalised(_framework(x).where(x >= limit * _largest(x), x, 0))
+
+class TypicalP(_OnProbs):
+    """Keeps the tokens whose surprise is nearest to the entropy until their sum reaches typical_p,
+    in (0, 1], and renormalises."""
+
+    kind = "typical_p"
+    parameters = ("typical_p",)
+
+    def __init__(self, typical_p: float | Array | None = None):
+        super().__init__(typical_p=typical_p)
 
 
-class Sample(LogitsProcessor):
-    """One token a row, drawn by qkv.sample: seed, and offset, the number of the draw in the seed's
-    stream (0 if not given)."""
+class Sample(_Native):
+    """One token a row: seed, and offset, the number of the draw in the seed's stream (0 if not
+    given). One seed for all rows is the first row's; those of the others follow from it."""
 
+    kind = "sample"
+    has_value = False
     moves = {LOGITS: INDICES, PROBS: INDICES}
     parameters = ("seed", "offset")
 
@@ -300,33 +307,104 @@ def _infer_kinds(stages, input_type):
     return fits[0]
 
 
-_FUSED = (Temperature, Softmax, TopK, TopP, MinP)
+def _row_seeds(x, seed, batch):
+    """One seed for all rows would give all of them the same random number: each row gets a stream
+    of its own, the first that of the seed."""
+    step, size = 0x9E3779B97F4A7C15, 1 << 64  # odd, so that streams differ; 2^64 / golden ratio
+    if type(x).__module__.partition(".")[0] != "torch":
+        return [(seed + row * step) % size for row in range(batch)]
+    torch = sys.modules["torch"]
+    rows = torch.arange(batch, dtype=torch.int64, device=x.device)
+    first = (seed + size // 2) % size - size // 2
+    return rows * (step - size) + first
 
 
-def _first_fused(stages):
-    """From which stage on all are what the last one's operator does in one call."""
-    first = len(stages) - 1
-    later = set()
-    while first > 0 and type(stages[first - 1]) in _FUSED:
-        kind = type(stages[first - 1])
-        # qkv_sample keeps the top_k, of those top_p, of those min_p. Only top_p depends on what was
-        # dropped before it: the others may change places with each other. argmax does not depend on
-        # any.
-        if type(stages[-1]) is Sample and (
-            (kind is TopP and TopK in later) or (kind is MinP and TopP in later)
-        ):
-            break
-        later.add(kind)
-        first -= 1
-    return first
+class _Fused:
+    """Stages of the library in a row."""
+
+    def __init__(self, stages, kind, unfused):
+        self.stages = stages
+        self.names = {name for stage in stages for name in stage.parameters}
+        self._given = {name: v for stage in stages for name, v in stage.given().items()}
+        self._pipe = _native.LogitsPipe(
+            [stage.native() for stage in stages], kind=kind.value, unfused=unfused
+        )
+
+    def __repr__(self):
+        return f"qkv[{', '.join(map(repr, self.stages))}]"
+
+    def run(self, x, values, indices, valid, out, ctx, stream):
+        if self._given:
+            values = {**self._given, **{name: v for name, v in values.items() if v is not None}}
+        seed = values.get("seed")
+        if isinstance(seed, int):
+            batch = len(x if indices is None else indices)
+            if batch > 1:
+                values = {**values, "seed": _row_seeds(x, seed, batch)}
+        if indices is not None or valid is not None:
+            values = {**values, "indices": indices, "valid": valid}
+        return self._pipe.run(x, values, out=out, ctx=ctx, stream=stream)
+
+
+class _InFramework:
+    """A stage of the user's own class."""
+
+    def __init__(self, stage, kind):
+        self.stage = stage
+        self.names = set(stage.parameters)
+        self._kind = kind
+
+    def __repr__(self):
+        return repr(self.stage)
+
+    def run(self, x, values, *options):
+        values = {**self.stage.values, **{name: v for name, v in values.items() if v is not None}}
+        for name in self.stage.parameters:
+            if name not in values:
+                raise ValueError(
+                    f"{name}: expected a value here or in {type(self.stage).__name__}(...)"
+                )
+        x = x.float() if hasattr(x, "float") else x.astype("float32")
+        return self.stage.apply(x, self._kind, **values)
+
+
+def _parts(stages, kinds, unfused):
+    """Stages of the library in a row are one part, each other one is a part of its own."""
+    parts = []
+    for is_native, group in itertools.groupby(zip(stages, kinds), lambda s: isinstance(s[0], _Native)):
+        group = list(group)
+        if is_native:
+            parts.append(_Fused([stage for stage, _ in group], group[0][1], unfused))
+        else:
+            parts += [_InFramework(stage, kind) for stage, kind in group]
+    return parts
+
+
+# What keeps the largest where it is: the argmax may as well be taken before it.
+_MONOTONE = (Temperature, TopNSigma, Softmax, TopK, TopP, MinP)
+
+
+def _before_argmax(stages, kinds):
+    """The stages that a Greedy at the end needs, with what they take, and whether argmax follows:
+    the largest of what the library has at hand is drawn there, as the only one of a top-1."""
+    stages, kinds = stages[:-1], kinds[:-1]
+    while stages and type(stages[-1]) in _MONOTONE:
+        stages, kinds = stages[:-1], kinds[:-1]
+    if not stages or not isinstance(stages[-1], _Native) or any(type(s) is TopK for s in stages):
+        return stages, kinds, True
+    only, draw = TopK(1), Sample(seed=[0])
+    only.parameters = draw.parameters = ()  # not for calls
+    return [*stages, only, draw], [*kinds, kinds[-1]], False
 
 
 class LogitsPipe:
     """Stages, one after the other.
 
     stages      stages, each with what it takes fixed by the one before
-    compile     False: each stage by itself, for comparison. The same tokens but for rounding
+    compile     False: a kernel for each stage, for comparison. The same tokens
     input_type  "logits" or "probs" (or a TensorType), where the stages take either
+
+    A CUDA graph that was captured with a pipe needs it to live; run it once before the capture.
     """
 
     def __init__(
@@ -336,92 +414,53 @@ class LogitsPipe:
         self.stages = list(stages)
         if not self.stages:
             raise ValueError("stages: expected one or more, got none")
-        owner = {}
         for i, stage in enumerate(self.stages):
             if not isinstance(stage, LogitsProcessor):
                 raise ValueError(f"stages[{i}]: expected a stage like TopK(), got {stage!r}")
-            for name in stage.parameters:
-                if name in owner:
-                    raise ValueError(f"stages[{i}]: {name} is a parameter of {owner[name]!r} too")
-                owner[name] = stage
-        self._owner = owner
-        self._kinds = _infer_kinds(self.stages, input_type)
-        ends = isinstance(self.stages[-1], (Sample, Greedy))
-        count = len(self.stages)
-        self._first = count if not ends else _first_fused(self.stages) if compile else count - 1
-        fused = self.stages[self._first :]
-        self._is_greedy = bool(fused) and isinstance(fused[-1], Greedy)
-        self._fused_names = [name for stage in fused for name in stage.parameters]
+        self._names = {name for stage in self.stages for name in stage.parameters}
+        needed, kinds, self._argmax = self.stages, _infer_kinds(self.stages, input_type), False
+        if isinstance(self.stages[-1], Greedy):
+            needed, kinds, self._argmax = _before_argmax(needed, kinds)
+        self._parts = _parts(needed, kinds, not compile)
+        is_fused = [isinstance(part, _Fused) for part in self._parts]
+        self._is_one_kernel = is_fused == [True] and not self._argmax
+        self._takes_out = self._argmax or is_fused[-1]
 
     def __repr__(self):
-        parts = [repr(stage) for stage in self.stages[: self._first]]
-        fused = self.stages[self._first :]
-        if fused:
-            name = "argmax" if isinstance(fused[-1], Greedy) else "sample"
-            parts.append(f"qkv.{name}[{', '.join(map(repr, fused))}]")
-        return f"LogitsPipe({' -> '.join(parts)})"
+        return f"LogitsPipe({' -> '.join([*map(repr, self._parts), *['qkv.argmax'] * self._argmax])})"
 
     def __call__(
-        self, logits: Array, *, out: Array | None = None, ctx: "qkv.Context | None" = None,
-        stream: int | None = None, **values: Any,
-    ) -> Array:
+        self, logits: Array, *, out: Array | None = None, indices: Array | None = None,
+        valid: Any = None, ctx: "qkv.Context | None" = None, stream: int | None = None,
+        **values: Any,
+    ) -> Any:
         """Runs the stages.
 
-        logits  [batch, vocab] f32, f16 or bf16: logits, or probabilities if the pipe takes those
-        values  temperature, top_k, top_p, min_p, seed, offset, by name, each a number or one a row
-                ([batch]); they win over those given to the stage. One seed for all rows is the
-                first row's; those of the others follow from it
-        out     i32 [batch], of a pipe that ends in a token
+        logits   [batch, vocab] f32, f16 or bf16: logits, or probabilities if the pipe takes those
+        values   temperature, top_k, counts, seed, ... by name, a value being a number or one a row
+                 ([batch]); they win over those given to a stage. Stages of one name share it
+        out      i32 [batch] of a pipe that ends in a token, else f32, f16 or bf16 [batch, vocab]
+        indices, valid  as of qkv.sample, of a pipe that is one kernel
 
-        Returns tokens, i32 [batch], or what the last stage gives, f32 [batch, vocab].
+        Returns out, i32 [batch] or f32 [batch, vocab] if it was made here; (out, valid) if valid is
+        wanted.
         """
-        self._complete(values)
-        if len(logits.shape) != 2:
-            raise ValueError(f"logits: expected [batch, vocab], got {tuple(logits.shape)}")
-        if str(logits.dtype).rpartition(".")[2] not in ("float32", "float16", "bfloat16"):
-            raise ValueError(f"logits: expected f32, f16 or bf16, got {logits.dtype}")
-        ends = self._first < len(self.stages)  # in a token
-        if out is not None and not ends:
-            raise ValueError("out: expected None, since the pipe does not end in a token")
+        if not values.keys() <= self._names:
+            unknown = min(values.keys() - self._names)
+            raise ValueError(f"{unknown}: no stage of {self!r} has this parameter")
+        if self._is_one_kernel:
+            only = self._parts[0]
+            if len(only.names) < len(self._names):  # others are of stages that an argmax needs not
+                values = {name: v for name, v in values.items() if name in only.names}
+            return only.run(logits, values, indices, valid, out, ctx, stream)
+        for name, value in (("indices", indices), ("valid", valid)):
+            if value is not None:
+                raise ValueError(f"{name}: expected a pipe that is one kernel, got {self!r}")
+        if out is not None and not self._takes_out:
+            raise ValueError(f"out: expected None, since {self._parts[-1]!r} makes its own")
         x = logits
-        if self._first > 0:
-            x = self._run_stages(x, values)
-        if not ends:
-            return x
-        if self._is_greedy:
-            return qkv.argmax(x, out=out, ctx=ctx, stream=stream)
-        if self._kinds[self._first] is PROBS:
-            with _quiet(x):
-                x = _framework(x).log(_f32(x))
-        arguments = {name: values[name] for name in self._fused_names if name in values}
-        arguments["seed"] = _seeds(x, arguments["seed"])
-        return qkv.sample(x, out=out, ctx=ctx, stream=stream, **arguments)
-
-    def _complete(self, values):
-        """Adds the stages' own to the call's values, so that every parameter has one."""
-        for name in values:
-            if name not in self._owner:
-                raise ValueError(f"{name}: no stage of {self!r} has this parameter")
-        for name, stage in self._owner.items():
-            if values.get(name) is None:
-                if name in stage.values:
-                    values[name] = stage.values[name]
-                elif name != "offset":
-                    raise ValueError(
-                        f"{name}: expected a value here or in {type(stage).__name__}(...)"
-                    )
-
-    def _run_stages(self, x, values):
-        """The stages that are not fused."""
-        xp = _framework(x)
-        with _quiet(x):
-            x = _f32(x)
-            x = xp.where(xp.isnan(x), -math.inf if self._kinds[0] is LOGITS else 0, x)
-            for stage, kind in zip(self.stages[: self._first], self._kinds):
-                x = _f32(stage.apply(x, kind, **{n: values[n] for n in stage.parameters}))
-        return x
-
-
-def _quiet(x):
-    """log 0 and inf - inf are meant."""
-    return contextlib.nullcontext() if _is_torch(x) else _framework(x).errstate(all="ignore")
+        for i, part in enumerate(self._parts):
+            own = {name: values[name] for name in values.keys() & part.names}
+            is_last = i + 1 == len(self._parts) and not self._argmax
+            x = part.run(x, own, None, None, out if is_last else None, ctx, stream)
+        return qkv.argmax(x, out=out, ctx=ctx, stream=stream) if self._argmax else x

@@ -35,6 +35,8 @@ int add_errors(PyObject *module);
 int add_tensors(PyObject *module);
 int add_context(PyObject *module);
 int add_functions(PyObject *module);
+int add_sampling(PyObject *module);
+int add_logits_pipe(PyObject *module);
 int add_attention(PyObject *module);
 
 /* The release of an object of a heap type: its memory, then its type. */

@@ -44,11 +44,17 @@ __all__ = [
     "handle",
     "kv_append",
     "kv_append_slots",
+    "log_probs",
+    "mask_logits",
     "merge",
     "release",
+    "renormalize",
     "rmsnorm",
     "rope",
     "sample",
+    "sample_valid",
+    "top_k",
+    "verify",
 ]
 
 # Library.define and impl rather than torch.library.custom_op, which wraps each dispatch key in Python:
@@ -108,23 +114,89 @@ gemm = _define("gemm(Tensor x, Tensor w) -> Tensor", qkv.gemm, _product)
 argmax = _define("argmax(Tensor logits) -> Tensor", qkv.argmax, _tokens)
 
 
-def _sample(logits, seed, offset=None, temperature=None, top_k=None, top_p=None, min_p=None):
-    return qkv.sample(
-        logits,
-        seed=seed,
-        offset=offset,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
+# A value is an array, of one entry for all rows or of one a row; of one it may be on the host.
+_ROWS = (
+    "Tensor? temperature=None, Tensor? top_k=None, Tensor? top_n_sigma=None, Tensor? repetition=None, "
+    "Tensor? frequency=None, Tensor? presence=None, Tensor? counts=None, Tensor? prompt=None, "
+    "Tensor? bias=None, Tensor? bitmask=None, Tensor? indices=None"
+)
+_PROBS = (
+    "Tensor? top_p=None, Tensor? min_p=None, Tensor? typical_p=None, str kind='logits', "
+    "str order='top_k_first'"
+)
+
+
+def _requests(rows, indices=None):
+    return (rows if indices is None else indices).shape[0]
+
+
+def _sample(rows, seed, offset=None, **options):
+    return qkv.sample(rows, seed=seed, offset=offset, **options)
+
+
+def _sample_valid(rows, seed, offset=None, **options):
+    return qkv.sample(rows, seed=seed, offset=offset, valid=True, **options)
+
+
+def _sample_fake(rows, seed, offset=None, *, indices=None, **options):
+    return rows.new_empty((_requests(rows, indices),), dtype=torch.int32)
+
+
+def _sample_valid_fake(rows, *args, **options):
+    tokens = _sample_fake(rows, *args, **options)
+    return tokens, tokens.new_empty(tokens.shape, dtype=torch.bool)
+
+
+def _rows_fake(rows, *, indices=None, **options):
+    return rows.new_empty((_requests(rows, indices), rows.shape[1]))
+
+
+def _top_k(rows, k, sorted=True):
+    return qkv.top_k(rows, k, sorted=sorted)
+
+
+def _top_k_fake(rows, k, sorted=True):
+    shape = rows.shape[0], k
+    return rows.new_empty(shape), rows.new_empty(shape, dtype=torch.int32)
+
+
+def _log_probs(logits, tokens):
+    return qkv.log_probs(logits, tokens, ranks=True)
+
+
+def _log_probs_fake(logits, tokens):
+    return (
+        logits.new_empty(tokens.shape, dtype=torch.float32),
+        logits.new_empty(tokens.shape, dtype=torch.int32),
     )
 
 
-sample = _define(
-    "sample(Tensor logits, Tensor seed, Tensor? offset=None, Tensor? temperature=None, "
-    "Tensor? top_k=None, Tensor? top_p=None, Tensor? min_p=None) -> Tensor",
-    _sample,
-    _tokens,
+def _verify(target, draft_tokens, draft=None, *, seed, offset=None, parents=None):
+    return qkv.verify(target, draft_tokens, draft, seed=seed, offset=offset, parents=parents)
+
+
+def _verify_fake(target, draft_tokens, draft=None, **options):
+    batch, nodes = draft_tokens.shape
+    shapes = (batch, nodes + 1), (batch,), (batch, nodes + 1)
+    return tuple(target.new_empty(shape, dtype=torch.int32) for shape in shapes)
+
+
+_SAMPLE = f"(Tensor rows, Tensor seed, Tensor? offset=None, *, {_ROWS}, {_PROBS}) -> "
+sample = _define(f"sample{_SAMPLE}Tensor", _sample, _sample_fake)
+sample_valid = _define(f"sample_valid{_SAMPLE}(Tensor, Tensor)", _sample_valid, _sample_valid_fake)
+renormalize = _define(
+    f"renormalize(Tensor rows, *, {_ROWS}, {_PROBS}) -> Tensor", qkv.renormalize, _rows_fake
+)
+mask_logits = _define(f"mask_logits(Tensor rows, *, {_ROWS}) -> Tensor", qkv.mask_logits, _rows_fake)
+top_k = _define("top_k(Tensor rows, int k, bool sorted=True) -> (Tensor, Tensor)", _top_k, _top_k_fake)
+log_probs = _define(
+    "log_probs(Tensor logits, Tensor tokens) -> (Tensor, Tensor)", _log_probs, _log_probs_fake
+)
+verify = _define(
+    "verify(Tensor target, Tensor draft_tokens, Tensor? draft=None, *, Tensor seed, "
+    "Tensor? offset=None, Tensor? parents=None) -> (Tensor, Tensor, Tensor)",
+    _verify,
+    _verify_fake,
 )
 
 

@@ -379,6 +379,39 @@ tensor *optional_array_or_list(call *c, PyObject *value, const char *name, DLDat
     return absent(value) ? NULL : array_or_list(c, value, name, dtype);
 }
 
+tensor *value_array(call *c, PyObject *value, const char *name, DLDataType dtype)
+{
+    tensor *t = array_or_list(c, value, name, dtype);
+    if (!t || t->dl.ndim > 0) return t;
+    t->shape[0] = 1;
+    t->dl.ndim = 1;
+    t->dl.shape = t->shape;
+    t->dl.strides = NULL;
+    return t;
+}
+
+/* An array of one on the host, in the tensor itself. */
+static tensor *read_number(call *c, PyObject *value, const char *name, DLDataType dtype)
+{
+    tensor *t = add_tensor(c);
+    if (!t) return NULL;
+    char *at = (char *)&t->shape[1];
+    t->shape[0] = 1;
+    t->dl =
+        (DLTensor){.data = at, .device = {kDLCPU, 0}, .ndim = 1, .dtype = dtype, .shape = t->shape};
+    return put_number(value, name, dtype, &at) ? fail(c) : t;
+}
+
+tensor *number_or_array(call *c, PyObject *value, const char *name, DLDataType dtype)
+{
+    if (c->failed || absent(value)) return NULL;
+    if (PyNumber_Check(value) && !is_array(value)) return read_number(c, value, name, dtype);
+    tensor *t = value_array(c, value, name, dtype);
+    const int is_i64 = t && t->dl.dtype.bits == 64 && t->dl.dtype.code == kDLInt;
+    if (is_i64 && dtype.bits == 64) t->dl.dtype = dtype;
+    return t;
+}
+
 /* ---- arrays out ----------------------------------------------------------------------------------- */
 
 /* By the framework's allocator. */
@@ -400,7 +433,7 @@ static int make_by_exchange(call *c, tensor *t, const char *name)
     return 0;
 }
 
-/* The package whose empty() and full() make arrays like the call's first: a new reference, NULL if unknown. */
+/* The package whose empty() makes arrays like the call's first: a new reference, NULL if unknown. */
 static PyObject *making_module(const call *c)
 {
     static const char *const known[] = {"torch", "numpy", "cupy"};
@@ -410,20 +443,22 @@ static PyObject *making_module(const call *c)
     return NULL;
 }
 
-/* shape and dtype of a new array, and torch's device, as the arguments of empty() or full(). */
-static int making_arguments(const call *c, const tensor *t, PyObject *module, PyObject *fill,
-                            PyObject **args, PyObject **options)
+/* shape and dtype of a new array, and torch's device, as the arguments of empty(). */
+static int making_arguments(const call *c, const tensor *t, PyObject *module, PyObject **args,
+                            PyObject **options)
 {
     PyObject *shape = PyTuple_New(t->dl.ndim);
     for (int i = 0; shape && i < t->dl.ndim; i++) {
         PyObject *size = PyLong_FromLongLong(t->shape[i]);
         if (!size || PyTuple_SetItem(shape, i, size)) break;
     }
-    PyObject *dtype = PyObject_GetAttrString(module, dtype_name(t->dl.dtype));
-    PyObject *device = NULL;
-    if (comes_from(c->like, "torch")) device = PyObject_GetAttrString(c->like, "device");
+    const int of_torch = comes_from(c->like, "torch");
+    const char *name = dtype_name(t->dl.dtype);
+    if (!of_torch && strcmp(name, "bool") == 0) name = "bool_"; /* in NumPy before 2 the only one */
+    PyObject *dtype = PyObject_GetAttrString(module, name);
+    PyObject *device = of_torch ? PyObject_GetAttrString(c->like, "device") : NULL;
     if (!PyErr_Occurred()) {
-        *args = fill ? Py_BuildValue("(OO)", shape, fill) : Py_BuildValue("(O)", shape);
+        *args = Py_BuildValue("(O)", shape);
         *options = device ? Py_BuildValue("{sOsO}", "dtype", dtype, "device", device)
                           : Py_BuildValue("{sO}", "dtype", dtype);
     }
@@ -433,12 +468,12 @@ static int making_arguments(const call *c, const tensor *t, PyObject *module, Py
     return *args && *options ? 0 : -1;
 }
 
-static tensor *make_by_module(call *c, PyObject *module, const char *name, PyObject *fill)
+static tensor *make_by_module(call *c, PyObject *module, const char *name)
 {
     tensor *t = &c->tensors[c->num_tensors - 1];
     PyObject *args = NULL, *options = NULL, *make = NULL, *made = NULL;
-    if (!making_arguments(c, t, module, fill, &args, &options)) {
-        make = PyObject_GetAttrString(module, fill ? "full" : "empty");
+    if (!making_arguments(c, t, module, &args, &options)) {
+        make = PyObject_GetAttrString(module, "empty");
         if (make) made = PyObject_Call(make, args, options);
     }
     Py_XDECREF(args);
@@ -519,7 +554,7 @@ static PyObject *array_of(const call *c, const tensor *t)
 }
 
 static tensor *make_array(call *c, const char *name, DLDataType dtype, int ndim,
-                          const int64_t *shape, PyObject *fill)
+                          const int64_t *shape)
 {
     tensor *t = add_tensor(c);
     if (!t) return NULL;
@@ -530,14 +565,14 @@ static tensor *make_array(call *c, const char *name, DLDataType dtype, int ndim,
     }
     for (int i = 0; i < ndim; i++) t->shape[i] = shape[i];
     t->dl = (DLTensor){.device = c->device, .ndim = ndim, .dtype = dtype, .shape = t->shape};
-    if (c->api && !fill) return make_by_exchange(c, t, name) ? fail(c) : t;
+    if (c->api) return make_by_exchange(c, t, name) ? fail(c) : t;
     PyObject *module = making_module(c);
     if (module) {
-        t = make_by_module(c, module, name, fill);
+        t = make_by_module(c, module, name);
         Py_DECREF(module);
         return t;
     }
-    if (c->like && !fill && c->device.device_type == kDLCPU &&
+    if (c->like && c->device.device_type == kDLCPU &&
         PyObject_HasAttrString(c->like, "__array_namespace__")) {
         return make_block(c, t);
     }
@@ -550,7 +585,7 @@ tensor *output(call *c, PyObject *value, const char *name, DLDataType dtype, int
                const int64_t *shape)
 {
     if (!absent(value)) return written_array(c, value, name);
-    return make_array(c, name, dtype, ndim, shape, NULL);
+    return make_array(c, name, dtype, ndim, shape);
 }
 
 tensor *output_like(call *c, PyObject *value, const char *name, const tensor *like)
@@ -559,46 +594,11 @@ tensor *output_like(call *c, PyObject *value, const char *name, const tensor *li
     return output(c, value, name, like->dl.dtype, like->dl.ndim, like->dl.shape);
 }
 
-/* full() works on the framework's current stream, and its memory is free there after the call. */
-static int check_filling(call *c, const char *name)
+tensor *wanted_output(call *c, PyObject *value, const char *name, DLDataType dtype, int ndim,
+                      const int64_t *shape)
 {
-    void *current = NULL;
-    if (absent(c->stream_object)) return 0;
-    if (find_stream(c, c->device.device_id) || framework_stream(c, c->device.device_id, &current)) {
-        return -1;
-    }
-    if (current == c->stream) return 0;
-    raise_error(QKV_ERR_UNSUPPORTED,
-                "%s: expected an array, since a number can only be put on the framework's current "
-                "stream, which the stream given is not",
-                name);
-    return -1;
-}
-
-tensor *filled(call *c, const char *name, DLDataType dtype, int64_t length, PyObject *value)
-{
-    if (c->failed) return NULL;
-    if (c->device.device_type != kDLCPU) {
-        if (check_filling(c, name)) return fail(c);
-        return make_array(c, name, dtype, 1, &length, value);
-    }
-    tensor *t = add_tensor(c);
-    if (!t) return NULL;
-    t->shape[0] = length;
-    t->dl = (DLTensor){.device = {kDLCPU, 0}, .ndim = 1, .dtype = dtype, .shape = t->shape};
-    const Py_ssize_t bytes = dtype.bits / 8;
-    t->owner = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)length * bytes);
-    char *data = t->owner ? PyBytes_AsString(t->owner) : NULL;
-    if (!data) return fail(c);
-    t->dl.data = data;
-    for (int64_t i = 0; i < length; i++, data += bytes) {
-        char *at = data;
-        if (i)
-            memcpy(data, data - bytes, (size_t)bytes);
-        else if (put_number(value, name, dtype, &at))
-            return fail(c);
-    }
-    return t;
+    if (c->failed || absent(value) || value == Py_False) return NULL;
+    return output(c, value == Py_True ? NULL : value, name, dtype, ndim, shape);
 }
 
 /* ---- calls ---------------------------------------------------------------------------------------- */
@@ -637,15 +637,23 @@ PyObject *end_call(call *c, tensor *result)
     return value;
 }
 
-PyObject *end_call_pair(call *c, tensor *first, tensor *second)
+PyObject *end_call_tuple(call *c, int num, tensor *const *results)
 {
-    PyObject *a = c->failed ? NULL : array_of(c, first);
-    PyObject *b = a ? array_of(c, second) : NULL;
-    PyObject *pair = b ? PyTuple_Pack(2, a, b) : NULL;
-    Py_XDECREF(a);
-    Py_XDECREF(b);
+    PyObject *tuple = c->failed ? NULL : PyTuple_New(num);
+    for (int i = 0; tuple && i < num; i++) {
+        PyObject *value = array_of(c, results[i]);
+        if (value && !PyTuple_SetItem(tuple, i, value)) continue;
+        Py_DECREF(tuple);
+        tuple = NULL;
+    }
     release_tensors(c);
-    return pair;
+    return tuple;
+}
+
+PyObject *end_call_wanted(call *c, tensor *result, tensor *wanted)
+{
+    if (!wanted) return end_call(c, result);
+    return end_call_tuple(c, 2, (tensor *[]){result, wanted});
 }
 
 int keep_alive(PyObject *list, tensor *t)

@@ -53,6 +53,13 @@ tensor *optional_array(call *c, PyObject *value, const char *name);
 tensor *array_or_list(call *c, PyObject *value, const char *name, DLDataType dtype);
 tensor *optional_array_or_list(call *c, PyObject *value, const char *name, DLDataType dtype);
 
+/* Values, one or some: array_or_list, and an array without axes is one of [1]. */
+tensor *value_array(call *c, PyObject *value, const char *name, DLDataType dtype);
+
+/* The same where a number serves too, as [1] on the host, and i64 for u64, bit by bit, since frameworks know
+ * few operations on u64. NULL if absent. */
+tensor *number_or_array(call *c, PyObject *value, const char *name, DLDataType dtype);
+
 /* The same of arrays that are written to: read-only ones are refused. */
 tensor *written_array(call *c, PyObject *value, const char *name);
 tensor *optional_written_array(call *c, PyObject *value, const char *name);
@@ -62,8 +69,9 @@ tensor *output(call *c, PyObject *value, const char *name, DLDataType dtype, int
                const int64_t *shape);
 tensor *output_like(call *c, PyObject *value, const char *name, const tensor *like);
 
-/* A new array of one value on the call's device: [length] of f32, i32 or i64. */
-tensor *filled(call *c, const char *name, DLDataType dtype, int64_t length, PyObject *value);
+/* An output that is made only if wanted: NULL if absent or False, made if True, else the array given. */
+tensor *wanted_output(call *c, PyObject *value, const char *name, DLDataType dtype, int ndim,
+                      const int64_t *shape);
 
 /* The tensor as the library takes it. */
 static inline DLTensor *dl(tensor *t)
@@ -89,8 +97,11 @@ int ready_on(call *c, qkv_context *ctx, DLDevice device);
  * call failed. */
 PyObject *end_call(call *c, tensor *result);
 
-/* The same with a tuple of two results. */
-PyObject *end_call_pair(call *c, tensor *first, tensor *second);
+/* The same with a tuple of results. */
+PyObject *end_call_tuple(call *c, int num, tensor *const *results);
+
+/* The first, or both if the second was wanted. */
+PyObject *end_call_wanted(call *c, tensor *result, tensor *wanted);
 
 /* Adds what must live as long as the memory of t to a list; nothing if t is NULL. */
 int keep_alive(PyObject *list, tensor *t);

@@ -92,25 +92,32 @@ qkv_status qi_compile_cuda(const qkv_context *ctx, const qi_source *source,
     return QKV_OK;
 }
 
-/* Compiles or loads a kernel that the context does not have yet. */
-static qkv_status make_function(const qkv_context *ctx, const qi_kernel *row,
-                                const qi_function_key *key, cu_function *out)
+/* Compiles or loads a kernel that is not among the functions yet. */
+static qkv_status make_function(const qkv_context *ctx, qi_functions *functions, const char *header,
+                                const qi_kernel *row, const qi_function_key *key, cu_function *out)
 {
     char defines[1024];
     qi_write_defines(&row->cuda, key->constants, defines, sizeof defines);
     const qi_source source = {
-        .what = row->name, .main = row->cuda.file, .defines = defines, .header = ""};
+        .what = row->name, .main = row->cuda.file, .defines = defines, .header = header};
     QI_TRY(qi_compile_cuda(ctx, &source, &row->cuda.entry, 1, out));
-    return *out ? qi_functions_add((qi_functions *)&ctx->functions, key, *out) : QKV_OK;
+    return *out ? qi_functions_add(functions, key, *out) : QKV_OK;
+}
+
+qkv_status qi_find_cuda_text(const qkv_context *ctx, qi_functions *functions, const char *header,
+                             const qi_kernel *row, const i32 *constants, cu_function *out)
+{
+    qi_function_key key = {.row = row};
+    memcpy(key.constants, constants, (size_t)num_constants(&row->cuda) * sizeof *constants);
+    *out = qi_functions_find(functions, &key);
+    return *out ? QKV_OK : make_function(ctx, functions, header, row, &key, out);
 }
 
 qkv_status qi_launch_cuda(const qkv_context *ctx, const qi_kernel *row, const i32 *constants,
                           const qi_grid *grid, const void *params, void *stream)
 {
-    qi_function_key key = {.row = row};
-    memcpy(key.constants, constants, (size_t)num_constants(&row->cuda) * sizeof *constants);
-    cu_function function = qi_functions_find((qi_functions *)&ctx->functions, &key);
-    if (!function) QI_TRY(make_function(ctx, row, &key, &function));
+    cu_function function;
+    QI_TRY(qi_find_cuda_text(ctx, (qi_functions *)&ctx->functions, "", row, constants, &function));
     if (!function) return QKV_OK; /* QKV_JIT_FILL */
     return qi_cuda_launch(&ctx->cuda, function, grid, params, stream);
 }

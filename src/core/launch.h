@@ -81,6 +81,11 @@ void qi_launch(const qkv_context *ctx, const qi_kernel *row, int64_t max_tasks, 
 qkv_status qi_launch_cuda(const qkv_context *ctx, const qi_kernel *row, const i32 *constants,
                           const qi_grid *grid, const void *params, void *stream);
 
+/* The kernel itself, among functions of the caller's, compiled with a user's text as "qi_variant.h". NULL where
+ * contexts only compile (QKV_JIT_FILL). */
+qkv_status qi_find_cuda_text(const qkv_context *ctx, qi_functions *functions, const char *header,
+                             const qi_kernel *row, const i32 *constants, cu_function *out);
+
 /* The most elements of one access of a GPU kernel: the largest power of two, up to `most`, that every
  * number is a multiple of. Numbers are sizes and strides in elements, and addresses by QI_ADDRESS. */
 static inline i32 qi_common_vector(i32 most, int count, const i64 *numbers)

@@ -213,14 +213,26 @@ qkv_status qi_cuda_function(const qi_cuda_device *device, void *kernel, cu_funct
 qkv_status qi_cuda_launch(const qi_cuda_device *device, cu_function function, const qi_grid *grid,
                           const void *params, void *stream)
 {
-    cu_launch_attribute overlap = {.id = CU_LAUNCH_PROGRAMMATIC, .value = {.flag = 1}};
+    cu_launch_attribute attributes[2];
+    u32 num_attributes = 0;
+    if (grid->cluster > 1) {
+        if (device->major < 9)
+            QI_FAIL(QKV_ERR_UNSUPPORTED,
+                    "launch: expected compute capability 9.0 or newer for clusters, got %d.%d",
+                    device->major, device->minor);
+        attributes[num_attributes++] = (cu_launch_attribute){
+            .id = CU_LAUNCH_CLUSTER, .value = {.cluster = {grid->cluster, 1, 1}}};
+    }
+    if (grid->overlaps_before && device->major >= 9)
+        attributes[num_attributes++] =
+            (cu_launch_attribute){.id = CU_LAUNCH_PROGRAMMATIC, .value = {.flag = 1}};
     const cu_launch_config config = {
         .grid = {grid->x, grid->y ? grid->y : 1, grid->z ? grid->z : 1},
         .block = {grid->threads, 1, 1},
         .shared_bytes = grid->shared_bytes,
         .stream = stream,
-        .attributes = &overlap,
-        .num_attributes = grid->overlaps_before && device->major >= 9,
+        .attributes = attributes,
+        .num_attributes = num_attributes,
     };
     void *arguments[] = {(void *)(uintptr_t)params}; /* read, though not declared so */
     ON_DEVICE(device, qi_cuda.launch(&config, function, arguments, NULL));

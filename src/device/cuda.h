@@ -51,9 +51,12 @@ typedef struct qi_grid {
     u32 shared_bytes; /* dynamic */
     i32 overlaps_before; /* from sm_90 on it may begin before what precedes it in the stream has ended: the
                             kernel waits for that itself (griddepcontrol.wait) */
+    u32 cluster; /* blocks along x that form a cluster (kern/cuda/cluster.cuh); 0 and 1: none. At most 8, and x is
+                    a multiple of it */
 } qi_grid;
 
-/* Enqueues one launch; params is the kernel's only parameter. */
+/* Enqueues one launch; params is the kernel's only parameter. UNSUPPORTED: a cluster, on a device older than
+ * sm_90. */
 qkv_status qi_cuda_launch(const qi_cuda_device *device, cu_function function, const qi_grid *grid,
                           const void *params, void *stream);
 

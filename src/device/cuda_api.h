@@ -47,7 +47,7 @@ enum {
 
 enum { CU_FUNCTION_SHARED_BYTES = 1, CU_FUNCTION_MAX_DYNAMIC_SHARED_BYTES = 8 };
 enum { CU_CAPTURE_NONE = 0, CU_CAPTURE_RELAXED = 2 };
-enum { CU_LAUNCH_PROGRAMMATIC = 6 };
+enum { CU_LAUNCH_CLUSTER = 4, CU_LAUNCH_PROGRAMMATIC = 6 };
 enum { CU_EVENT_NO_TIMING = 2 };
 enum { CU_MAP_U8 = 0, CU_MAP_U16 = 1, CU_MAP_SWIZZLE_128B = 3, CU_MAP_PROMOTE_128B = 2 };
 
@@ -57,6 +57,7 @@ typedef struct cu_launch_attribute {
     union {
         char room[64];
         i32 flag;
+        u32 cluster[3]; /* blocks, in x, y, z */
     } value;
 } cu_launch_attribute;
 

@@ -99,7 +99,7 @@ static qkv_status find_context(DLDevice device, qkv_context **out)
 
 /* ---- arguments ------------------------------------------------------------------------------------ */
 
-enum { MAX_ARGS = 14 };
+enum { MAX_ARGS = 21 };
 typedef struct call {
     any args[MAX_ARGS]; /* ANY_NONE at the end, where arguments are left out */
     qkv_context *ctx;
@@ -144,7 +144,7 @@ static const char *meaning(char type)
                          : "a number or a tensor";
 }
 
-/* types has a letter for each argument, the first of which is a tensor on the device that computes. */
+/* types has a letter for each argument; the first tensor is on the device that computes. */
 static int begin(call *c, const char *function, const char *types, const any *args,
                  int32_t num_args)
 {
@@ -163,7 +163,9 @@ static int begin(call *c, const char *function, const char *types, const any *ar
                  meaning(types[i]), i + 1);
         return raise("TypeError", message);
     }
-    const DLDevice device = tensor(&c->args[0])->device;
+    int first = 0;
+    while (!tensor(&c->args[first])) first++; /* no function goes without */
+    const DLDevice device = tensor(&c->args[first])->device;
     c->stream = stream_of(device);
     return check(find_context(device, &c->ctx));
 }
@@ -200,10 +202,30 @@ EXPORT(qkv_rope, "TTtttttiinnnnn",
                         .high_freq = N(12, 0), .old_context = N(13, 0)},
        T(0), T(1), T(2), T(3), T(4), T(5), T(6))
 
-/* tokens, logits; the fields of qkv_sampling_params */
-EXPORT(qkv_sample, "TTttttTt", T(0), T(1),
-       &(qkv_sampling_params){QKV_SAMPLING_PARAMS_INIT, .temperature = T(2), .top_k = T(3),
-                              .top_p = T(4), .min_p = T(5), .seed = T(6), .offset = T(7)})
+/* tokens, probs or out, and rows; the fields of qkv_sampling_params, but reserved */
+#define PARAMS                                                                                     \
+    &(qkv_sampling_params)                                                                         \
+    {                                                                                              \
+        QKV_SAMPLING_PARAMS_INIT,                                                                  \
+            .kind = I(2), .temperature = T(3), .top_k = T(4), .top_p = T(5), .min_p = T(6),        \
+            .seed = T(7), .offset = T(8), .order = I(9), .typical_p = T(10), .top_n_sigma = T(11), \
+            .repetition = T(12), .frequency = T(13), .presence = T(14), .counts = T(15),           \
+            .prompt = T(16), .bias = T(17), .bitmask = T(18), .indices = T(19), .valid = T(20)     \
+    }
+EXPORT(qkv_sample, "TTittttTtittttttttttt", T(0), T(1), PARAMS)
+EXPORT(qkv_renormalize, "TTittttttittttttttttt", T(0), T(1), PARAMS)
+EXPORT(qkv_mask_logits, "TTittttttittttttttttt", T(0), T(1), PARAMS)
+
+/* values, indices, rows; sorted */
+EXPORT(qkv_top_k, "tTTi", T(0), T(1), T(2), I(3))
+/* log_probs, ranks, logits, tokens */
+EXPORT(qkv_log_probs, "TtTT", T(0), T(1), T(2), T(3))
+
+/* The fields of qkv_verify_io, but reserved */
+EXPORT(qkv_verify, "TTTTTttTt",
+       &(qkv_verify_io){QKV_VERIFY_IO_INIT, .accepted = T(0), .num_accepted = T(1), .tokens = T(2),
+                        .target = T(3), .draft_tokens = T(4), .draft = T(5), .parents = T(6),
+                        .seed = T(7), .offset = T(8)})
 
 /* k_cache, v_cache, kv_layout, k, v; qo_indptr, kv_indptr, kv_indices, kv_last_page_len, block_table, kv_lens;
  * positions; k_scale, v_scale */

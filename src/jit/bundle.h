@@ -16,7 +16,8 @@
     X(rope, "kern/rope.h")                                                                         \
     X(scale, "kern/scale.h")                                                                       \
     X(variant, "kern/variant.h")                                                                   \
-    X(attention_params, "ops/attention/attention_params.h")
+    X(attention_params, "ops/attention/attention_params.h")                                        \
+    X(sampling_params, "ops/sampling/sampling_params.h")
 
 #define QI_BUNDLE_CPU(X)                                                                           \
     X(rope_turns, "kern/rope_turns.h")                                                             \
@@ -30,12 +31,14 @@
     X(decode_tile, "ops/attention/decode_tile.h")                                                  \
     X(hooks, "ops/attention/hooks.cpu.h")                                                          \
     X(prefill_tile, "ops/attention/prefill_tile.h")                                                \
-    X(attention, "ops/attention/attention.cpu.c")
+    X(attention, "ops/attention/attention.cpu.c")                                                  \
+    X(user_stage, "ops/sampling/user_stage.cpu.c")
 
 #define QI_BUNDLE_CUDA(X)                                                                          \
     X(tensor_map, "kern/tensor_map.h")                                                             \
     X(kv_view, "kern/kv_view.h")                                                                   \
     X(cuda_ptx, "kern/cuda/ptx.cuh")                                                               \
+    X(cuda_cluster, "kern/cuda/cluster.cuh")                                                       \
     X(cuda_tma, "kern/cuda/tma.cuh")                                                               \
     X(cuda_mma_sm90, "kern/cuda/mma_sm90.cuh")                                                     \
     X(cuda_prelude, "kern/cuda/prelude.cuh")                                                       \
@@ -88,10 +91,26 @@
     X(gemm_thin, "ops/gemm/gemm_thin.cu")                                                          \
     X(gemm_mma, "ops/gemm/gemm_mma.cu")                                                            \
     X(gemm_tile, "ops/gemm/gemm_tile.cu")                                                          \
-    X(sampling_params, "ops/sampling/sampling_params.h")                                           \
     X(philox, "kern/philox.h")                                                                     \
     X(argmax, "ops/sampling/argmax.cu")                                                            \
-    X(sample, "ops/sampling/sample.cu")
+    X(sampling_weights, "ops/sampling/weights.h")                                                  \
+    X(sampling_exchange, "ops/sampling/exchange.cuh")                                              \
+    X(sampling_pieces, "ops/sampling/pieces.cuh")                                                  \
+    X(sampling_row, "ops/sampling/row.cuh")                                                        \
+    X(sampling_find, "ops/sampling/find.cuh")                                                      \
+    X(sampling_list, "ops/sampling/list.cuh")                                                      \
+    X(sampling_top_p, "ops/sampling/top_p.cuh")                                                    \
+    X(sampling_stream, "ops/sampling/stream.cuh")                                                  \
+    X(sampling_stream_row, "ops/sampling/stream_row.cuh")                                          \
+    X(sampling, "ops/sampling/sampling.cu")                                                        \
+    X(top_k_params, "ops/sampling/top_k_params.h")                                                 \
+    X(top_k, "ops/sampling/top_k.cu")                                                              \
+    X(log_probs_params, "ops/sampling/log_probs_params.h")                                         \
+    X(log_probs, "ops/sampling/log_probs.cu")                                                      \
+    X(sampling_mass, "ops/sampling/mass.cuh")                                                      \
+    X(verify_params, "ops/sampling/verify_params.h")                                               \
+    X(verify_h, "ops/sampling/verify.h")                                                           \
+    X(verify, "ops/sampling/verify.cu")
 
 typedef struct qi_bundle_file {
     const char *path;

@@ -94,8 +94,9 @@ static qkv_status write_file(const char *folder, const char *name, const char *c
 /* Removes what this file, or the compiler, made. */
 static void remove_folder(const char *folder)
 {
-    static const char *const others[] = {"qi_variant.h", "main.c",        "kernel.so", "log",
-                                         "kern/cpu",     "ops/attention", "kern",      "ops"};
+    static const char *const others[] = {"qi_variant.h", "main.c",   "kernel.so",
+                                         "log",          "kern/cpu", "ops/attention",
+                                         "ops/sampling", "kern",     "ops"};
     char path[2 * QI_PATH_MAX];
     qi_bundle_file file;
     for (int i = 0; qi_bundle(kDLCPU, i, &file); i++) {

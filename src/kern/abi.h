@@ -31,7 +31,7 @@ typedef int64_t i64;
 #endif
 
 /* Bytes of private memory that a CPU task may use as it likes; 64-byte aligned, never cleared. */
-#define QI_TASK_SCRATCH_BYTES (1536 * 1024)
+#define QI_TASK_SCRATCH_BYTES (5632 * 1024)
 
 /* One of count equal tasks of a launch. count is at most the context's threads, so a kernel splits
  * its work by index / count; no task waits for another. */

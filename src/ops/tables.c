@@ -9,7 +9,9 @@
     X(attention_plan)                                                                              \
     X(merge)                                                                                       \
     X(gemm)                                                                                        \
-    X(gemm_quantized) X(rmsnorm) X(rope) X(gated) X(append) X(copy_pages) X(argmax) X(sample)
+    X(gemm_quantized)                                                                              \
+    X(rmsnorm)                                                                                     \
+    X(rope) X(gated) X(append) X(copy_pages) X(argmax) X(sampling) X(top_k) X(log_probs) X(verify)
 
 #define X(op) extern const qi_kernel qi_##op##_kernels[];
 TABLES(X)

@@ -286,6 +286,16 @@ static inline float __fmaf_rn(float a, float b, float c)
 {
     return fmaf(a, b, c);
 }
+
+/* Towards zero: the rounded sum where that is not too large, else the float before it. */
+static inline float __fmaf_rz(float a, float b, float c)
+{
+    const float nearest = fmaf(a, b, c);
+    const long double exact = (long double)a * b + c;
+    const int away = nearest > 0.f ? nearest > exact : nearest < exact;
+    return away ? emulator_as<float>(emulator_as<unsigned>(nearest) - 1) : nearest;
+}
+
 static inline float __frcp_rn(float x)
 {
     return 1.f / x;

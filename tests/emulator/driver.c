@@ -16,9 +16,11 @@ struct CUctx_st {
     int retained;
 };
 
+/* The first object is there from loading on; others when a cluster has a block of their rank. */
 struct CUlib_st {
-    void *object;
-    const emulator_module *module;
+    void *objects[MAX_CLUSTER];
+    const emulator_module *modules[MAX_CLUSTER];
+    void *image;
     CUkernel kernels;
 };
 
@@ -187,6 +189,7 @@ EXPORT CUresult cuDeviceGetAttribute(int *value, int attribute, int device)
         {97, shared_optin()},   /* shared memory of a block that asks for more */
         {106, g->blocks},       /* blocks of a multiprocessor */
         {111, SHARED_RESERVED}, /* shared memory reserved of a block */
+        {120, g->arch >= 90},   /* clusters */
     };
     if (device != 0) return INVALID_DEVICE;
     for (size_t i = 0; i < sizeof table / sizeof table[0]; i++)
@@ -269,18 +272,32 @@ static void *open_image(const void *image)
     return object;
 }
 
+static bool open_object(CUlibrary library, unsigned rank)
+{
+    void **object = &library->objects[rank];
+    if (!*object) *object = open_image(library->image);
+    if (*object) library->modules[rank] = dlsym(*object, "emulator_module_record");
+    if (library->modules[rank]) return true;
+    const char *error = dlerror();
+    fprintf(stderr, "emulator: image: %s\n", error ? error : "not one of this emulator's");
+    return false;
+}
+
 static CUresult load(CUlibrary *out, const void *image)
 {
     CUlibrary library = calloc(1, sizeof *library);
-    if (!library) return OUT_OF_MEMORY;
-    library->object = open_image(image);
-    if (library->object) library->module = dlsym(library->object, "emulator_module_record");
-    if (library->module) {
+    const size_t bytes = image_bytes(image);
+    if (library) library->image = calloc(1, bytes + sizeof(Elf64_Ehdr));
+    if (!library || !library->image) {
+        free(library);
+        return OUT_OF_MEMORY;
+    }
+    memcpy(library->image, image, bytes);
+    if (open_object(library, 0)) {
         *out = library;
         return SUCCESS;
     }
-    const char *error = dlerror();
-    fprintf(stderr, "emulator: image: %s\n", error ? error : "not one of this emulator's");
+    free(library->image);
     free(library);
     return INVALID_IMAGE;
 }
@@ -304,7 +321,9 @@ EXPORT CUresult cuLibraryUnload(CUlibrary library)
         next = k->next;
         free(k);
     }
-    dlclose(library->object);
+    for (unsigned rank = 0; rank < MAX_CLUSTER && library->objects[rank]; rank++)
+        dlclose(library->objects[rank]);
+    free(library->image);
     free(library);
     LEAVE(SUCCESS);
 }
@@ -316,12 +335,12 @@ static CUresult find_kernel(CUkernel *out, CUlibrary library, const char *name)
             *out = k;
             return SUCCESS;
         }
-    const emulator_kernel *kernel = dlsym(library->object, name);
+    const emulator_kernel *kernel = dlsym(library->objects[0], name);
     if (!kernel) return NOT_FOUND;
     CUkernel k = calloc(1, sizeof *k);
     if (!k) return OUT_OF_MEMORY;
-    *k = (struct CUkern_st){.kernel = kernel,
-                            .module = library->module,
+    *k = (struct CUkern_st){.library = library,
+                            .kernel = kernel,
                             .max_shared_bytes = SHARED_DEFAULT,
                             .next = library->kernels};
     snprintf(k->name, sizeof k->name, "%s", name);
@@ -345,7 +364,8 @@ EXPORT CUresult cuKernelGetFunction(CUfunction *function, CUkernel kernel)
 
 static int fixed_shared_bytes(CUfunction f)
 {
-    return (int)(f->module->shared_end - f->module->shared_begin);
+    const emulator_module *m = f->library->modules[0];
+    return (int)(m->shared_end - m->shared_begin);
 }
 
 EXPORT CUresult cuFuncGetAttribute(int *value, int attribute, CUfunction f)
@@ -399,15 +419,36 @@ static CUresult check_launch(const CUlaunchConfig *c, CUfunction f)
     return threads > f->kernel->max_threads ? LAUNCH_OUT_OF_RESOURCES : SUCCESS;
 }
 
+/* *blocks: of a cluster, 1 without one. Those along other axes than x are not emulated. */
+static CUresult find_cluster(const CUlaunchConfig *c, unsigned *blocks)
+{
+    enum { CLUSTER_DIMENSION = 4 };
+    *blocks = 1;
+    for (unsigned i = 0; i < c->num_attributes; i++) {
+        const emulator_index size = c->attributes[i].value.cluster;
+        if (c->attributes[i].id != CLUSTER_DIMENSION) continue;
+        if (device_arch() < 90 || size.y != 1 || size.z != 1) return NOT_SUPPORTED;
+        if (size.x == 0 || size.x > MAX_CLUSTER) return INVALID_CLUSTER_SIZE;
+        if (c->grid.x % size.x) return INVALID_VALUE;
+        *blocks = size.x;
+    }
+    return SUCCESS;
+}
+
 static CUresult launch_on(const CUlaunchConfig *c, CUfunction f, void **params)
 {
-    const CUresult result = check_launch(c, f);
+    unsigned cluster;
+    CUresult result = check_launch(c, f);
+    if (result == SUCCESS) result = find_cluster(c, &cluster);
     if (result != SUCCESS) return result;
+    for (unsigned rank = 0; rank < cluster; rank++)
+        if (!open_object(f->library, rank)) return OUT_OF_MEMORY;
     return stream_do(c->stream, &(work){.kind = WORK_LAUNCH,
                                         .function = f,
                                         .grid = c->grid,
                                         .block = c->block,
                                         .shared_bytes = c->shared_bytes,
+                                        .cluster = cluster,
                                         .params = params[0]});
 }
 
@@ -438,15 +479,39 @@ static void fill(const work *w)
     for (size_t i = 0; i < w->bytes; i += w->size) memcpy(to + i, &w->value, w->size);
 }
 
+/* Every word of the parameters that is an address is taken for a pointer, but for what looks like a small number beside
+ * padding. */
+static bool check_pointers(const CUfunction f, const char *params)
+{
+    for (size_t at = 0; at + sizeof(uintptr_t) <= f->kernel->params_bytes;
+         at += sizeof(uintptr_t)) {
+        uintptr_t word;
+        memcpy(&word, params + at, sizeof word);
+        if ((uint32_t)word < 1 << 16 || !memory_is_unshared((const void *)word)) continue;
+        fprintf(
+            stderr,
+            "emulator: kernel %s: byte %zu of its parameters is %#zx, memory of the host's that "
+            "the GPU was not given\n",
+            f->name, at, (size_t)word);
+        return false;
+    }
+    return true;
+}
+
 static bool run_kernel(const work *w)
 {
-    return grid_run(&(grid_launch){.name = w->function->name,
-                                   .kernel = w->function->kernel,
-                                   .module = w->function->module,
-                                   .grid = w->grid,
-                                   .block = w->block,
-                                   .shared_bytes = w->shared_bytes,
-                                   .params = w->params});
+    const CUfunction f = w->function;
+    if (!check_pointers(f, w->params)) return false;
+    grid_launch launch = {.name = f->name,
+                          .grid = w->grid,
+                          .block = w->block,
+                          .cluster = w->cluster,
+                          .shared_bytes = w->shared_bytes,
+                          .params = w->params};
+    for (unsigned rank = 0; rank < w->cluster; rank++)
+        launch.copies[rank] = (grid_copy){.kernel = dlsym(f->library->objects[rank], f->name),
+                                          .module = f->library->modules[rank]};
+    return grid_run(&launch);
 }
 
 CUresult driver_do(const work *w)

@@ -41,7 +41,8 @@ typedef struct CUkern_st *CUfunction; /* the same here */
     X(906, STREAM_CAPTURE_IMPLICIT,                                                                \
       "operation would make the legacy stream depend on a capturing blocking stream")              \
     X(907, CAPTURED_EVENT,                                                                         \
-      "operation not permitted on an event last recorded in a capturing stream")
+      "operation not permitted on an event last recorded in a capturing stream")                   \
+    X(912, INVALID_CLUSTER_SIZE, "misconfigured cluster")
 
 typedef enum CUresult {
 #define X(value, name, text) name = value,
@@ -50,8 +51,8 @@ typedef enum CUresult {
 } CUresult;
 
 struct CUkern_st {
+    CUlibrary library;
     const emulator_kernel *kernel;
-    const emulator_module *module;
     char name[64];
     unsigned max_shared_bytes; /* dynamic */
     CUkernel next;
@@ -60,7 +61,10 @@ struct CUkern_st {
 typedef struct CUlaunchAttribute {
     int id;
     char pad[4];
-    char value[64];
+    union {
+        char room[64];
+        emulator_index cluster;
+    } value;
 } CUlaunchAttribute;
 
 typedef struct CUlaunchConfig {
@@ -77,7 +81,7 @@ typedef struct work {
     work_kind kind;
     CUfunction function;
     emulator_index grid, block;
-    unsigned shared_bytes;
+    unsigned shared_bytes, cluster;
     void *params; /* a copy, of the graph */
     void *to;
     const void *from;
@@ -111,5 +115,7 @@ CUresult stream_unsafe(void);
 /* memory.c: device memory, out of the host's reach while closed. */
 void memory_open(void);
 void memory_close(void);
+/* Whether there is memory of the host's that the GPU has not been given. */
+bool memory_is_unshared(const void *p);
 
 #endif

@@ -22,8 +22,8 @@
 #define __builtin_assume(x)  ((void)0)
 #define __builtin_align__(n) __attribute__((aligned(n)))
 
-/* A block at a time runs on one OS thread: its variables are static, of one section that the machine
- * poisons and checks. */
+/* A block at a time runs on one OS thread, or each of a cluster in a copy of the object: its variables are static,
+ * of one section that the machine poisons and checks. */
 #define __shared__ static __attribute__((section("emulator_shared")))
 
 extern "C" {
@@ -118,9 +118,7 @@ static inline void __syncthreads()
 
 static inline int __syncthreads_count(int predicate)
 {
-    emulator->votes += predicate != 0;
-    emulator->sync_block(0, 0, 1);
-    return (int)emulator->vote_result;
+    return (int)emulator->count_block(predicate != 0);
 }
 
 static inline int __syncthreads_or(int predicate)

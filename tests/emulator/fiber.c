@@ -86,7 +86,7 @@ fiber_place fiber_begin(void *top, void (*entry)(void))
     return (fiber_place){.stack_pointer = frame};
 }
 
-enum { MAX_STACKS = 1024, STACK_BYTES = 128 << 10, GUARD_BYTES = 4 << 10 };
+enum { STACK_BYTES = 128 << 10, GUARD_BYTES = 4 << 10 };
 
 void *fiber_stack(unsigned i)
 {

@@ -16,7 +16,8 @@ void fiber_switch(fiber_place *from, const fiber_place *to);
 /* A fiber that will run entry() below top; entry must not return. */
 fiber_place fiber_begin(void *top, void (*entry)(void));
 
-/* The top of stack i, of some 120 KiB above memory that may not be touched; NULL: no memory. */
+/* The top of stack i below MAX_STACKS, of some 120 KiB above memory that may not be touched; NULL: no memory. */
+enum { MAX_STACKS = 8 << 10 };
 void *fiber_stack(unsigned i);
 
 #endif

@@ -1,5 +1,6 @@
-/* grid.c - see grid.h. Threads are scheduled in the order of their numbers, a warp as long as it can go on,
- * or with QKV_EMULATOR_SEED at random wherever they wait; blocks likewise.
+/* grid.c - see grid.h. Threads are scheduled in the order of their numbers, a block and in it a warp as long as it
+ * can go on, or with QKV_EMULATOR_SEED at random wherever they wait; clusters likewise. A block without a cluster is
+ * one of a single block.
  * SPDX-License-Identifier: Apache-2.0 */
 #include "grid.h"
 
@@ -20,7 +21,9 @@ typedef struct thread {
     unsigned mask; /* of the collective that it waits in */
     emulator_op op;
     copies copies;
-    const void *awaits; /* of grid_sleep() */
+    const void *awaits;    /* of grid_sleep() */
+    unsigned came_to;      /* the last of the cluster's barriers that it has arrived at */
+    bool has_waited_there; /* or had none */
 } thread;
 
 typedef struct warp {
@@ -29,18 +32,32 @@ typedef struct warp {
     unsigned live, ready,
         collective; /* lanes: not ended, able to run, waiting for others of the warp */
     unsigned at[NUM_BARRIERS + 1]; /* waiting for others of the block; the last: for their turn */
+    unsigned at_cluster;           /* waiting for others of the cluster */
     unsigned asleep;               /* by grid_sleep() */
 } warp;
 
+typedef struct block {
+    emulator_index index;
+    warp warps[MAX_WARPS];
+    unsigned num_live;
+    unsigned ready_warps;                /* with lanes that are ready */
+    unsigned arrived[NUM_BARRIERS + 1];  /* threads, at a barrier */
+    unsigned expected[NUM_BARRIERS + 1]; /* there, as the first of them has it; 0: all */
+    unsigned votes, vote_result;         /* sums of what threads bring to barrier 0 */
+    /* Barriers that the cluster had met when another block last used its shared memory, 0: none did; when it ended. */
+    unsigned used_at, ended_at;
+} block;
+
 emulator_machine machine;
 
-static warp warps[MAX_WARPS];
-static unsigned num_threads, num_warps, num_live;
-static unsigned ready_warps;                /* with lanes that are ready */
-static unsigned arrived[NUM_BARRIERS + 1];  /* threads, at a barrier */
-static unsigned expected[NUM_BARRIERS + 1]; /* there, as the first of them has it; 0: all */
-static unsigned num_pauses;                 /* since anybody got further */
-static unsigned current_warp, current_lane;
+static block blocks[MAX_CLUSTER];
+static unsigned num_blocks, num_warps, num_threads; /* of the cluster; of each block */
+static unsigned ready_blocks;                       /* with warps that are ready */
+static unsigned num_arrived, num_met; /* threads at the cluster's barrier; those that are over */
+static unsigned num_pauses;           /* since anybody got further */
+static unsigned current_block, current_warp, current_lane; /* of the running thread */
+static warp *here;
+static thread *self;
 static unsigned blamed;
 static fiber_place outside;
 static sigjmp_buf abandoned;
@@ -86,10 +103,16 @@ static unsigned pick(unsigned mask)
 
 /* ---- errors ------------------------------------------------------------------------------- */
 
+/* The block whose shared memory and errors are meant. */
+static unsigned meant_block(void)
+{
+    return blamed == NOBODY ? current_block : blamed / MAX_THREADS;
+}
+
 static void say_where(void)
 {
-    fprintf(stderr, "emulator: kernel %s, block (%u, %u, %u)", launch->name, machine.block.x,
-            machine.block.y, machine.block.z);
+    const emulator_index at = blocks[meant_block()].index;
+    fprintf(stderr, "emulator: kernel %s, block (%u, %u, %u)", launch->name, at.x, at.y, at.z);
 }
 
 _Noreturn void grid_fault(const char *format, ...)
@@ -97,8 +120,8 @@ _Noreturn void grid_fault(const char *format, ...)
     va_list arguments;
     va_start(arguments, format);
     say_where();
-    fprintf(stderr,
-            ", thread %u: ", blamed == NOBODY ? current_warp * LANES + current_lane : blamed);
+    fprintf(stderr, ", thread %u: ",
+            blamed == NOBODY ? current_warp * LANES + current_lane : blamed % MAX_THREADS);
     vfprintf(stderr, format, arguments);
     fprintf(stderr, "\n");
     va_end(arguments);
@@ -160,17 +183,19 @@ static void report_asleep(const warp *w)
     }
 }
 
-/* Nobody can go on. */
-static _Noreturn void report_deadlock(void)
+static void report_block(unsigned number)
 {
+    blamed = number * MAX_THREADS;
     say_where();
     fprintf(stderr, ": threads wait for ever:\n");
     for (unsigned w = 0; w < num_warps; w++) {
-        const warp *at = &warps[w];
+        const warp *at = &blocks[number].warps[w];
         if (at->live == 0) continue;
         fprintf(stderr, "emulator:   warp %u:", w);
         for (unsigned b = 0; b <= NUM_BARRIERS; b++)
             if (at->at[b]) fprintf(stderr, " lanes %08x at barrier %u;", at->at[b], b);
+        if (at->at_cluster)
+            fprintf(stderr, " lanes %08x at the cluster's barrier;", at->at_cluster);
         report_asleep(at);
         if (at->ready) fprintf(stderr, " lanes %08x look again and again;", at->ready);
         for (unsigned rest = at->collective; rest; rest &= rest - 1) {
@@ -180,79 +205,107 @@ static _Noreturn void report_deadlock(void)
         }
         fprintf(stderr, "\n");
     }
+}
+
+/* Nobody can go on. */
+static _Noreturn void report_deadlock(void)
+{
+    for (unsigned b = 0; b < num_blocks; b++)
+        if (blocks[b].num_live > 0) report_block(b);
     siglongjmp(abandoned, 1);
 }
 
 /* ---- scheduling ----------------------------------------------------------------------------- */
 
-static void make_ready(unsigned w, unsigned lanes)
+static void make_ready(unsigned b, unsigned w, unsigned lanes)
 {
-    warps[w].ready |= lanes;
+    blocks[b].warps[w].ready |= lanes;
     if (lanes == 0) return;
-    ready_warps |= 1u << w;
+    blocks[b].ready_warps |= 1u << w;
+    ready_blocks |= 1u << b;
     num_pauses = 0;
 }
 
 /* Marks the running thread as one that waits; resume() then finds another. */
 static void make_wait(void)
 {
-    warp *w = &warps[current_warp];
-    w->ready &= ~(1u << current_lane);
-    if (w->ready == 0) ready_warps &= ~(1u << current_warp);
+    block *b = &blocks[current_block];
+    here->ready &= ~(1u << current_lane);
+    if (here->ready == 0) b->ready_warps &= ~(1u << current_warp);
+    if (b->ready_warps == 0) ready_blocks &= ~(1u << current_block);
 }
 
-static const fiber_place *go_to(unsigned w, unsigned lane)
+static void go_to_block(unsigned b)
 {
+    current_block = b;
+    machine.rank = b;
+    machine.block = blocks[b].index;
+    machine.shared = shared_dynamic(b);
+}
+
+static const fiber_place *go_to(unsigned b, unsigned w, unsigned lane)
+{
+    if (b != current_block) go_to_block(b);
     current_warp = w;
     current_lane = lane;
-    machine.thread = &warps[w].threads[lane].index;
-    return &warps[w].threads[lane].place;
+    here = &blocks[b].warps[w];
+    self = &here->threads[lane];
+    machine.thread = &self->index;
+    return &self->place;
+}
+
+/* One of the bits of mask: the current one if it is there, otherwise the next, round about; or any one. */
+static unsigned pick_after(unsigned mask, unsigned current)
+{
+    const unsigned later = mask & ~0u << current;
+    return pick(later && !grid_is_random() ? later : mask);
 }
 
 static const fiber_place *choose(void)
 {
-    while (ready_warps == 0)
+    while (ready_blocks == 0)
         if (!wgmma_perform_awaited() && !tensor_perform_awaited()) return &outside;
-    unsigned w = current_warp;
-    if (grid_is_random() || !(ready_warps >> current_warp & 1)) {
-        const unsigned later = ready_warps & ~0u << current_warp;
-        w = pick(later && !grid_is_random() ? later : ready_warps);
-    }
-    return go_to(w, pick(warps[w].ready));
+    const unsigned b = pick_after(ready_blocks, current_block);
+    const unsigned w = pick_after(blocks[b].ready_warps, b == current_block ? current_warp : 0);
+    return go_to(b, w, pick(blocks[b].warps[w].ready));
 }
 
 /* Goes on with a thread that is ready; returns when the running one is, and is chosen. */
 static void resume(void)
 {
-    thread *self = &warps[current_warp].threads[current_lane];
+    fiber_place *place = &self->place;
     const fiber_place *next = choose();
-    if (next != &self->place) fiber_switch(&self->place, next);
+    if (next != place) fiber_switch(place, next);
 }
 
 /* The thread after the running one, so that all come before one does again. */
 static const fiber_place *choose_next(void)
 {
-    const unsigned lanes = warps[current_warp].ready & ~1u << current_lane;
-    if (lanes) return go_to(current_warp, (unsigned)__builtin_ctz(lanes));
-    const unsigned later = ready_warps & ~1u << current_warp;
-    const unsigned w = (unsigned)__builtin_ctz(later ? later : ready_warps);
-    return go_to(w, (unsigned)__builtin_ctz(warps[w].ready));
+    const unsigned lanes = here->ready & ~1u << current_lane;
+    if (lanes) return go_to(current_block, current_warp, (unsigned)__builtin_ctz(lanes));
+    const unsigned later_warps = blocks[current_block].ready_warps & ~1u << current_warp;
+    const unsigned later_blocks = ready_blocks & ~1u << current_block;
+    const unsigned b = later_warps
+                           ? current_block
+                           : (unsigned)__builtin_ctz(later_blocks ? later_blocks : ready_blocks);
+    const unsigned w = (unsigned)__builtin_ctz(later_warps ? later_warps : blocks[b].ready_warps);
+    return go_to(b, w, (unsigned)__builtin_ctz(blocks[b].warps[w].ready));
 }
 
 /* Products and copies go on while threads look again and again: nobody need be stuck for them to be due. */
 void grid_pause(void)
 {
-    thread *self = &warps[current_warp].threads[current_lane];
+    fiber_place *place = &self->place;
     if (++num_pauses > MAX_PAUSES) report_deadlock();
     if (!wgmma_perform_awaited()) tensor_perform_awaited();
     const fiber_place *next = grid_is_random() ? choose() : choose_next();
-    if (next != &self->place) fiber_switch(&self->place, next);
+    if (next != place) fiber_switch(place, next);
 }
 
 void grid_sleep(const void *at)
 {
-    warps[current_warp].threads[current_lane].awaits = at;
-    warps[current_warp].asleep |= 1u << current_lane;
+    self->awaits = at;
+    here->asleep |= 1u << current_lane;
     make_wait();
     resume();
 }
@@ -260,13 +313,16 @@ void grid_sleep(const void *at)
 void grid_wake(const void *at)
 {
     num_pauses = 0;
-    for (unsigned w = 0; w < num_warps; w++)
-        for (unsigned rest = warps[w].asleep; rest; rest &= rest - 1) {
+    for (unsigned i = 0; i < num_blocks * num_warps; i++) {
+        const unsigned b = i / num_warps, of_block = i % num_warps;
+        warp *w = &blocks[b].warps[of_block];
+        for (unsigned rest = w->asleep; rest; rest &= rest - 1) {
             const unsigned lane = (unsigned)__builtin_ctz(rest);
-            if (warps[w].threads[lane].awaits != at) continue;
-            warps[w].asleep &= ~(1u << lane);
-            make_ready(w, 1u << lane);
+            if (w->threads[lane].awaits != at) continue;
+            w->asleep &= ~(1u << lane);
+            make_ready(b, of_block, 1u << lane);
         }
+    }
 }
 
 void grid_blame(unsigned number)
@@ -276,7 +332,7 @@ void grid_blame(unsigned number)
 
 unsigned grid_warp(void)
 {
-    return current_warp;
+    return current_block * MAX_WARPS + current_warp;
 }
 
 unsigned grid_lane(void)
@@ -286,39 +342,41 @@ unsigned grid_lane(void)
 
 copies *grid_copies(void)
 {
-    return &warps[current_warp].threads[current_lane].copies;
+    return &self->copies;
 }
 
 /* ---- barriers ------------------------------------------------------------------------------- */
 
 static void release(unsigned barrier)
 {
+    block *b = &blocks[current_block];
     for (unsigned w = 0; w < num_warps; w++) {
-        make_ready(w, warps[w].at[barrier]);
-        warps[w].at[barrier] = 0;
+        make_ready(current_block, w, b->warps[w].at[barrier]);
+        b->warps[w].at[barrier] = 0;
     }
-    arrived[barrier] = 0;
+    b->arrived[barrier] = 0;
     if (barrier == 0) {
-        machine.vote_result = machine.votes;
-        machine.votes = 0;
+        b->vote_result = b->votes;
+        b->votes = 0;
     }
 }
 
 static void sync_block(unsigned barrier, unsigned threads, int waits)
 {
+    block *b = &blocks[current_block];
     if (barrier > NUM_BARRIERS || threads % LANES)
         grid_fault("barrier %u for %u threads", barrier, threads);
-    if (arrived[barrier] == 0) expected[barrier] = threads;
-    if (expected[barrier] != threads)
+    if (b->arrived[barrier] == 0) b->expected[barrier] = threads;
+    if (b->expected[barrier] != threads)
         grid_fault("barrier %u for %u threads, where others wait for %u", barrier, threads,
-                   expected[barrier]);
-    if (++arrived[barrier] >= (threads ? threads : num_live)) {
+                   b->expected[barrier]);
+    if (++b->arrived[barrier] >= (threads ? threads : b->num_live)) {
         release(barrier);
         if (grid_is_random()) resume();
         return;
     }
     if (!waits) return;
-    warps[current_warp].at[barrier] |= 1u << current_lane;
+    here->at[barrier] |= 1u << current_lane;
     make_wait();
     resume();
 }
@@ -327,7 +385,7 @@ static void sync_block(unsigned barrier, unsigned threads, int waits)
 
 static emulator_launch_before *before_this;
 static void *user_of_before;
-static bool has_ended; /* for the running block */
+static bool has_ended; /* for the running cluster */
 
 EXPORT void emulator_set_launch_before(emulator_launch_before *before, void *user)
 {
@@ -344,8 +402,89 @@ static void await_turn(void)
     has_ended = true;
     tensor_perform_loads();
     for (unsigned i = 0; i < num_threads; i++)
-        copies_perform(&warps[i / LANES].threads[i % LANES].copies);
+        copies_perform(&blocks[current_block].warps[i / LANES].threads[i % LANES].copies);
     before_this(user_of_before, 1);
+}
+
+static unsigned count_block(unsigned vote)
+{
+    blocks[current_block].votes += vote;
+    sync_block(0, 0, 1);
+    return blocks[current_block].vote_result;
+}
+
+/* ---- clusters ------------------------------------------------------------------------------- */
+
+static void check_clusters(void)
+{
+    if (device_arch() < 90) grid_fault("clusters, which sm_%u has not", device_arch());
+}
+
+/* Ends the cluster's barrier if all threads that are left have arrived. */
+static void try_cluster(void)
+{
+    unsigned num_live = 0;
+    if (num_arrived == 0) return;
+    for (unsigned b = 0; b < num_blocks; b++) num_live += blocks[b].num_live;
+    if (num_arrived < num_live) return;
+    num_arrived = 0;
+    num_met++;
+    for (unsigned i = 0; i < num_blocks * num_warps; i++) {
+        warp *w = &blocks[i / num_warps].warps[i % num_warps];
+        make_ready(i / num_warps, i % num_warps, w->at_cluster);
+        w->at_cluster = 0;
+    }
+}
+
+static void cluster_arrive(void)
+{
+    check_clusters();
+    if (!self->has_waited_there)
+        grid_fault("cluster_arrive, where a cluster_wait for the last one is missing");
+    self->came_to = num_met;
+    self->has_waited_there = false;
+    num_arrived++;
+    try_cluster();
+    if (grid_is_random()) resume();
+}
+
+static void cluster_wait(void)
+{
+    check_clusters();
+    if (self->has_waited_there) grid_fault("cluster_wait without a cluster_arrive");
+    self->has_waited_there = true;
+    if (self->came_to < num_met) return;
+    here->at_cluster |= 1u << current_lane;
+    make_wait();
+    resume();
+}
+
+static void *memory_of(const void *p, unsigned rank)
+{
+    check_clusters();
+    if (rank >= num_blocks) grid_fault("cluster_at: block %u of a cluster of %u", rank, num_blocks);
+    void *there = shared_at(p, current_block, rank);
+    if (!there) grid_fault("cluster_at: %p is not this block's shared memory", p);
+    if (rank == current_block) return there;
+    if (num_met == 0 || (!self->has_waited_there && self->came_to == 0))
+        grid_fault("cluster_at: block %u, before the first barrier of the cluster", rank);
+    return there;
+}
+
+static void *cluster_at(const void *p, unsigned rank)
+{
+    void *const there = memory_of(p, rank);
+    if (rank != current_block) blocks[rank].used_at = num_met;
+    return there;
+}
+
+/* Needs no barrier of the cluster after it: the block is there as long as somebody in it waits for the bytes. */
+static void store_async(void *p, unsigned long long value, void *barrier, unsigned rank)
+{
+    void *const there = memory_of(p, rank);
+    if (blocks[rank].num_live == 0) grid_fault("store_async: block %u has ended", rank);
+    memcpy(there, &value, sizeof value);
+    mbarrier_complete(memory_of(barrier, rank), sizeof value);
 }
 
 /* ---- warps ---------------------------------------------------------------------------------- */
@@ -353,7 +492,7 @@ static void await_turn(void)
 /* Performs the collective that a lane waits in, if all of its lanes that have not ended do. */
 static bool try_collective(unsigned of_warp, unsigned lane)
 {
-    warp *w = &warps[of_warp];
+    warp *w = &blocks[current_block].warps[of_warp];
     const unsigned mask = w->threads[lane].mask, lanes = mask & w->live;
     const emulator_op op = w->threads[lane].op;
     if ((w->collective & lanes) != lanes) return false;
@@ -363,20 +502,18 @@ static bool try_collective(unsigned of_warp, unsigned lane)
     }
     warp_perform(op, w->operands, lanes);
     w->collective &= ~lanes;
-    make_ready(of_warp, lanes);
+    make_ready(current_block, of_warp, lanes);
     return true;
 }
 
 static void sync_warp(unsigned mask, emulator_op op, void *operands)
 {
-    warp *w = &warps[current_warp];
-    thread *t = &w->threads[current_lane];
     if (!(mask >> current_lane & 1))
         grid_fault("%s for lanes %08x, which this one is not of", warp_op_names[op], mask);
-    t->mask = mask;
-    t->op = op;
-    w->operands[current_lane] = operands;
-    w->collective |= 1u << current_lane;
+    self->mask = mask;
+    self->op = op;
+    here->operands[current_lane] = operands;
+    here->collective |= 1u << current_lane;
     if (try_collective(current_warp, current_lane)) {
         if (grid_is_random()) resume();
         return;
@@ -387,17 +524,29 @@ static void sync_warp(unsigned mask, emulator_op op, void *operands)
 
 /* ---- blocks --------------------------------------------------------------------------------- */
 
+/* Nobody may use its shared memory any more. */
+static void end_block(void)
+{
+    const char *wrong = shared_check(current_block);
+    if (wrong) grid_fault("%s", wrong);
+    blocks[current_block].ended_at = num_met;
+    tensor_check(current_block);
+    if (num_blocks > 1) shared_end(current_block);
+}
+
 /* A thread's last step. Others may have waited for it alone. */
 static _Noreturn void end_thread(void)
 {
-    warp *w = &warps[current_warp];
-    w->live &= ~(1u << current_lane);
-    num_live--;
+    block *b = &blocks[current_block];
+    here->live &= ~(1u << current_lane);
     num_pauses = 0;
     wgmma_end_thread();
     make_wait();
-    if (arrived[0] > 0 && arrived[0] == num_live) release(0);
-    for (unsigned rest = w->collective; rest; rest &= (rest - 1) & w->collective)
+    if (--b->num_live == 0) end_block();
+    if (!self->has_waited_there && self->came_to == num_met) num_arrived--;
+    try_cluster();
+    if (b->arrived[0] > 0 && b->arrived[0] == b->num_live) release(0);
+    for (unsigned rest = here->collective; rest; rest &= (rest - 1) & here->collective)
         try_collective(current_warp, (unsigned)__builtin_ctz(rest));
     fiber_place nowhere;
     fiber_switch(&nowhere, choose());
@@ -409,68 +558,89 @@ static _Alignas(64) char params[MAX_PARAMS];
 
 static void thread_main(void)
 {
-    launch->kernel->run(params);
+    launch->copies[current_block].kernel->run(params);
     end_thread();
 }
 
-static void begin_block(void)
+_Static_assert(MAX_STACKS >= MAX_CLUSTER * MAX_THREADS, "each thread of a cluster has one");
+
+static void begin_block(unsigned rank, emulator_index index)
 {
     const emulator_index size = launch->block;
+    block *b = &blocks[rank];
     for (unsigned i = 0; i < num_warps * LANES; i++) {
-        warp *w = &warps[i / LANES];
+        warp *w = &b->warps[i / LANES];
         thread *t = &w->threads[i % LANES];
         if (i % LANES == 0) {
             const unsigned left = num_threads - i;
             w->live = left >= LANES ? ~0u : (1u << left) - 1;
             w->ready = w->live;
-            w->collective = w->asleep = 0;
+            w->collective = w->asleep = w->at_cluster = 0;
             memset(w->at, 0, sizeof w->at);
         }
         if (i >= num_threads) break;
         t->index = (emulator_index){i % size.x, i / size.x % size.y, i / size.x / size.y};
-        t->place = fiber_begin(fiber_stack(i), thread_main);
+        t->place = fiber_begin(fiber_stack(rank * MAX_THREADS + i), thread_main);
+        t->has_waited_there = true;
         copies_begin(&t->copies);
     }
-    num_live = num_threads;
-    ready_warps = num_warps == 32 ? ~0u : (1u << num_warps) - 1;
-    memset(arrived, 0, sizeof arrived);
-    machine.votes = 0;
+    b->index = index;
+    b->num_live = num_threads;
+    b->ready_warps = num_warps == 32 ? ~0u : (1u << num_warps) - 1;
+    memset(b->arrived, 0, sizeof b->arrived);
+    b->votes = b->used_at = 0;
+    shared_begin(rank, launch->copies[rank].module, launch->shared_bytes);
+}
+
+/* Block `first` and those after it in x. */
+static void run_cluster(emulator_index first)
+{
+    for (unsigned b = 0; b < num_blocks; b++)
+        begin_block(b, (emulator_index){first.x + b, first.y, first.z});
+    ready_blocks = (1u << num_blocks) - 1;
+    num_arrived = num_met = 0;
     num_pauses = 0;
     blamed = NOBODY;
+    go_to_block(0);
     current_warp = 0;
     mbarrier_begin();
     tensor_begin();
-    wgmma_begin();
-    shared_begin(launch->module, launch->shared_bytes);
-    machine.shared = shared_dynamic();
+    wgmma_begin(num_blocks);
     has_ended = false;
     if (before_this) before_this(user_of_before, 0);
-}
-
-static void run_block(void)
-{
-    begin_block();
     fiber_switch(&outside, choose());
-    if (num_live > 0) report_deadlock();
-    const char *wrong = shared_check();
-    if (!wrong) wrong = tensor_check();
-    if (wrong) grid_fault("%s", wrong);
+    for (unsigned b = 0; b < num_blocks; b++)
+        if (blocks[b].num_live > 0) report_deadlock();
+    for (unsigned b = 0; b < num_blocks && num_blocks > 1; b++) {
+        grid_blame(b * MAX_THREADS);
+        const char *wrong = shared_check_ended(b);
+        if (wrong) grid_fault("%s", wrong);
+        if (blocks[b].used_at > 0 && blocks[b].used_at == blocks[b].ended_at)
+            grid_fault(
+                "another block used its shared memory after the last barrier of the cluster");
+    }
 }
 
 bool grid_is_shared(const void *p, size_t bytes)
 {
-    return shared_has(launch->module, p, bytes);
+    return shared_has(meant_block(), p, bytes);
+}
+
+const char *grid_window(void)
+{
+    return shared_window(meant_block());
 }
 
 static unsigned shared_offset(const void *p)
 {
-    if (!grid_is_shared(p, 1) || (const char *)p < shared_window() ||
-        (const char *)p >= shared_window() + SHARED_ROOM)
+    const char *window = grid_window();
+    if (!grid_is_shared(p, 1) || (const char *)p < window ||
+        (const char *)p >= window + SHARED_ROOM)
         grid_fault("%p is not dynamic shared memory", p);
-    return (unsigned)((const char *)p - shared_window());
+    return (unsigned)((const char *)p - window);
 }
 
-/* The i-th block to run of n, by a permutation: i * step + first, where step and n have no common divisor. */
+/* The i-th cluster to run of n, by a permutation: i * step + first, where step and n have no common divisor. */
 static uint64_t permute(uint64_t i, uint64_t n, uint64_t step, uint64_t first)
 {
     return (i * step + first) % n; /* below 2^62 */
@@ -490,18 +660,17 @@ static uint64_t choose_step(uint64_t n)
     }
 }
 
-static void run_blocks(void)
+static void run_clusters(void)
 {
-    const emulator_index g = launch->grid;
+    const emulator_index g = {launch->grid.x / num_blocks, launch->grid.y, launch->grid.z};
     const uint64_t n = (uint64_t)g.x * g.y * g.z;
     const uint64_t step = grid_is_random() ? choose_step(n) : 1;
     const uint64_t first =
         grid_is_random() ? grid_random((unsigned)(n < 1u << 30 ? n : 1u << 30)) : 0;
     for (uint64_t i = 0; i < n; i++) {
         const uint64_t at = permute(i, n, step, first);
-        machine.block = (emulator_index){(unsigned)(at % g.x), (unsigned)(at / g.x % g.y),
-                                         (unsigned)(at / g.x / g.y)};
-        run_block();
+        run_cluster((emulator_index){(unsigned)(at % g.x) * num_blocks, (unsigned)(at / g.x % g.y),
+                                     (unsigned)(at / g.x / g.y)});
     }
 }
 
@@ -511,13 +680,18 @@ bool grid_run(const grid_launch *l)
     stack_t stack_before;
     read_seed();
     launch = l;
-    memcpy(params, l->params, l->kernel->params_bytes);
+    memcpy(params, l->params, l->copies[0].kernel->params_bytes);
+    num_blocks = l->cluster;
     num_threads = l->block.x * l->block.y * l->block.z;
     num_warps = (num_threads + LANES - 1) / LANES;
     machine.grid_dim = l->grid;
     machine.block_dim = l->block;
     machine.shared_bytes = l->shared_bytes;
     machine.sync_block = sync_block;
+    machine.count_block = count_block;
+    machine.cluster_arrive = cluster_arrive;
+    machine.cluster_wait = cluster_wait;
+    machine.cluster_at = cluster_at;
     machine.sync_warp = sync_warp;
     machine.pause = grid_pause;
     machine.copy_async = copies_add;
@@ -529,6 +703,7 @@ bool grid_run(const grid_launch *l)
     machine.wgmma_wait = wgmma_wait;
     machine.mbarrier_init = mbarrier_init;
     machine.mbarrier_arrive = mbarrier_arrive;
+    machine.store_async = store_async;
     machine.mbarrier_test = mbarrier_test;
     machine.mbarrier_wait = mbarrier_wait;
     machine.tensor_load = tensor_load;
@@ -536,11 +711,11 @@ bool grid_run(const grid_launch *l)
     machine.tensor_await_stores = tensor_await_stores;
     machine.await_turn = await_turn;
     machine.fault = fault;
-    *l->module->machine = &machine;
+    for (unsigned b = 0; b < num_blocks; b++) *l->copies[b].module->machine = &machine;
     catch_signals(before, &stack_before);
     const bool whole = sigsetjmp(abandoned, 1) == 0;
     running = true;
-    if (whole) run_blocks();
+    if (whole) run_clusters();
     running = false;
     restore_signals(before, &stack_before);
     return whole;

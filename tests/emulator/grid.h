@@ -1,4 +1,4 @@
-/* grid.h - running a kernel's blocks, one after the other, each with its threads as fibers.
+/* grid.h - running a kernel's clusters of blocks, one after the other, each with its threads as fibers.
  * SPDX-License-Identifier: Apache-2.0 */
 #ifndef EMULATOR_GRID_H
 #define EMULATOR_GRID_H
@@ -10,13 +10,20 @@
 #include "machine.h"
 
 enum { MAX_THREADS = 1024, LANES = 32, MAX_WARPS = MAX_THREADS / LANES, NUM_BARRIERS = 16 };
+enum { MAX_CLUSTER = 8 }; /* blocks */
 enum { SHARED_DEFAULT = 48 << 10, MAX_PARAMS = 4096 };
+
+/* The kernel, of an object loaded for the blocks of one rank alone: so each has its own __shared__ variables. */
+typedef struct grid_copy {
+    const emulator_kernel *kernel;
+    const emulator_module *module;
+} grid_copy;
 
 typedef struct grid_launch {
     const char *name; /* of the kernel */
-    const emulator_kernel *kernel;
-    const emulator_module *module;
+    grid_copy copies[MAX_CLUSTER];
     emulator_index grid, block;
+    unsigned cluster; /* blocks, along x; 1: none */
     unsigned shared_bytes;
     const void *params;
 } grid_launch;
@@ -36,7 +43,7 @@ extern emulator_machine machine;
 /* Ends the launch from within a thread; text as printf has it. */
 _Noreturn void grid_fault(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
-/* The running thread's warp, by its number in the block, and lane. */
+/* The running thread's warp, by its number in the cluster, of MAX_WARPS for each block, and lane. */
 unsigned grid_warp(void);
 unsigned grid_lane(void);
 
@@ -47,12 +54,14 @@ void grid_pause(void);
 void grid_sleep(const void *at);
 void grid_wake(const void *at);
 
-/* Whom errors are of while something of this thread's is done later: by its number in the block. */
-enum { NOBODY = MAX_THREADS };
+/* Whom errors are of, and whose block's shared memory is meant, while something of this thread's is done later: by
+ * its warp * LANES + lane. */
+enum { NOBODY = MAX_CLUSTER * MAX_THREADS };
 void grid_blame(unsigned number);
 
 /* Whether [p, p + bytes) is shared memory of the running block. */
 bool grid_is_shared(const void *p, size_t bytes);
+const char *grid_window(void); /* shared_window() of it */
 
 /* driver.c: of the GPU, 90 for compute capability 9.0. */
 unsigned device_arch(void);
@@ -86,7 +95,7 @@ void copies_wait(unsigned n);
 void copies_perform(copies *c); /* all */
 
 /* wgmma.c: warpgroups' products. */
-void wgmma_begin(void); /* a block */
+void wgmma_begin(unsigned blocks); /* a cluster */
 void wgmma_end_thread(void);
 void wgmma_add(const emulator_wgmma *what);
 void wgmma_commit(void);
@@ -96,7 +105,7 @@ bool wgmma_perform_awaited(void);      /* those of a warpgroup that waits for th
 bool wgmma_is_awaited(const void *at); /* whether grid_sleep() is for products */
 
 /* mbarrier.c */
-void mbarrier_begin(void); /* a block */
+void mbarrier_begin(void); /* a cluster */
 void mbarrier_init(void *at, int count);
 void mbarrier_arrive(void *at, int bytes);
 int mbarrier_test(void *at, unsigned parity);
@@ -107,8 +116,8 @@ bool mbarrier_is_awaited(const void *at);
 void mbarrier_describe(const void *at, char *text, size_t bytes);
 
 /* tensor.c: copies of tensors' boxes. */
-void tensor_begin(void);        /* a block */
-const char *tensor_check(void); /* of a block that has ended: what is wrong, NULL: nothing */
+void tensor_begin(void);          /* a cluster */
+void tensor_check(unsigned rank); /* a block that has ended */
 void tensor_load(void *to, const void *map, void *barrier, unsigned rank, const int *at);
 void tensor_store(const void *map, const void *from, unsigned rank, const int *at);
 void tensor_await_stores(void);

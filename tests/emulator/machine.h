@@ -100,9 +100,14 @@ typedef struct emulator_machine {
     emulator_index block, block_dim, grid_dim;
     unsigned long shared_bytes; /* dynamic, as launched */
     char *shared;
+    unsigned rank; /* of the running thread's block in its cluster */
     /* All threads of the block at barrier 0 (threads 0), or so many at another; waits 0 only counts. */
     void (*sync_block)(unsigned barrier, unsigned threads, int waits);
-    unsigned votes, vote_result; /* sums of what threads bring to barrier 0 */
+    unsigned (*count_block)(unsigned vote); /* barrier 0; the sum of what its threads bring */
+    void (*cluster_arrive)(void);
+    void (*cluster_wait)(void);
+    void *(*cluster_at)(const void *p, unsigned rank);
+    void (*store_async)(void *p, unsigned long long value, void *barrier, unsigned rank);
     void (*sync_warp)(unsigned mask, emulator_op op, void *operands);
     void (*pause)(void); /* others may run */
     void (*copy_async)(void *to, const void *from, unsigned bytes, unsigned size);

@@ -18,7 +18,7 @@ typedef struct barrier {
     bool awaited;
 } barrier;
 
-static barrier barriers[MAX_BARRIERS]; /* of the running block */
+static barrier barriers[MAX_BARRIERS]; /* of the running cluster */
 static unsigned num_barriers;
 
 void mbarrier_begin(void)
@@ -29,16 +29,21 @@ void mbarrier_begin(void)
 static barrier *known(const void *at)
 {
     uint64_t value;
-    if ((uintptr_t)at % sizeof value || !grid_is_shared(at, sizeof value))
-        grid_fault("mbarrier at %p: not 8 aligned bytes of shared memory", at);
     memcpy(&value, at, sizeof value);
     const uint64_t i = value ^ mark;
     return i < num_barriers && barriers[i].at == at ? &barriers[i] : NULL;
 }
 
+static barrier *known_here(const void *at)
+{
+    if ((uintptr_t)at % sizeof(uint64_t) || !grid_is_shared(at, sizeof(uint64_t)))
+        grid_fault("mbarrier at %p: not 8 aligned bytes of shared memory", at);
+    return known(at);
+}
+
 static barrier *find(const void *at)
 {
-    barrier *b = known(at);
+    barrier *b = known_here(at);
     if (!b) grid_fault("mbarrier at %p: not initialised, or overwritten", at);
     return b;
 }
@@ -50,7 +55,7 @@ void mbarrier_check(const void *at)
 
 void mbarrier_init(void *at, int count)
 {
-    barrier *b = known(at);
+    barrier *b = known_here(at);
     if (count < 1 || count > MAX_COUNT) grid_fault("mbarrier at %p of %d arrivals", at, count);
     if (b && (b->awaited || b->bytes)) grid_fault("mbarrier at %p: initialised while in use", at);
     if (!b && num_barriers == MAX_BARRIERS) grid_fault("more than %d mbarriers", MAX_BARRIERS);
@@ -92,7 +97,8 @@ void mbarrier_arrive(void *at, int bytes)
 
 void mbarrier_complete(void *at, int bytes)
 {
-    barrier *b = find(at);
+    barrier *b = known(at); /* of another block, maybe */
+    if (!b) b = find(at);
     add_bytes(b, -bytes);
     end_phase_if_complete(b);
 }

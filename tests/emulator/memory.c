@@ -1,5 +1,5 @@
 /* memory.c - memory of the emulated GPU: host memory, which the host cannot touch between the driver's calls.
- * An allocation ends where a page begins that nobody may touch.
+ * An allocation ends where a page begins that nobody may touch. Of the host's own it has what was pinned.
  * SPDX-License-Identifier: Apache-2.0 */
 #include <stdlib.h>
 #include <string.h>
@@ -18,6 +18,31 @@ typedef struct allocation {
 static allocation *allocations;
 static size_t count, room;
 static int opened;
+
+/* Host memory that was allocated or registered for the GPU. */
+enum { MAX_PINNED = 256 };
+static struct {
+    const char *begin, *end;
+} pinned[MAX_PINNED];
+static int num_pinned;
+
+static CUresult pin(const void *p, size_t bytes)
+{
+    if (num_pinned == MAX_PINNED) return OUT_OF_MEMORY;
+    pinned[num_pinned].begin = p;
+    pinned[num_pinned++].end = (const char *)p + bytes;
+    return SUCCESS;
+}
+
+static CUresult unpin(const void *p)
+{
+    for (int i = 0; i < num_pinned; i++)
+        if (pinned[i].begin == p) {
+            pinned[i] = pinned[--num_pinned];
+            return SUCCESS;
+        }
+    return INVALID_VALUE;
+}
 
 static void set_access(const allocation *a, int access)
 {
@@ -74,6 +99,23 @@ static CUresult release(CUdeviceptr p)
     return INVALID_VALUE;
 }
 
+static bool is_within(const char *p, const char *begin, const char *end)
+{
+    return (uintptr_t)p >= (uintptr_t)begin &&
+           (uintptr_t)p <= (uintptr_t)end; /* where it ends, too */
+}
+
+bool memory_is_unshared(const void *p)
+{
+    unsigned char resident;
+    for (size_t i = 0; i < count; i++)
+        if (is_within(p, allocations[i].map, allocations[i].map + allocations[i].map_bytes))
+            return false;
+    for (int i = 0; i < num_pinned; i++)
+        if (is_within(p, pinned[i].begin, pinned[i].end)) return false;
+    return mincore((void *)((uintptr_t)p / PAGE * PAGE), 1, &resident) == 0;
+}
+
 /* ---- entry points --------------------------------------------------------------------------- */
 
 EXPORT CUresult cuMemAlloc_v2(CUdeviceptr *p, size_t bytes)
@@ -106,8 +148,9 @@ EXPORT CUresult cuMemHostAlloc(void **p, size_t bytes, unsigned flags)
     if (safe != SUCCESS) LEAVE(safe);
     if (bytes == 0) LEAVE(INVALID_VALUE);
     *p = aligned_alloc(PAGE, (bytes + PAGE - 1) / PAGE * PAGE);
-    if (*p) memset(*p, POISON, bytes);
-    LEAVE(*p ? SUCCESS : OUT_OF_MEMORY);
+    if (!*p) LEAVE(OUT_OF_MEMORY);
+    memset(*p, POISON, bytes);
+    LEAVE(pin(*p, bytes));
 }
 
 EXPORT CUresult cuMemAllocHost_v2(void **p, size_t bytes)
@@ -119,21 +162,23 @@ EXPORT CUresult cuMemFreeHost(void *p)
 {
     ENTER();
     const CUresult safe = stream_unsafe();
-    if (safe == SUCCESS) free(p);
-    LEAVE(safe);
+    if (safe != SUCCESS || !p) LEAVE(safe);
+    const CUresult result = unpin(p);
+    if (result == SUCCESS) free(p);
+    LEAVE(result);
 }
 
 EXPORT CUresult cuMemHostRegister_v2(void *p, size_t bytes, unsigned flags)
 {
     (void)flags;
     ENTER();
-    LEAVE(p && bytes ? SUCCESS : INVALID_VALUE);
+    LEAVE(p && bytes ? pin(p, bytes) : INVALID_VALUE);
 }
 
 EXPORT CUresult cuMemHostUnregister(void *p)
 {
     ENTER();
-    LEAVE(p ? SUCCESS : INVALID_VALUE);
+    LEAVE(unpin(p));
 }
 
 EXPORT CUresult cuMemHostGetDevicePointer_v2(CUdeviceptr *device, void *p, unsigned flags)

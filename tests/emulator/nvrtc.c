@@ -137,7 +137,7 @@ static int remove_one(const char *path, const struct stat *status, int kind, str
 static bool is_replaced(const char *header)
 {
     static const char *const names[] = {"kern/cuda/ptx.cuh", "kern/cuda/tma.cuh",
-                                        "kern/cuda/mma_sm90.cuh"};
+                                        "kern/cuda/cluster.cuh", "kern/cuda/mma_sm90.cuh"};
     for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)
         if (strcmp(header, names[i]) == 0) return true;
     return false;

@@ -70,6 +70,11 @@ QI_INLINE u32 e5m2x2_to_f16x2(u32 bits)
     return (bits & 0xff) << 8 | (bits & 0xff00) << 16;
 }
 
+QI_INLINE float max_nan(float a, float b)
+{
+    return a != a ? a : b != b ? b : a > b ? a : b;
+}
+
 QI_INLINE float ex2(float x)
 {
     const float y = exp2f(x);

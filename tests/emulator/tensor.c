@@ -108,9 +108,11 @@ void tensor_begin(void)
     count = 0;
 }
 
-const char *tensor_check(void)
+void tensor_check(unsigned rank)
 {
-    return count ? "the block ended before its copies to or from shared memory had" : NULL;
+    for (size_t i = 0; i < count; i++)
+        if (pending[i].thread / MAX_THREADS == rank)
+            grid_fault("the block ended before its copies to or from shared memory had");
 }
 
 static uint32_t inner_bytes(const tensor_map *m)

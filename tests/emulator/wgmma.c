@@ -31,7 +31,7 @@ static unsigned depth(emulator_type type)
 
 static tile decode(unsigned long long descriptor, emulator_type type)
 {
-    const tile t = {.window = shared_window(),
+    const tile t = {.window = grid_window(),
                     .start = (unsigned)(descriptor & 0xffff) << 4,
                     .next = (unsigned)(descriptor >> 16 & 0x3fff) << 4,
                     .group = (unsigned)(descriptor >> 32 & 0x3fff) << 4,
@@ -184,8 +184,8 @@ typedef struct products {
     unsigned group; /* the open one */
 } products;
 
-static products all[MAX_WARPS][LANES];
-enum { NUM_WARPGROUPS = MAX_WARPS / WARPS_OF_GROUP };
+static products all[MAX_CLUSTER * MAX_WARPS][LANES];
+enum { NUM_WARPGROUPS = MAX_CLUSTER * MAX_WARPS / WARPS_OF_GROUP };
 static unsigned performed[NUM_WARPGROUPS]; /* groups */
 static unsigned wanted[NUM_WARPGROUPS];    /* by who waits */
 
@@ -352,9 +352,9 @@ void wgmma_end_thread(void)
     if (here()->count) grid_fault("ended before its products (wgmma) had been waited for");
 }
 
-void wgmma_begin(void)
+void wgmma_begin(unsigned blocks)
 {
-    for (unsigned t = 0; t < MAX_WARPS * LANES; t++)
+    for (unsigned t = 0; t < blocks * MAX_THREADS; t++)
         all[t / LANES][t % LANES].count = all[t / LANES][t % LANES].group = 0;
     memset(performed, 0, sizeof performed);
     memset(wanted, 0, sizeof wanted);

@@ -41,9 +41,12 @@ cc -std=c11 -Wall $flags "$work/paged.c" $(pkg-config --libs qkv) -o "$work/page
 sed -n '/^```c$/,/^```$/p' "$here/../../README.md" | grep -v '^```' | grep -v '^$' | while IFS= read -r line; do
   grep -qF -- "$line" "$here/../../examples/decode.c" || fail "README.md: not in examples/decode.c: $line"
 done
-# The program of docs/variants.md, likewise; it is also examples/variant.c.
+# The programs of docs/variants.md, which is also examples/variant.c, and of docs/sampling.md.
 sed -n '/^```c$/,/^```$/p' "$here/../../docs/variants.md" | grep -v '^```' >"$work/variant.c"
 cc -std=c11 -Wall $flags "$work/variant.c" $(pkg-config --libs qkv) -lm -o "$work/variant"
 QKV_CACHE_DIR=$work/cache "$work/variant" | grep -q OK || fail "docs/variants.md"
+sed -n '/^```c$/,/^```$/p' "$here/../../docs/sampling.md" | grep -v '^```' >"$work/sample.c"
+cc -std=c11 -Wall $flags "$work/sample.c" $(pkg-config --libs qkv) -o "$work/sample"
+QKV_CACHE_DIR=$work/cache "$work/sample" | grep -q OK || fail "docs/sampling.md"
 "$(find "$work/prefix" -path '*/bin/qkv')" info >/dev/null || fail "qkv info"
 echo "install: C and C++, pkg-config and CMake, shared and static: all run"

@@ -11,6 +11,7 @@ from test_dlpack import Array
 
 import qkv
 from qkv.attention import Attention
+from qkv.logits_processor import LogitsPipe, Sample, Softmax, Temperature, UserStage
 
 cuda = ctypes.CDLL("libcuda.so.1")
 handle = ctypes.c_void_p()
@@ -48,7 +49,7 @@ for given, asked in ((None, 1), (stream.value, stream.value)):
 for call, message in (
     (lambda: qkv.rmsnorm(dx, w, out=out), "weight: expected a tensor on CUDA device 0"),
     (lambda: qkv.rmsnorm(dx, dw), "out: expected an array"),
-    (lambda: qkv.sample(dx, seed=1), "seed: expected an array"),
+    (lambda: qkv.sample(dx, seed=1), "out: expected an array"),
 ):
     try:
         call()
@@ -57,30 +58,48 @@ for call, message in (
     else:
         raise AssertionError(message)
 
-# Numbers become arrays of the framework, on its current stream.
+# Outputs are made by the framework.
 class Known(Array):
     __module__ = "cupy"
 
 
 sys.modules["cupy"] = types.SimpleNamespace(
-    full=lambda shape, value, dtype: on_gpu(numpy.full(shape, value, dtype), Known),
     empty=lambda shape, dtype: on_gpu(numpy.empty(shape, dtype), Known),
     cuda=types.SimpleNamespace(get_current_stream=lambda: types.SimpleNamespace(ptr=stream.value)),
-    float32=numpy.float32, int32=numpy.int32, int64=numpy.int64,
+    int32=numpy.int32, bool_=numpy.bool_,
 )
 logits = on_gpu(numpy.random.randn(3, 64).astype("f4"), Known)
-for given in (None, stream.value):
-    tokens = qkv.sample(logits, seed=2**64 - 1, temperature=0.0, stream=given)
-    assert type(tokens) is Known and logits.asked[-1]["stream"] == stream.value
-    assert not cuda.cuStreamSynchronize(stream)
-    assert (tokens.values == logits.values.argmax(-1)).all()
-try:
-    qkv.sample(logits, seed=1, stream=0)
-except qkv.UnsupportedError as error:
-    assert "seed: expected an array, since" in str(error), error
-else:
-    raise AssertionError("filled on one stream, read on another")
+tokens, valid = qkv.sample(logits, seed=2**64 - 1, temperature=0.0, valid=True)
+assert type(tokens) is type(valid) is Known and logits.asked[-1]["stream"] == stream.value
+assert not cuda.cuStreamSynchronize(stream)
+assert (tokens.values == logits.values.argmax(-1)).all() and valid.values.all()
 del sys.modules["cupy"]
+
+# Numbers are read by the call, on any stream: nothing is made of them, so that it can be captured.
+stage = UserStage(
+    "QI_FN float logits_stage(float logit, float value, float element, int token, int request) { return logit - value * element; }",
+    value="strength", tensor="cost", default=2.0)
+pipe, cost = LogitsPipe([stage, Temperature(0.0), Softmax(), Sample()]), on_gpu(numpy.random.randn(1, 64).astype("f4"))
+seeds = on_gpu(numpy.arange(3))
+drawn, piped = (on_gpu(numpy.zeros(3, "i4")) for _ in range(2))
+
+
+def draw():
+    qkv.sample(logits, seed=3, offset=1, temperature=0.0, top_k=5, out=drawn, stream=stream.value)
+    pipe(logits, seed=seeds, cost=cost, out=piped, stream=stream.value)
+
+
+draw()
+assert not cuda.cuStreamSynchronize(stream)
+assert not cuda.cuStreamBeginCapture_v2(stream, 2)
+draw()
+assert not cuda.cuStreamEndCapture(stream, ctypes.byref(graph))
+assert not cuda.cuGraphInstantiateWithFlags(ctypes.byref(replay), graph, ctypes.c_ulonglong(0))
+logits.values[...] = numpy.random.randn(3, 64)
+assert not cuda.cuGraphLaunch(replay, stream) and not cuda.cuStreamSynchronize(stream)
+assert (drawn.values == logits.values.argmax(-1)).all()
+assert (piped.values == (logits.values - 2 * cost.values).argmax(-1)).all()
+assert not cuda.cuGraphExecDestroy(replay)
 
 # Plans of the host, of the device, and in a graph, which keeps the arrays of its plans.
 attention = Attention(num_qo_heads=2, num_kv_heads=1, head_dim_qk=64, page_size=2, dtype_q="f16", max_requests=4, max_tokens=16, max_kv_len=64, max_pages=64, device="cuda")

@@ -49,7 +49,7 @@ class Array:
         self.strides = (ctypes.c_int64 * values.ndim)(*(s // values.itemsize for s in values.strides))
         self.name, self.device, self.old, self.asked = name, device, old, []
         tensor = Tensor(
-            values.ctypes.data - byte_offset or None, Device(*device), values.ndim, {"i": 0, "u": 1, "f": 2}[values.dtype.kind],
+            values.ctypes.data - byte_offset or None, Device(*device), values.ndim, {"i": 0, "u": 1, "f": 2, "b": 6}[values.dtype.kind],
             values.itemsize * 8, 1, self.shape, self.strides if strides else None, byte_offset,
         )
         self.managed = Versioned(major, 0, None, None, flags, tensor) if name == b"dltensor_versioned" else Managed(tensor)

@@ -1,4 +1,4 @@
-"""The Python in docs/python.md and README.md runs: the blocks of a section in order, those of a page in
+"""The Python in docs/python.md, docs/sampling.md and README.md runs: the blocks of a section in order, those of a page in
 one namespace.
 
 SPDX-License-Identifier: Apache-2.0
@@ -36,7 +36,7 @@ def needs(text):
     return {name for name in imported if name in PACKAGES}
 
 
-@pytest.mark.parametrize("page", ["docs/python.md", "README.md"])
+@pytest.mark.parametrize("page", ["docs/python.md", "docs/sampling.md", "README.md"])
 def test_python_of_the_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = blocks(ROOT / page)

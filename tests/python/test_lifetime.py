@@ -10,6 +10,7 @@ import torch
 from conftest import i32
 
 import qkv
+from qkv.logits_processor import LogitsPipe, Sample, Softmax, Temperature
 
 
 def operator(**changes):
@@ -75,6 +76,28 @@ def test_failures_do_not_leak():
     count = sys.getrefcount(short)
     assert not grows(fail, repeats=200)
     assert sys.getrefcount(short) == count
+
+
+def test_sampling_and_pipes_do_not_leak():
+    x = torch.randn(4, 4096)
+    ctx = qkv.Context("cpu", num_threads=1)
+    count = sys.getrefcount(ctx)
+    pipe = LogitsPipe([Temperature(0.5), Softmax(), Sample()], compile=False)
+
+    def work():
+        qkv.renormalize(x, temperature=[1, 2, 3, 4], valid=True, ctx=ctx)
+        qkv.log_probs(x, qkv.top_k(x, 5)[1], ranks=True)
+        pipe(x, seed=1, ctx=ctx)
+        LogitsPipe([Softmax(), Sample(seed=[1])], compile=False)(x)
+        with pytest.raises(qkv.Error):
+            pipe(x, seed=1, temperature=-1.0, ctx=ctx)
+        with pytest.raises(qkv.Error):
+            pipe(x, ctx=ctx)
+
+    assert not grows(work, repeats=200)
+    assert sys.getrefcount(ctx) == count + 1  # the pipe keeps it
+    del pipe
+    assert sys.getrefcount(ctx) == count
 
 
 def test_plans_and_runs_do_not_leak():

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 import qkv
+import qkv.attention
+from qkv.logits_processor import LogitsPipe, Sample, Softmax, Temperature
 
 
 def in_threads(*functions):
@@ -170,6 +172,7 @@ def test_a_mixture_of_everything():
     x, w = numpy.random.randn(4, 64).astype("float32"), numpy.random.randn(64).astype("float32")
     shared.plan(**plan)
     o, normed, tokens = shared.run(q, pool), qkv.rmsnorm(x, w), qkv.sample(x, seed=[1, 2, 3, 4])
+    pipes = [LogitsPipe([Temperature(1.0), Softmax(), Sample()], compile=compile) for compile in (True, False)]
 
     def work(i):
         own = own_ctx = None
@@ -183,6 +186,8 @@ def test_a_mixture_of_everything():
             assert torch.equal(shared.run(q, pool), o)
             assert (qkv.rmsnorm(x, w, ctx=ctx) == normed).all()
             assert (qkv.sample(x, seed=[1, 2, 3, 4], ctx=own_ctx) == tokens).all()
+            rows = numpy.tile(x, (1 + n // 50, 1))  # more of them: an unfused pipe is made anew
+            assert (pipes[n % 2](rows, seed=[1, 2, 3, 4] * (1 + n // 50), ctx=ctx)[:4] == tokens).all()
             with pytest.raises(qkv.InvalidError, match="kv_lens"):
                 shared.plan(qo_indptr=[0, 1, 3], block_table=[[3, 1], [0, 2]], kv_lens=[3, 4 + 100 * (i + 1)])
 

@@ -66,8 +66,25 @@ def test_sampling(lib, device):
     lib.qkv_argmax(tokens, logits)
     assert torch.equal(tokens, qkv.argmax(logits))
     seed, top_k = torch.arange(4, device=device), torch.full((4,), 7, dtype=torch.int32, device=device)
-    lib.qkv_sample(tokens, logits, None, top_k, None, None, seed.view(torch.uint64))
+    lib.qkv_sample(tokens, logits, 0, None, top_k, None, None, seed.view(torch.uint64))
     assert torch.equal(tokens, qkv.sample(logits, seed=seed, top_k=top_k))
+    bias, valid, out = torch.randn(1, 100, device=device), torch.empty(4, dtype=torch.uint8, device=device), torch.empty_like(logits)
+    rest = [None] * 4 + [1] + [None] * 7 + [bias, None, None, valid]  # top_p to order, typical_p to prompt, bias to valid
+    lib.qkv_renormalize(out, logits, 0, None, top_k, *rest)
+    expected, told = qkv.renormalize(logits, top_k=top_k, order="joint", bias=bias, valid=True)
+    assert torch.equal(out, expected) and torch.equal(valid.bool(), told)
+    lib.qkv_mask_logits(out, logits, 0, None, top_k)
+    assert torch.equal(out, qkv.mask_logits(logits, top_k=top_k))
+    indices = torch.empty(4, 3, dtype=torch.int32, device=device)
+    lib.qkv_top_k(None, indices, logits, 1)  # values are not wanted: the device is that of the next tensor
+    assert torch.equal(indices, qkv.top_k(logits, 3)[1])
+    chosen = torch.empty(4, 3, device=device)
+    lib.qkv_log_probs(chosen, None, logits, indices)
+    assert torch.equal(chosen, qkv.log_probs(logits, indices))
+    target, drafted = torch.rand(4, 4, 100, device=device), indices.contiguous()
+    results = [torch.empty(4, 4, dtype=torch.int32, device=device), torch.empty(4, dtype=torch.int32, device=device), torch.empty(4, 4, dtype=torch.int32, device=device)]
+    lib.qkv_verify(*results, target, drafted, None, None, seed.view(torch.uint64))
+    assert all(map(torch.equal, results, qkv.verify(target, drafted, seed=seed)))
 
 
 def test_appends(lib, device):

@@ -1,10 +1,10 @@
 """Sampling from logits [batch, vocab] or probabilities, and their renormalisation.
 
-Draws are qkv.sample's: Philox keyed by (seed, offset) of each row, in descending order of
-probability; among equal probabilities at the edge of top-k or top-p the lower indices stay.
-Numbers therefore differ from FlashInfer's, distributions do not. seed and offset are numbers, or
-tensors of one or [batch] entries: with one for all, each row has a stream of its own; a row's own
-pair gives the same draw whatever it is batched with. Without them seeds come from the generator.
+Draws are qkv.sample's: Philox keyed by (seed, offset) of each row; among equal probabilities at the
+edge of top-k or top-p the lower indices stay. Numbers therefore differ from FlashInfer's,
+distributions do not. seed and offset are numbers, or tensors of one or [batch] entries: with one for
+all, each row has a stream of its own; a row's own pair gives the same draw whatever it is batched
+with. Without them seeds come from the generator.
 `deterministic` is accepted: draws always are."""
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ Param = float | torch.Tensor
 
 # Distance of two rows' draw numbers under one seed.
 _ROW = 1 << 40
+# A temperature at which finite logits are as good as equal.
+_FLAT = 1e30
 
 
 def _seeds(
@@ -30,68 +32,76 @@ def _seeds(
     offset: int | torch.Tensor | None,
     generator: torch.Generator | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """i64 [batch] each."""
+    """i64 [batch] or [1] each."""
     if seed is None:
         seed = torch.randint(2**63 - 1, (batch,), generator=generator, device=device)
-        return seed, torch.zeros(batch, dtype=torch.int64, device=device)
-    rows = torch.arange(batch, dtype=torch.int64, device=device)
+        return seed, torch.zeros(1, dtype=torch.int64, device=device)
     seed, offset = (
-        x.to(device).view(torch.int64)
+        x.to(device).view(torch.int64).reshape(-1)
         if isinstance(x, torch.Tensor)
         else torch.full((1,), x & (2**63 - 1), dtype=torch.int64, device=device)
         for x in (seed, 0 if offset is None else offset)
     )
     if seed.numel() == 1:
-        offset = offset + rows * _ROW
-    return seed.expand(batch), offset.expand(batch)
+        offset = offset + torch.arange(batch, dtype=torch.int64, device=device) * _ROW
+    return seed, offset
 
 
-def _draw(logits: torch.Tensor, seeds: tuple[torch.Tensor, torch.Tensor], **params: Any) -> Any:
-    seed, offset = (x.contiguous().view(torch.uint64) for x in seeds)
-    return qkv.sample(logits, seed=seed, offset=offset, **params)
+def _stages(device: torch.device, **params: Param | None) -> dict[str, Any]:
+    """Tensors as [1 or batch] of what qkv takes, numbers as they are."""
+    return {
+        name: x.to(device, torch.int32 if name == "top_k" else torch.float32).reshape(-1)
+        if isinstance(x, torch.Tensor)
+        else x
+        for name, x in params.items()
+    }
 
 
 def _sample(
-    logits: torch.Tensor,
+    kind: str,
+    rows: torch.Tensor,
     indices: torch.Tensor | None,
     generator: torch.Generator | None,
     check_nan: bool,
     seed: int | torch.Tensor | None,
     offset: int | torch.Tensor | None,
     return_valid: bool,
+    order: str = "top_k_first",
     **params: Param,
 ) -> Any:
-    if check_nan and bool(torch.isnan(logits).any()):
+    if check_nan and bool(torch.isnan(rows).any()):
         raise ValueError("expected no NaN among the inputs, got some")
-    if indices is not None:
-        logits = logits[indices.long()]
-    batch, device = logits.shape[0], logits.device
-    for name, dtype in (("top_k", torch.int32), ("top_p", torch.float32), ("min_p", torch.float32)):
-        if isinstance(params.get(name), torch.Tensor):
-            params[name] = params[name].to(device, dtype).reshape(-1).expand(batch).contiguous()
-    tokens = _draw(logits, _seeds(batch, device, seed, offset, generator), **params)
+    batch = len(rows if indices is None else indices)
+    row_seed, first = _seeds(batch, rows.device, seed, offset, generator)
+    drawn = qkv.sample(
+        rows,
+        seed=row_seed,
+        offset=first,
+        kind=kind,
+        order=order,
+        indices=None if indices is None else indices.to(rows.device, torch.int32),
+        valid=return_valid,
+        **_stages(rows.device, **params),
+    )
+    tokens, valid = drawn if return_valid else (drawn, None)
     if indices is not None:
         tokens = tokens.to(indices.dtype)
-    if return_valid:
-        return tokens, (logits > -torch.inf).any(-1)
-    return tokens
-
-
-def _column(x: Param, like: torch.Tensor) -> Param:
-    """A tensor as [1 or batch, 1] on the device of like, a number as it is."""
-    return x.to(like.device).reshape(-1, 1) if isinstance(x, torch.Tensor) else x
+    return (tokens, valid) if return_valid else tokens
 
 
 def softmax(logits: torch.Tensor, temperature: Param | None = None, enable_pdl: bool | None = None) -> torch.Tensor:
     """f32 softmax(logits / temperature); temperature 0 gives equal probabilities to all logits but
     -inf."""
-    x = logits.float()
     if isinstance(temperature, torch.Tensor):
-        t = _column(temperature, x).float()
-        x = torch.where(x == -torch.inf, x, x * torch.where(t == 0, 0.0, 1.0 / t))
-    elif temperature is not None:
-        x = x / temperature if temperature else torch.where(x == -torch.inf, x, 0.0)
-    return torch.softmax(x, -1)
+        temperature = torch.where(temperature == 0, _FLAT, temperature.float())
+    elif temperature == 0:
+        temperature = _FLAT
+    return _renormalize(logits, torch.float32, temperature=temperature)
+
+
+def _renormalize(rows: torch.Tensor, dtype: torch.dtype, kind: str = "logits", **params: Param | None) -> torch.Tensor:
+    out = torch.empty(rows.shape, dtype=dtype, device=rows.device)
+    return qkv.renormalize(rows, kind=kind, out=out, **_stages(rows.device, **params))
 
 
 def sampling_from_logits(
@@ -106,7 +116,7 @@ def sampling_from_logits(
 ) -> Any:
     """i32 [batch] tokens drawn from softmax(logits). indices [batch]: the row of logits that each
     token is drawn from. With return_valid (tokens, bool [batch]): had the row a chance?"""
-    return _sample(logits, indices, generator, check_nan, seed, offset, return_valid)
+    return _sample("logits", logits, indices, generator, check_nan, seed, offset, return_valid)
 
 
 def sampling_from_probs(
@@ -119,9 +129,8 @@ def sampling_from_probs(
     offset: int | torch.Tensor | None = None,
     return_valid: bool = False,
 ) -> Any:
-    """sampling_from_logits of log(probs)."""
-    logits = probs.float().log()
-    return _sample(logits, indices, generator, check_nan, seed, offset, return_valid)
+    """The same from probabilities."""
+    return _sample("probs", probs, indices, generator, check_nan, seed, offset, return_valid)
 
 
 def top_p_sampling_from_probs(
@@ -136,8 +145,7 @@ def top_p_sampling_from_probs(
     return_valid: bool = False,
 ) -> Any:
     """Of the smallest set of likeliest tokens whose probabilities reach top_p."""
-    logits = probs.float().log()
-    return _sample(logits, indices, generator, check_nan, seed, offset, return_valid, top_p=top_p)
+    return _sample("probs", probs, indices, generator, check_nan, seed, offset, return_valid, top_p=top_p)
 
 
 def top_k_sampling_from_probs(
@@ -152,8 +160,7 @@ def top_k_sampling_from_probs(
     return_valid: bool = False,
 ) -> Any:
     """Of the top_k likeliest tokens."""
-    logits = probs.float().log()
-    return _sample(logits, indices, generator, check_nan, seed, offset, return_valid, top_k=top_k)
+    return _sample("probs", probs, indices, generator, check_nan, seed, offset, return_valid, top_k=top_k)
 
 
 def min_p_sampling_from_probs(
@@ -168,40 +175,13 @@ def min_p_sampling_from_probs(
     return_valid: bool = False,
 ) -> Any:
     """Of the tokens at least min_p times as likely as the likeliest."""
-    logits = probs.float().log()
-    return _sample(logits, indices, generator, check_nan, seed, offset, return_valid, min_p=min_p)
+    return _sample("probs", probs, indices, generator, check_nan, seed, offset, return_valid, min_p=min_p)
 
 
-def _top_p(probs: torch.Tensor, top_p: Param) -> tuple[torch.Tensor, torch.Tensor]:
-    """f32 probs [batch, vocab] in descending order, and how many of them it takes to reach top_p,
-    [batch, 1]."""
-    ordered = probs.float().sort(-1, descending=True).values
-    before = ordered.cumsum(-1) - ordered
-    return ordered, (before < _column(top_p, probs)).sum(-1, keepdim=True).clamp(min=1)
-
-
-def _joint_top_k(probs: torch.Tensor, top_k: Param, top_p: Param) -> torch.Tensor:
-    """The number of tokens that top-k and top-p, each of all probabilities, both keep. Both keep a
-    head of the same order, so that the shorter is the intersection."""
-    return _top_p(probs, top_p)[1].clamp(max=_column(top_k, probs)).reshape(-1)
-
-
-def _top_k_top_p(
-    logits: torch.Tensor,
-    probs: torch.Tensor | None,
-    top_k: Param,
-    top_p: Param,
-    indices: torch.Tensor | None,
-    order: str,
-    *draw: Any,
-) -> Any:
+def _top_k_top_p(kind: str, rows: torch.Tensor, top_k: Param, top_p: Param, indices: Any, order: str, *draw: Any) -> Any:
     if order not in ("top_k_first", "joint"):
         raise ValueError(f"filter_apply_order: expected top_k_first or joint, got {order!r}")
-    if order == "joint":
-        probs = softmax(logits) if probs is None else probs
-        top_k = _joint_top_k(probs if indices is None else probs[indices.long()], top_k, top_p)
-        return _sample(logits, indices, *draw, top_k=top_k)
-    return _sample(logits, indices, *draw, top_k=top_k, top_p=top_p)
+    return _sample(kind, rows, indices, *draw, order=order, top_k=top_k, top_p=top_p)
 
 
 def top_k_top_p_sampling_from_logits(
@@ -219,7 +199,7 @@ def top_k_top_p_sampling_from_logits(
 ) -> Any:
     """top_k_first: top_p of the top_k likeliest, renormalised. joint: both of all tokens."""
     draw = (generator, check_nan, seed, offset, return_valid)
-    return _top_k_top_p(logits, None, top_k, top_p, indices, filter_apply_order, *draw)
+    return _top_k_top_p("logits", logits, top_k, top_p, indices, filter_apply_order, *draw)
 
 
 def top_k_top_p_sampling_from_probs(
@@ -236,41 +216,24 @@ def top_k_top_p_sampling_from_probs(
     return_valid: bool = False,
 ) -> Any:
     """As top_k_top_p_sampling_from_logits."""
-    probs = probs.float()
     draw = (generator, check_nan, seed, offset, return_valid)
-    return _top_k_top_p(probs.log(), probs, top_k, top_p, indices, filter_apply_order, *draw)
-
-
-def _of_top_k(x: torch.Tensor, top_k: int | torch.Tensor) -> torch.Tensor:
-    """bool: is an element among the top_k largest of its row? All of those that tie are."""
-    vocab = x.shape[-1]
-    if isinstance(top_k, torch.Tensor):
-        ordered = x.sort(-1, descending=True).values
-        k = _column(top_k, x).long().clamp(1, vocab).expand(x.shape[0], 1)
-        return x >= ordered.gather(-1, k - 1)
-    return x >= x.topk(min(top_k, vocab), -1).values[:, -1:]
-
-
-def _renormalised(probs: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    kept = torch.where(keep, probs.float(), 0.0)
-    return kept / kept.sum(-1, keepdim=True)
+    return _top_k_top_p("probs", probs, top_k, top_p, indices, filter_apply_order, *draw)
 
 
 def top_k_renorm_probs(probs: torch.Tensor, top_k: int | torch.Tensor, **options: Any) -> torch.Tensor:
     """probs with all but the top_k largest set to 0, divided by their sum."""
-    return _renormalised(probs, _of_top_k(probs, top_k)).to(probs.dtype)
+    return _renormalize(probs, probs.dtype, "probs", top_k=top_k)
 
 
 def top_p_renorm_probs(probs: torch.Tensor, top_p: Param, **options: Any) -> torch.Tensor:
     """f32 probs with all but the smallest set of largest that reaches top_p set to 0, divided by
     their sum."""
-    ordered, count = _top_p(probs, top_p)
-    return _renormalised(probs, probs >= ordered.gather(-1, count - 1))
+    return _renormalize(probs, torch.float32, "probs", top_p=top_p)
 
 
 def top_k_mask_logits(logits: torch.Tensor, top_k: int | torch.Tensor, **options: Any) -> torch.Tensor:
     """logits with all but the top_k largest set to -inf."""
-    return logits.masked_fill(~_of_top_k(logits, top_k), -torch.inf)
+    return qkv.mask_logits(logits, **_stages(logits.device, top_k=top_k))
 
 
 top_k_renorm_prob = top_k_renorm_probs
@@ -297,32 +260,43 @@ def chain_speculative_sampling(
     the last target. Returns (ids i32 [batch, n + 1], -1 from there on; accepted i32 [batch]: how
     many drafts pass, each by itself; emitted i32 [batch]: how many are kept). Given tensors are
     added to. Source: Leviathan et al. 2023, arXiv:2211.17192."""
-    batch, n, vocab = draft_probs.shape
-    device = draft_probs.device
-    drafted = draft_token_ids.to(device, torch.int64).clamp(min=0)[..., None]
-    draft, target = draft_probs.float(), target_probs.float()
-    p, q = target[:, :n].gather(-1, drafted)[..., 0], draft.gather(-1, drafted)[..., 0]
-    chance = torch.where(q > 0, p / q, torch.where(p > 0, 1.0, 0.0)).clamp(max=1.0)
+    batch, n, _ = draft_probs.shape
+    device = target_probs.device
+    drafted = draft_token_ids.to(device, torch.int32)
     row_seed, first = _seeds(batch, device, seed, offset, generator)
-    # One draw for each draft, then one for the token: n + 1 draw numbers of each row's stream.
-    draws = first[:, None] + torch.arange(n + 1, device=device)
-    coins = torch.stack([1.0 - chance, chance], -1).log().reshape(batch * n, 2)
-    seeds = (row_seed.repeat_interleave(n), draws[:, :n].reshape(-1))
-    passed = (_draw(coins, seeds) if n else coins.new_zeros(0)).reshape(batch, n).bool()
-    kept = passed.long().cumprod(-1).sum(-1)
-    rows = torch.arange(batch, device=device)
-    padded = torch.cat([draft, draft.new_zeros(batch, 1, vocab)], 1)
-    rest = (target[rows, kept] - padded[rows, kept]).clamp(min=0.0)
-    last = _draw(rest.log(), (row_seed, draws[:, n]))
-    place = torch.arange(n + 1, device=device)
-    ids = torch.cat([drafted[..., 0], drafted.new_zeros(batch, 1)], 1)
-    ids = torch.where(place == kept[:, None], last[:, None].long(), ids)
-    ids = torch.where(place <= kept[:, None], ids, -1).to(torch.int32)
+    draft = draft_probs.to(target_probs.dtype)
+    _, emitted, ids = qkv.verify(target_probs, drafted, draft, seed=row_seed, offset=first)
+    accepted = emitted + _pass_later(draft, drafted, target_probs, emitted, row_seed, first + n + 1)
     counts = []
     given = (maybe_output_accepted_token_num, maybe_output_emitted_draft_token_num)
-    for total, count in zip(given, (passed.sum(-1), kept)):
-        counts.append(count.to(torch.int32) if total is None else total.add_(count))
+    for total, count in zip(given, (accepted, emitted)):
+        counts.append(count if total is None else total.add_(count))
     return ids, counts[0], counts[1]
+
+
+def _pass_later(
+    draft: torch.Tensor,
+    drafted: torch.Tensor,
+    target: torch.Tensor,
+    emitted: torch.Tensor,
+    seed: torch.Tensor,
+    offset: torch.Tensor,
+) -> torch.Tensor:
+    """i32 [batch]: how many drafts after the first rejected one would pass, each by itself. They are
+    not needed for tokens; offset is that of the draws for them."""
+    batch, n = drafted.shape
+    at = drafted.long().clamp(min=0)[..., None]
+    p, q = (x.gather(-1, at)[..., 0].float() for x in (target[:, :n], draft))
+    chance = torch.where(q > 0, p / q, (p > 0).float()).clamp(max=1.0).reshape(-1)
+    places = torch.arange(n, device=drafted.device)
+    passes = qkv.sample(
+        torch.stack([1.0 - chance, chance], -1),
+        kind="probs",
+        seed=seed.expand(batch).repeat_interleave(n),
+        offset=(offset.expand(batch)[:, None] + places).reshape(-1),
+    )
+    later = places > emitted[:, None]
+    return (passes.reshape(batch, n) * later).sum(-1, dtype=torch.int32)
 
 
 __getattr__ = missing(__name__)

@@ -29,8 +29,9 @@
 typedef float vf __attribute__((vector_size(QI_VW * 4), may_alias));
 typedef i32 vi __attribute__((vector_size(QI_VW * 4), may_alias));
 typedef u32 vu __attribute__((vector_size(QI_VW * 4), may_alias));
-typedef u16 vu16 __attribute__((vector_size(QI_VW * 2), may_alias)); /* half a register */
-typedef u8 vu8 __attribute__((vector_size(QI_VW), may_alias));       /* a quarter */
+typedef double vd __attribute__((vector_size(QI_VW * 4), may_alias)); /* QI_VW / 2 of them */
+typedef u16 vu16 __attribute__((vector_size(QI_VW * 2), may_alias));  /* half a register */
+typedef u8 vu8 __attribute__((vector_size(QI_VW), may_alias));        /* a quarter */
 
 /* ---- plain loads, stores, splats ---------------------------------------------------------- */
 
@@ -66,6 +67,55 @@ QI_INLINE vi vi_load(const i32 *p)
 QI_INLINE vf vf_from_i32(vi v)
 {
     return __builtin_convertvector(v, vf);
+}
+
+/* The lower and the upper half of the lanes as doubles. */
+QI_INLINE vd vd_lower(vf v)
+{
+#if QI_VW == 16
+    return (vd)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v));
+#elif QI_VW == 8
+    return (vd)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v));
+#else
+    return (vd)vcvt_f64_f32(vget_low_f32((float32x4_t)v));
+#endif
+}
+
+QI_INLINE vd vd_upper(vf v)
+{
+#if QI_VW == 16
+    return (vd)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1));
+#elif QI_VW == 8
+    return (vd)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1));
+#else
+    return (vd)vcvt_high_f64_f32((float32x4_t)v);
+#endif
+}
+
+/* The reverse, rounded to nearest. */
+QI_INLINE vf vf_from_halves(vd lower, vd upper)
+{
+#if QI_VW == 16
+    return (vf)_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps((__m512d)lower)),
+                                  _mm512_cvtpd_ps((__m512d)upper), 1);
+#elif QI_VW == 8
+    return (vf)_mm256_set_m128(_mm256_cvtpd_ps((__m256d)upper), _mm256_cvtpd_ps((__m256d)lower));
+#else
+    return (vf)vcvt_high_f32_f64(vcvt_f32_f64((float64x2_t)lower), (float64x2_t)upper);
+#endif
+}
+
+QI_INLINE double vd_sum(vd v)
+{
+#if QI_VW == 16
+    return _mm512_reduce_add_pd((__m512d)v);
+#elif QI_VW == 8
+    const __m128d x =
+        _mm_add_pd(_mm256_castpd256_pd128((__m256d)v), _mm256_extractf128_pd((__m256d)v, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(x, _mm_unpackhi_pd(x, x)));
+#else
+    return vaddvq_f64((float64x2_t)v);
+#endif
 }
 
 /* The 32-bit word at p in every lane, whatever it means. */
@@ -114,6 +164,94 @@ QI_INLINE vf vf_max(vf a, vf b)
     return (vf)_mm256_max_ps((__m256)a, (__m256)b);
 #else
     return (vf)vmaxq_f32((float32x4_t)a, (float32x4_t)b);
+#endif
+}
+
+QI_INLINE vf vf_min(vf a, vf b)
+{
+#if QI_VW == 16
+    return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif QI_VW == 8
+    return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    return (vf)vminq_f32((float32x4_t)a, (float32x4_t)b);
+#endif
+}
+
+/* The larger one; b where a is NaN. */
+QI_INLINE vf vf_max_number(vf a, vf b)
+{
+#if QI_VW == 4
+    return vf_max(vf_select(a == a, a, b), b); /* fmaxnm gives NaN for one that signals */
+#else
+    return vf_max(a, b); /* as the instruction has it */
+#endif
+}
+
+/* a * b + c, rounded once, whatever the compiler may contract. */
+QI_INLINE vf vf_fma(vf a, vf b, vf c)
+{
+#if QI_VW == 16
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif QI_VW == 8
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#endif
+}
+
+QI_INLINE vf vf_floor(vf x)
+{
+#if QI_VW == 16
+    return (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#elif QI_VW == 8
+    return (vf)_mm256_floor_ps((__m256)x);
+#else
+    return (vf)vrndmq_f32((float32x4_t)x);
+#endif
+}
+
+/* A bit a lane of a mask, the lowest for lane 0. */
+QI_INLINE u32 vi_bits(vi mask)
+{
+#if QI_VW == 16
+    return _mm512_movepi32_mask((__m512i)mask);
+#elif QI_VW == 8
+    return (u32)_mm256_movemask_ps((__m256)mask);
+#else
+    return vaddvq_u32((uint32x4_t)(mask & (vi){1, 2, 4, 8}));
+#endif
+}
+
+/* The lanes of v whose bits are set, moved to the front; the others are undefined. */
+QI_INLINE vf vf_pack(vf v, u32 bits)
+{
+#if QI_VW == 16
+    return (vf)_mm512_maskz_compress_ps((__mmask16)bits, (__m512)v);
+#else
+/* The numbers of a byte's bits that are set, a byte each, the lowest first. */
+#define QI_BELOW(b, i)                                                                             \
+    ((b) >> 0 & 1) * ((i) > 0) + ((b) >> 1 & 1) * ((i) > 1) + ((b) >> 2 & 1) * ((i) > 2) +         \
+        ((b) >> 3 & 1) * ((i) > 3) + ((b) >> 4 & 1) * ((i) > 4) + ((b) >> 5 & 1) * ((i) > 5) +     \
+        ((b) >> 6 & 1) * ((i) > 6)
+#define QI_LANE(b, i) (u64)((b) >> (i)&1) * (i) << 8 * (QI_BELOW(b, i))
+#define QI_LANES(b)                                                                                \
+    QI_LANE(b, 1) | QI_LANE(b, 2) | QI_LANE(b, 3) | QI_LANE(b, 4) | QI_LANE(b, 5) |                \
+        QI_LANE(b, 6) | QI_LANE(b, 7)
+#define QI_LANES_4(b)  QI_LANES(b), QI_LANES(b + 1), QI_LANES(b + 2), QI_LANES(b + 3)
+#define QI_LANES_16(b) QI_LANES_4(b), QI_LANES_4(b + 4), QI_LANES_4(b + 8), QI_LANES_4(b + 12)
+#if QI_VW == 8
+#define QI_LANES_64(b) QI_LANES_16(b), QI_LANES_16(b + 16), QI_LANES_16(b + 32), QI_LANES_16(b + 48)
+    static const u64 lanes[] = {QI_LANES_64(0), QI_LANES_64(64), QI_LANES_64(128),
+                                QI_LANES_64(192)};
+    const __m128i order = _mm_loadl_epi64((const __m128i *)(lanes + bits));
+    return (vf)_mm256_permutevar8x32_ps((__m256)v, _mm256_cvtepu8_epi32(order));
+#else
+    static const u64 lanes[] = {QI_LANES_16(0)};
+    const uint32x4_t order = vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(lanes[bits]))));
+    const uint8x16_t bytes = vreinterpretq_u8_u32(order * 0x04040404u + 0x03020100u);
+    return (vf)vqtbl1q_u8((uint8x16_t)v, bytes);
+#endif
 #endif
 }
 
@@ -514,11 +652,15 @@ QI_INLINE float vf_sum(vf v)
 
 QI_INLINE float vf_max_lane(vf v)
 {
-    float x[QI_VW];
-    vf_store(x, v);
-    for (int n = QI_VW / 2; n > 0; n /= 2)
-        for (int i = 0; i < n; i++) x[i] = x[i] > x[i + n] ? x[i] : x[i + n];
-    return x[0];
+#if QI_VW == 16
+    return _mm512_reduce_max_ps((__m512)v);
+#elif QI_VW == 8
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+#else
+    return vmaxvq_f32((float32x4_t)v);
+#endif
 }
 
 /* ---- functions ---------------------------------------------------------------------------- */

@@ -37,6 +37,14 @@ QI_INLINE u32 f32_to_bf16(float x)
     return bits;
 }
 
+/* The larger; NaN if one is. */
+QI_INLINE float max_nan(float a, float b)
+{
+    float most;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(a), "f"(b));
+    return most;
+}
+
 /* Two at a time, x in the lower half. */
 QI_INLINE u32 f32_to_bf16x2(float x, float y)
 {

@@ -1,4 +1,4 @@
-/* sampling_params.h - what qkv_argmax and qkv_sample hand to their kernels.
+/* sampling_params.h - what the operators of sampling.h hand to their kernels.
  * SPDX-License-Identifier: Apache-2.0 */
 #ifndef QI_SAMPLING_PARAMS_H
 #define QI_SAMPLING_PARAMS_H
@@ -13,18 +13,69 @@ typedef struct argmax_params {
     qi_dtype dtype;
 } argmax_params;
 
-/* Shared memory of a block of qkv_sample's GPU kernel: two histograms of 2048 bins, 2 numbers a warp, and
- * some more. */
-#define SAMPLER_BYTES(threads) (2 * 2048 * 12 + 2 * 8 * ((threads) / 32) + 56)
+/* What a row is between two stages. Weights are probabilities up to a factor, f32, of which 1 is the unit: what
+ * softmax makes before the sum is known, and what kernels of an unfused pipe hand on. */
+enum { ROW_LOGITS, ROW_PROBS, ROW_WEIGHTS, ROW_TOKENS };
 
-typedef struct sample_params {
-    argmax_params rows;
-    const float *temperature; /* [batch], NULL: 1 */
-    const i32 *top_k;         /* [batch], NULL or 0: all */
-    const float *top_p;       /* [batch], NULL: 1 */
-    const float *min_p;       /* [batch], NULL: 0 */
-    const u64 *seed;          /* [batch] */
-    const u64 *offset;        /* [batch], NULL: 0 */
-} sample_params;
+/* As qkv_stage_kind numbers them; sampling.c asserts it. */
+enum {
+    STAGE_REPETITION,
+    STAGE_FREQUENCY,
+    STAGE_PRESENCE,
+    STAGE_BIAS,
+    STAGE_BITMASK,
+    STAGE_USER,
+    STAGE_TEMPERATURE,
+    STAGE_TOP_N_SIGMA,
+    STAGE_SOFTMAX,
+    STAGE_TOP_K,
+    STAGE_TOP_P,
+    STAGE_MIN_P,
+    STAGE_TYPICAL_P,
+    STAGE_SAMPLE,
+    MAX_STAGES = 16,
+};
+
+/* A number for each request, or one for all. */
+typedef struct request_values {
+    const void *values; /* f32, i32 or u64 [batch]; NULL: one */
+    i64 step;           /* 1, or 0 where values has one element */
+    u64 one;            /* its bits, from the lowest */
+} request_values;
+
+/* What a user stage of a pipe is given on the CPU: values of consecutive tokens of a request. */
+typedef struct stage_block {
+    float *logits;         /* [count], in place */
+    const float *elements; /* [count]; NULL: 0 */
+    i64 count;
+    i32 first_token, request;
+    float value;
+} stage_block;
+
+typedef struct sampling_stage {
+    i32 kind;
+    qi_dtype dtype; /* of bias, and of a user stage's tensor */
+    request_values value;
+    const void *tensor; /* counts; bias; bitmask; a user stage's; NULL: none */
+    i64 tensor_stride;  /* from a request to the next, in elements; 0: one for all */
+    const u32 *prompt;  /* of repetition; NULL: none */
+    i64 prompt_stride;
+    void (*apply)(const void *block, qi_task task); /* of a user stage, on the CPU */
+} sampling_stage;
+
+typedef struct sampling_params {
+    const void *rows; /* dtype [num_rows, vocab] */
+    void *out;        /* i32 [batch], or out_dtype [batch, vocab] */
+    i64 rows_stride, out_stride;
+    i64 batch, num_rows, vocab;
+    const i32 *indices; /* [batch], NULL: request i has row i */
+    u8 *valid;          /* [batch], NULL: not asked for */
+    i32 valid_so_far;   /* 1: valid has what was found by the lists before this one */
+    request_values seed, offset;
+    qi_dtype dtype, out_dtype;
+    i32 in, out_kind; /* ROW_...; tokens where the last stage samples */
+    i32 num_stages;
+    sampling_stage stages[MAX_STAGES];
+} sampling_params;
 
 #endif

@@ -1,0 +1,461 @@
+/* find.cuh - where the shortest prefix of a row's order with a wished amount ends. The amount of a token is 1
+ * (top_k) or its mass.
+ *
+ * A bracket of keys that holds the end is narrowed until few tokens are in it: those are gathered in the first
+ * block of the row, sorted and added up. A bracket guessed well takes one pass over the row to be measured and
+ * one to be gathered from; where too many tokens are in it, a histogram divides it by NUM_BINS, four times at
+ * most. A bracket of one key is a tie, which the running sum by index decides.
+ * SPDX-License-Identifier: Apache-2.0 */
+#ifndef QI_SAMPLING_FIND_CUH
+#define QI_SAMPLING_FIND_CUH
+
+#include "ops/sampling/row.cuh"
+
+enum {
+    NUM_BINS = CLUSTER * THREADS < 1024 ? CLUSTER * THREADS : 1024,
+    SLICE = NUM_BINS / CLUSTER, /* bins that a block adds up, one a thread */
+    ROOM = 1024,                /* tokens that are sorted */
+    MAXIMA = WARP / CLUSTER     /* that a warp contributes to a bound of top_k: THREADS in all */
+};
+
+typedef struct histogram {
+    u64 amount[NUM_BINS];
+    u32 count[NUM_BINS];
+} histogram;
+
+/* Tokens: key << 32 | ~index, which puts them in order, largest first, and values. */
+typedef struct token_list {
+    u64 ranks[ROOM], scattered_ranks[ROOM];
+    float values[ROOM], scattered_values[ROOM];
+} token_list;
+
+typedef struct finder {
+    union {
+        histogram bins;
+        token_list list;
+        u32 maxima[THREADS];
+    };
+    u32 count[THREADS], next[THREADS]; /* of the list's buckets */
+    u64 room[WARPS];
+    u32 gathered; /* tokens, in the first block's list; 0 but from gather() on until they were used */
+    u32 listed
+        [CLUSTER]; /* tokens that blocks have for their lists, of top_p.cuh, which also has what follows */
+    u32 wishes[2];
+    float edges[3];
+    int wide;
+    u32 most, least;
+    u32 end;
+    u64 end_amount;
+} finder;
+
+typedef struct bracket {
+    u32 low, high; /* keys, inclusive */
+} bracket;
+
+/* The keys of finite values in the order of stage s; of weights, those above 0. */
+QI_INLINE bracket all_keys(const int s)
+{
+    const int by_weight = kind_of(s) != STAGE_TYPICAL_P && row_kind(s) != ROW_LOGITS;
+    return {by_weight ? 0x80800000u : 0x00800000u, 0xff7fffffu};
+}
+
+/* A bracket as values. */
+typedef struct range {
+    float low, high;
+} range;
+
+QI_INLINE range range_of(bracket b)
+{
+    return {value_of(b.low), value_of(b.high)};
+}
+
+QI_INLINE int inside(float value, range in)
+{
+    return value >= in.low && value <= in.high;
+}
+
+QI_INLINE u64 rank_at(u32 key, u32 token)
+{
+    return (u64)key << 32 | ~token;
+}
+
+/* ---- the list, by one block ------------------------------------------------------------------- */
+
+/* The sum of the values of lower threads; in *all that of all. */
+QI_INLINE u64 scan_block(u64 value, u64 *room, u64 *all)
+{
+    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const u64 sum = warp_scan_u64(value, lane) - value;
+    __syncthreads();
+    if (lane == WARP - 1) room[warp] = sum + value;
+    __syncthreads();
+    const u64 here = lane < WARPS ? room[lane] : 0;
+    *all = warp_sum_u64(here);
+    return sum + warp_sum_u64(lane < warp ? here : 0);
+}
+
+/* Sorts n tokens, largest rank first: into buckets by key, and within each by counting. Those with key 0 come last in
+ * any order, in a bucket of their own. */
+static __device__ __noinline__ void sort_list(finder *f, u32 n)
+{
+    const u32 t = threadIdx.x;
+    u64 all;
+    u32 most = 0, least = ~0u;
+    f->count[t] = 0;
+    if (t == 0) f->most = 0, f->least = ~0u;
+    for (u32 i = t; i < n; i += THREADS) {
+        const u32 key = (u32)(f->list.ranks[i] >> 32);
+        most = max(most, key), least = min(least, key ? key : ~0u);
+    }
+    most = __reduce_max_sync(ALL_LANES, most), least = __reduce_min_sync(ALL_LANES, least);
+    __syncthreads();
+    if (t % WARP == 0) atomicMax(&f->most, most), atomicMin(&f->least, least);
+    __syncthreads();
+    most = f->most;
+    const u32 width = most > f->least ? most - f->least : 0;
+    const int bits = 32 - __clz((int)width), half = 30 - __clz(THREADS);
+    const int shift = bits > half ? bits - half : 0; /* width >> shift < THREADS / 2 */
+#define BUCKET(rank) ((rank) >> 32 ? (most - (u32)((rank) >> 32)) >> shift : THREADS - 1)
+    for (u32 i = t; i < n; i += THREADS) atomicAdd(&f->count[BUCKET(f->list.ranks[i])], 1u);
+    __syncthreads();
+    f->next[t] = (u32)scan_block(f->count[t], f->room, &all);
+    __syncthreads();
+    for (u32 i = t; i < n; i += THREADS) {
+        const u64 rank = f->list.ranks[i];
+        const u32 to = atomicAdd(&f->next[BUCKET(rank)], 1u);
+        f->list.scattered_ranks[to] = rank;
+        f->list.scattered_values[to] = f->list.values[i];
+    }
+    __syncthreads();
+    for (u32 i = t; i < n; i += THREADS) {
+        const u64 rank = f->list.scattered_ranks[i];
+        const u32 bucket = BUCKET(rank), end = f->next[bucket], begin = end - f->count[bucket];
+        u32 to = rank >> 32 ? begin : i;
+        for (u32 other = begin; rank >> 32 && other < end; other++)
+            to += f->list.scattered_ranks[other] > rank;
+        f->list.ranks[to] = rank;
+        f->list.values[to] = f->list.scattered_values[i];
+    }
+    __syncthreads();
+#undef BUCKET
+}
+
+/* Adds up the masses of n sorted tokens until `wish`, which they hold. Returns the last one's place, and the mass
+ * up to it. */
+QI_INLINE u32 end_of_prefix(const row_view *r, finder *f, u32 n, u64 wish, u64 *mass)
+{
+    u64 before = 0, all;
+    for (u32 first = 0; first < n && before < wish; first += THREADS) {
+        const u32 i = first + threadIdx.x;
+        const u64 here = i < n ? mass_of(f->list.values[i], r->unit) : 0;
+        const u64 sum = before + scan_block(here, f->room, &all);
+        if (sum < wish && sum + here >= wish) f->end = i, f->end_amount = sum + here;
+        before += all;
+    }
+    __syncthreads();
+    *mass = f->end_amount;
+    return f->end;
+}
+
+/* ---- passes over the row ---------------------------------------------------------------------- */
+
+typedef struct measure {
+    u64 above, within; /* amounts */
+    u64 count;         /* of tokens within */
+    u32 mine;          /* of them, this thread's; ~0: not counted */
+} measure;
+
+/* The amount of a piece's tokens inside. */
+QI_INLINE u64 piece_amount(const row_view *r, const int s, const float *x, range in)
+{
+    mass_sum sum = {};
+    u32 count = 0;
+    for (int e = 0; e < VEC; e++) {
+        const int here = inside(order_value(r, s, x[e]), in);
+        if (kind_of(s) == STAGE_TOP_K)
+            count += here;
+        else
+            add_mass(&sum, in_unit(r, row_kind(s), here ? x[e] : 0.f));
+    }
+    return kind_of(s) == STAGE_TOP_K ? count : whole_mass(sum);
+}
+
+QI_INLINE int bin_shift(bracket b)
+{
+    const int bits = 32 - __clz((int)(b.high - b.low)), bin_bits = 31 - __clz(NUM_BINS);
+    return bits > bin_bits ? bits - bin_bits : 0;
+}
+
+/* One pass; also fills the histogram of the bracket where `fill`. */
+QI_INLINE measure look_at(row_view *r, const int s, finder *f, bracket b, const int fill)
+{
+    const int by_count = kind_of(s) == STAGE_TOP_K, shift = bin_shift(b);
+    const range in = range_of(b);
+    u64 sums[3] = {};
+    u32 above_count = 0, count = 0;
+    if (fill) {
+        for (u32 i = threadIdx.x; i < NUM_BINS; i += THREADS)
+            f->bins.amount[i] = f->bins.count[i] = 0;
+        __syncthreads();
+    }
+    FOR_EACH_PIECE(r, i)
+    {
+        mass_sum above = {}, within = {}, mass = {};
+        float x[VEC];
+        piece(r, s, i, x);
+        for (int e = 0; e < VEC; e++) {
+            const float y = order_value(r, s, x[e]);
+            const int is_above = y > in.high, here = y >= in.low && !is_above;
+            if (by_count) {
+                above_count += is_above;
+            } else {
+                mass = split_mass(in_unit(r, row_kind(s), x[e]));
+                add_mass_if(&above, is_above, mass);
+                add_mass_if(&within, here, mass);
+            }
+            count += here;
+            if (fill && here) {
+                const u32 bin = (b.high - key_of(y)) >> shift;
+                atomicAdd(&f->bins.count[bin], 1u);
+                if (!by_count) atomicAdd(&f->bins.amount[bin], whole_mass(mass));
+            }
+        }
+        sums[0] += whole_mass(above);
+        sums[1] += whole_mass(within);
+    }
+    if (by_count) sums[0] = above_count;
+    sums[2] = count;
+    sum_row(&r->at, sums, 3);
+    return {sums[0], by_count ? sums[2] : sums[1], sums[2], count};
+}
+
+/* Makes of the bracket that one of its bins in which the amount reaches the wish. */
+QI_INLINE void narrow(row_view *r, const int s, finder *f, bracket *b, measure *m, u64 wish)
+{
+    const int by_count = kind_of(s) == STAGE_TOP_K, shift = bin_shift(*b);
+    const u32 bin = r->at.rank * SLICE + threadIdx.x;
+    u32 count = 0;
+    u64 here = 0, before, last;
+    if (threadIdx.x < SLICE)
+        for (u32 rank = 0; rank < CLUSTER; rank++) {
+            count += *(u32 *)at_block(&f->bins.count[bin], rank);
+            here += *(u64 *)at_block(&f->bins.amount[bin], rank);
+        }
+    if (by_count) here = count;
+    before = warp_scan_u64(here, r->at.lane);
+    last = __shfl_sync(ALL_LANES, before, WARP - 1);
+    before += m->above + sum_before(&r->at, exchange(&r->at, &last, 1)) - here;
+    const notice mine = {.amount = before, .key = count, .index = bin};
+    const notice n = announce(&r->at, before < wish && before + here >= wish, mine);
+    const u32 width = (1u << shift) - 1;
+    b->high -= n.index << shift;
+    if (b->high - b->low > width) b->low = b->high - width;
+    m->above = n.amount;
+    m->count = n.key;
+    m->mine = ~0u;
+}
+
+/* Copies the tokens of a bracket, at most ROOM, into the first block; count of them are this thread's, ~0: not known. */
+QI_INLINE void gather(row_view *r, const int s, finder *f, bracket b, u32 count)
+{
+    const range in = range_of(b);
+    if (count == ~0u) {
+        count = 0;
+        FOR_EACH_PIECE(r, i)
+        {
+            float x[VEC];
+            piece(r, s, i, x);
+            for (int e = 0; e < VEC; e++) count += inside(order_value(r, s, x[e]), in);
+        }
+    }
+    const u32 lane = r->at.lane, up_to = warp_scan(count, lane);
+    const u32 all = __shfl_sync(ALL_LANES, up_to, WARP - 1);
+    u32 to = 0;
+    if (all > 0) {
+        if (lane == 0) to = atomicAdd((u32 *)at_block(&f->gathered, 0), all);
+        to = __shfl_sync(ALL_LANES, to, 0) + up_to - count;
+    }
+    if (count > 0) {
+        token_list *const list = (token_list *)at_block(&f->list, 0);
+        FOR_EACH_PIECE(r, i)
+        {
+            float x[VEC];
+            piece(r, s, i, x);
+            for (int e = 0; e < VEC; e++) {
+                const float y = order_value(r, s, x[e]);
+                if (!inside(y, in)) continue;
+                list->ranks[to] = rank_at(key_of(y), token_at(r, i) + (u32)e);
+                list->values[to++] = x[e];
+            }
+        }
+    }
+    sync_row();
+}
+
+/* The token at which the running sum by index, of amounts in a bracket, exceeds target: in the one thread that has
+ * it, which is told so. Every warp has sent its amount, `mine`. */
+QI_INLINE int locate(row_view *r, const int s, bracket b, u64 target, const u64 *sent, u64 mine,
+                     u32 *token)
+{
+    const u64 before = sum_before(&r->at, sent);
+    const range in = range_of(b);
+    int here = 0;
+    if (target < before || target - before >= mine) return 0;
+    target -= before;
+#pragma unroll 1
+    for (int i = 0; i < r->pieces; i++) {
+        float x[VEC];
+        piece(r, s, i, x);
+        const u64 amount = piece_amount(r, s, x, in), all = warp_sum_u64(amount);
+        if (target >= all) {
+            target -= all;
+            continue;
+        }
+        u64 sum = warp_scan_u64(amount, r->at.lane) - amount;
+        here = target >= sum && target - sum < amount;
+        for (int e = VEC - 1; here && e >= 0;
+             e--) { /* from the end: the first e with sum up to it > target */
+            u64 up_to = sum;
+            for (int j = 0; j <= e; j++) {
+                const int counts = inside(order_value(r, s, x[j]), in);
+                up_to += !counts ? 0 : kind_of(s) == STAGE_TOP_K ? 1 : mass_of(x[j], r->unit);
+            }
+            if (up_to > target) *token = token_at(r, i) + (u32)e;
+        }
+        break;
+    }
+    return here;
+}
+
+/* ---- guesses -------------------------------------------------------------------------------- */
+
+/* A bracket for the k-th token: the k-th largest of some lanes' maxima is not above it. */
+QI_INLINE bracket guess_top_k(row_view *r, const int s, finder *f, u32 k)
+{
+    bracket b = all_keys(s);
+    if (k > THREADS / 2) return b;
+    u32 most = key_of(thread_largest(r, s));
+    if (CLUSTER > 1) /* sorts them over the warp, largest first */
+#pragma unroll
+        for (u32 size = 2; size <= WARP; size *= 2)
+#pragma unroll
+            for (u32 step = size / 2; step > 0; step /= 2) {
+                const u32 other = __shfl_xor_sync(ALL_LANES, most, step);
+                const int larger = ((r->at.lane & size) == 0) == ((r->at.lane & step) == 0);
+                most = larger ? max(most, other) : min(most, other);
+            }
+    most = __shfl_sync(ALL_LANES, most, (int)(r->at.lane % MAXIMA));
+    *(u32 *)at_block(&f->maxima[r->at.warp * MAXIMA + r->at.lane % MAXIMA], r->at.lane / MAXIMA) =
+        most;
+    sync_row();
+    const u32 mine = f->maxima[threadIdx.x];
+    u32 bound = 0;
+    for (u32 bit = 1u << 31; bit > 0; bit >>= 1) {
+        const u32 count = (u32)__syncthreads_count(mine >= (bound | bit));
+        if (count >= k) bound |= bit;
+        if (count == k) break;
+    }
+    b.low = max(b.low, bound);
+    return b;
+}
+
+/* A bracket for where a mass is met, by samples of THREADS tokens in each of the blocks, from all of them: the
+ * mass of what is not kept varies least, so each block estimates that. */
+QI_INLINE bracket guess_mass(row_view *r, const int s, finder *f, u64 total, u64 wish)
+{
+    if (CLUSTER < 4) return all_keys(s);
+    const u32 t = threadIdx.x, to = r->at.rank * (THREADS / CLUSTER) + t / CLUSTER;
+    float x[VEC];
+    piece(r, s, (int)((t + r->at.warp) % (u32)r->pieces), x);
+    token_list *const list = (token_list *)at_block(&f->list, t % CLUSTER);
+    list->ranks[to] = rank_at(x[0] > 0.f ? key_of(order_value(r, s, x[0])) : 0, to);
+    list->values[to] = x[0];
+    sync_row();
+    sort_list(f, THREADS);
+    const double share = (double)THREADS / ((double)r->pieces * (ALL_WARPS * PIECE));
+    const u64 rest = (u64)((double)(total - wish) * share); /* of the sample not kept */
+    const u32 i = THREADS - 1 - t;                          /* from the smallest on */
+    u64 all;
+    const u64 here = mass_of(f->list.values[i], r->unit);
+    const u64 sum = scan_block(here, f->room, &all);
+    if (t == THREADS - 1) f->end = 0;
+    __syncthreads();
+    if (sum <= rest && sum + here > rest) f->end = i;
+    __syncthreads();
+    const u32 key = max((u32)(f->list.ranks[f->end] >> 32), all_keys(s).low);
+    const u64 keys[2] = {key, ~key};
+    const u64 *const sent = exchange(&r->at, keys, 2);
+    return {~(u32)max_sent(&r->at, sent + ALL_WARPS), (u32)max_sent(&r->at, sent)};
+}
+
+/* ---- all of it ------------------------------------------------------------------------------ */
+
+/* Makes of a guess a bracket that holds the wish and at most ROOM tokens, or one key. 0: the whole row holds less
+ * than the wish. */
+QI_INLINE int find_bracket(row_view *r, const int s, finder *f, bracket *b, measure *m, u64 wish)
+{
+    const bracket all = all_keys(s);
+    const int fill = kind_of(s) != STAGE_TOP_K; /* a guess by samples has more than ROOM, often */
+    for (;;) {
+        *m = look_at(r, s, f, *b, fill);
+        if (m->above >= wish)
+            *b = {b->high + 1, all.high};
+        else if (m->above + m->within >= wish)
+            break;
+        else if (b->low == all.low)
+            return 0;
+        else
+            *b = {all.low, b->low - 1};
+    }
+    for (int filled = fill; m->count > ROOM && b->low < b->high; filled = 0) {
+        if (!filled) look_at(r, s, f, *b, 1);
+        narrow(r, s, f, b, m, wish);
+    }
+    return 1;
+}
+
+/* The end of the prefix, which is among the tokens gathered in the first block; m.above is above them. */
+QI_INLINE cut end_of_gathered(row_view *r, const int s, finder *f, measure m, u64 wish)
+{
+    const int sender = r->at.rank == 0 && threadIdx.x == 0;
+    notice n = {};
+    if (r->at.rank == 0) {
+        u32 end = (u32)(wish - m.above) - 1;
+        const u32 count = f->gathered;
+        sort_list(f, count);
+        if (kind_of(s) != STAGE_TOP_K) end = end_of_prefix(r, f, count, wish - m.above, &n.amount);
+        n.key = (u32)(f->list.ranks[end] >> 32);
+        n.index = ~(u32)f->list.ranks[end];
+        if (sender) f->gathered = 0;
+    }
+    n = announce(&r->at, sender, n);
+    r->kept = m.above + n.amount;
+    return {value_of(n.key), n.index};
+}
+
+/* The end of the prefix. b is a guess; where the whole row holds less than the wish, all is kept. */
+QI_INLINE cut find(row_view *r, const int s, finder *f, bracket b, u64 wish)
+{
+    measure m;
+    if (!find_bracket(r, s, f, &b, &m, wish)) return KEEP_ALL;
+    if (m.count <= ROOM) {
+        gather(r, s, f, b, m.mine);
+        return end_of_gathered(r, s, f, m, wish);
+    }
+    u64 mine = 0;
+    FOR_EACH_PIECE(r, i)
+    {
+        float x[VEC];
+        piece(r, s, i, x);
+        mine += piece_amount(r, s, x, range_of(b));
+    }
+    mine = warp_sum_u64(mine);
+    const u64 *const sent = exchange(&r->at, &mine, 1);
+    notice n = {.key = b.high};
+    const int sender = locate(r, s, b, wish - m.above - 1, sent, mine, &n.index);
+    n = announce(&r->at, sender, n);
+    r->kept = 0;
+    return {value_of(n.key), n.index};
+}
+
+#endif

@@ -1,0 +1,533 @@
+/* row.cuh - a row of tokens as the threads of a kernel have it, and what its stages do to single values.
+ *
+ * Warps take runs of tokens in the order of the row, and in a run pieces of VEC neighbouring tokens a lane: a
+ * sum by warps, in their order, says where in the row a running sum passes a number.
+ *
+ * RESIDENT rows are read once and stay in shared memory, where a thread has its own values and no other looks;
+ * stages change them there. Rows too long for that are read again for each pass, and then gone through the stages
+ * so far, of which `stages` has what they found.
+ * SPDX-License-Identifier: Apache-2.0 */
+#ifndef QI_SAMPLING_ROW_CUH
+#define QI_SAMPLING_ROW_CUH
+
+#include "kern/variant.h"
+#include "ops/sampling/exchange.cuh"
+#include "ops/sampling/mass.cuh"
+#include "ops/sampling/sampling_params.h"
+
+#ifdef QI_VARIANT
+#include "qi_variant.h"
+#endif
+
+/* ---- the list of stages: 4 bits a stage, its kind + 1, 0 past the last ------------------------ */
+
+QI_INLINE constexpr int listed_kind(const int s)
+{
+    const int packed = s < 7 ? STAGES_0 : s < 14 ? STAGES_1 : STAGES_2;
+    return (packed >> s % 7 * 4 & 15) - 1;
+}
+
+/* All of it in one number. A draw from logits begins with a softmax, and else is no stage, but what follows the
+ * list. */
+QI_INLINE constexpr u64 pack_stages()
+{
+    u64 packed = 0;
+    int row = IN;
+    for (int s = 0; s < MAX_STAGES; s++) {
+        int kind = listed_kind(s);
+        if (kind == STAGE_SAMPLE) kind = row == ROW_LOGITS ? STAGE_SOFTMAX : -1;
+        if (kind == STAGE_SOFTMAX) row = ROW_WEIGHTS;
+        packed |= (u64)(kind + 1) << 4 * s;
+    }
+    return packed;
+}
+enum : u64 { STAGES = pack_stages() };
+
+QI_INLINE constexpr int kind_of(const int s)
+{
+    return (int)(s < MAX_STAGES ? STAGES >> 4 * s & 15 : 0) - 1;
+}
+
+QI_INLINE constexpr int count_stages()
+{
+    int n = 0;
+    while (kind_of(n) >= 0) n++;
+    return n;
+}
+
+/* Stages that a row goes through as it is loaded: they take a token without looking at others. A temperature of 0
+ * looks, and is put off to after them: what follows a temperature waits. */
+QI_INLINE constexpr int count_early_stages()
+{
+    int n = 0;
+    while (kind_of(n) >= 0 && kind_of(n) <= STAGE_TEMPERATURE)
+        if (kind_of(n++) == STAGE_TEMPERATURE) break;
+    return EACH > 0 ? n : 0;
+}
+
+/* Stages whose results stay with a row: a filter at the end is applied by who looks at the row then. */
+QI_INLINE constexpr int count_kept_stages()
+{
+    const int n = count_stages();
+    return n > 0 && kind_of(n - 1) >= STAGE_TOP_K ? n - 1 : n;
+}
+
+/* Does a stage look for the end of a prefix? */
+QI_INLINE constexpr int finds()
+{
+    for (int s = 0; s < count_stages(); s++)
+        if (kind_of(s) >= STAGE_TOP_K && kind_of(s) != STAGE_MIN_P) return 1;
+    return 0;
+}
+
+/* Do rows change by products alone as they are loaded? */
+QI_INLINE constexpr int loads_products()
+{
+    for (int s = 0; s < count_early_stages(); s++)
+        if (kind_of(s) != STAGE_TEMPERATURE) return 0;
+    return EACH > 0 && IN == ROW_LOGITS;
+}
+
+QI_INLINE constexpr int find_softmax()
+{
+    int n = 0;
+    while (n < MAX_STAGES && kind_of(n) != STAGE_SOFTMAX) n++;
+    return n;
+}
+
+/* Is the largest weight before stage s the 1 that softmax made it? Of the filters only typical_p drops it. */
+QI_INLINE constexpr int largest_is_one(const int s)
+{
+    for (int i = 0; i < s; i++)
+        if (kind_of(i) == STAGE_TYPICAL_P) return 0;
+    return s > find_softmax();
+}
+
+enum {
+    NUM_STAGES = count_stages(),
+    NUM_EARLY = count_early_stages(),
+    NUM_KEPT = count_kept_stages(),
+    SOFTMAX_AT = find_softmax(), /* MAX_STAGES: nowhere */
+    FINDS = finds(),
+    PRODUCTS = loads_products(),
+    RESIDENT = EACH > 0,
+    AHEAD = VEC > 1 ? 4 : 8, /* loads of a thread under way */
+    PIECE = WARP * VEC,      /* tokens */
+    UNROLL = RESIDENT ? 2 : 1,
+    WORDS = qi_words(DTYPE, VEC)
+};
+
+/* X(0) to X(15). A loop over stages would be unrolled too late: their constants are to drop code before that. */
+#define FOR_EACH_STAGE(X)                                                                          \
+    X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15)
+
+/* What a row is before stage s. */
+QI_INLINE constexpr int row_kind(const int s)
+{
+    return s > SOFTMAX_AT ? ROW_WEIGHTS : IN;
+}
+
+/* The number of user stages before s. */
+QI_INLINE constexpr int user_stages(const int s)
+{
+    int n = 0;
+    for (int i = 0; i < s; i++) n += kind_of(i) == STAGE_USER;
+    return n;
+}
+
+/* The last token kept, in a stage's order. */
+typedef struct cut {
+    float value;
+    u32 index;
+} cut;
+#define KEEP_ALL                                                                                   \
+    {                                                                                              \
+        NO_LOGIT, ~0u                                                                              \
+    }
+
+/* What a stage does, once that is known. */
+typedef struct stage_view {
+    float value;
+    cut last;
+    double mean; /* of typical_p */
+} stage_view;
+
+typedef struct row_view {
+    const sampling_params *p;
+    const char *from; /* 0: no row */
+    i64 request;
+    u32 vocab, begin; /* this lane's first token */
+    int pieces;       /* of a warp */
+    int unit;         /* see mass_of */
+    float to_unit;    /* a weight times this is below 2 */
+    place at;
+    float *x;      /* RESIDENT: this thread's piece i begins at i * THREADS * VEC */
+    float largest; /* of this thread, after the early stages */
+    u64 mass;      /* of this thread, after softmax */
+    u64 kept;      /* of the row, after top_p; 0: not known */
+    stage_view stages[NUM_STAGES + 1];
+} row_view;
+
+#define FOR_EACH_PIECE(r, i)                                                                       \
+    _Pragma("unroll UNROLL") for (int i = 0; i < (RESIDENT ? EACH : (r)->pieces); i++)
+
+QI_INLINE u32 token_at(const row_view *r, int i)
+{
+    return r->begin + (u32)i * PIECE;
+}
+
+QI_INLINE float absent(const int kind)
+{
+    return kind == ROW_LOGITS ? NO_LOGIT : 0.f;
+}
+
+/* ---- values --------------------------------------------------------------------------------- */
+
+QI_INLINE float f32_value(const request_values *v, i64 request)
+{
+    return v->values ? ((const float *)v->values)[request * v->step] : float_of((u32)v->one);
+}
+
+QI_INLINE i32 i32_value(const request_values *v, i64 request)
+{
+    return v->values ? ((const i32 *)v->values)[request * v->step] : (i32)v->one;
+}
+
+QI_INLINE u64 u64_value(const request_values *v, i64 request)
+{
+    return v->values ? ((const u64 *)v->values)[request * v->step] : v->one;
+}
+
+/* Elements of a stage's tensor. */
+QI_INLINE void load_elements(const row_view *r, const sampling_stage *stage, u32 token, float *out)
+{
+    const i64 first = r->request * stage->tensor_stride + token;
+    const char *const from = qi_at(stage->tensor, stage->dtype, first);
+    if (stage->dtype == QI_F32)
+        qi_load(out, from, QI_F32, VEC);
+    else if (stage->dtype == QI_F16)
+        qi_load(out, from, QI_F16, VEC);
+    else
+        qi_load(out, from, QI_BF16, VEC);
+}
+
+/* Bits of the VEC tokens from `token` on, which are in one word. */
+QI_INLINE u32 load_bits(const u32 *words, i64 stride, i64 request, u32 token)
+{
+    return words[request * stride + token / 32] >> token % 32;
+}
+
+/* ---- stages as they change VEC values --------------------------------------------------------- */
+
+QI_INLINE void apply_penalty(const row_view *r, const int kind, const int s, u32 token, float *x)
+{
+    const sampling_stage *const stage = &r->p->stages[s];
+    const float value = r->stages[s].value;
+    u32 counts[VEC] = {}, bits = 0;
+    if (stage->tensor) {
+        const i64 first = r->request * stage->tensor_stride + token;
+        qi_load_words(counts, qi_at(stage->tensor, QI_I32, first), QI_I32, VEC);
+    }
+    if (kind == STAGE_REPETITION && stage->prompt)
+        bits = load_bits(stage->prompt, stage->prompt_stride, r->request, token);
+    for (int e = 0; e < VEC; e++) {
+        const i32 count = (i32)counts[e];
+        if (kind == STAGE_REPETITION && (count > 0 || bits >> e & 1))
+            x[e] = repetition_of(x[e], value);
+        if (kind == STAGE_FREQUENCY) x[e] = frequency_of(x[e], value, count);
+        if (kind == STAGE_PRESENCE && count > 0) x[e] = presence_of(x[e], value);
+    }
+}
+
+QI_INLINE void apply_tensor(const row_view *r, const int kind, const int s, u32 token, float *x)
+{
+    const sampling_stage *const stage = &r->p->stages[s];
+    if (kind == STAGE_BITMASK) {
+        const u32 bits =
+            load_bits((const u32 *)stage->tensor, stage->tensor_stride, r->request, token);
+        for (int e = 0; e < VEC; e++)
+            if (!(bits >> e & 1)) x[e] = NO_LOGIT;
+        return;
+    }
+    float elements[VEC] = {};
+    if (stage->tensor) load_elements(r, stage, token, elements);
+    for (int e = 0; e < VEC; e++) {
+        if (kind == STAGE_BIAS) x[e] = bias_of(x[e], elements[e]);
+#ifdef QI_VARIANT
+        if (kind == STAGE_USER)
+            x[e] = clean_logit(user_stage(user_stages(s), x[e], r->stages[s].value, elements[e],
+                                          (int)(token + e), (int)r->request));
+#endif
+    }
+}
+
+/* What typical_p orders a token with weight by. */
+QI_INLINE float typical_of(const row_view *r, const int s, float w)
+{
+    return typical_value(information_of(w, r->unit), r->stages[s].mean);
+}
+
+/* By what stage s orders tokens: larger first, then the lower index. */
+QI_INLINE float order_value(const row_view *r, const int s, float x)
+{
+    return kind_of(s) != STAGE_TYPICAL_P ? x : x > 0.f ? typical_of(r, s, x) : NO_LOGIT;
+}
+
+/* Stage s of VEC values from `token` on. From vocab on they are absent, which no stage changes. */
+QI_INLINE void apply(const row_view *r, const int s, u32 token, float *x)
+{
+    const int kind = kind_of(s);
+    const stage_view *const v = &r->stages[s];
+    if (kind <= STAGE_PRESENCE) {
+        if (token < r->vocab) apply_penalty(r, kind, s, token, x);
+        return;
+    }
+    if (kind <= STAGE_USER) {
+        if (token < r->vocab) apply_tensor(r, kind, s, token, x);
+        return;
+    }
+    for (int e = 0; e < VEC; e++) {
+        if (kind == STAGE_TEMPERATURE) {
+            if (v->value == 0.f)
+                x[e] = token + e == v->last.index ? x[e] : NO_LOGIT;
+            else
+                x[e] = temperature_of(x[e], v->value);
+        } else if (kind == STAGE_SOFTMAX) {
+            x[e] = weight_of(x[e], v->value);
+        } else if (kind == STAGE_TOP_N_SIGMA || kind == STAGE_MIN_P) {
+            x[e] = x[e] >= v->value ? x[e] : absent(row_kind(s));
+        } else {
+            const float y = order_value(r, s, x[e]);
+            const int after = y == v->last.value && token + e > v->last.index;
+            x[e] = y < v->last.value || after ? absent(row_kind(s)) : x[e];
+        }
+    }
+}
+
+/* ---- rows ----------------------------------------------------------------------------------- */
+
+QI_INLINE void load_piece(const row_view *r, int i, u32 *words)
+{
+    const u32 token = token_at(r, i);
+    if (r->from && token < r->vocab) qi_load_words(words, qi_at(r->from, DTYPE, token), DTYPE, VEC);
+}
+
+/* Piece i out of its words; *bad is set where it makes the row invalid. */
+QI_INLINE void open_piece(const row_view *r, int i, const u32 *words, float *x, int *bad)
+{
+    if (!r->from || token_at(r, i) >= r->vocab) {
+        for (int e = 0; e < VEC; e++) x[e] = absent(IN);
+        return;
+    }
+    qi_unpack_all(x, words, DTYPE, VEC);
+    for (int e = 0; e < VEC; e++) {
+        if (r->p->valid) *bad |= IN == ROW_LOGITS ? bad_logit(x[e]) : bad_prob(x[e]);
+        x[e] = IN == ROW_LOGITS ? clean_logit(x[e]) : clean_prob(x[e]);
+    }
+}
+
+/* Takes piece i from stage `first` to before stage `end`. */
+QI_INLINE void apply_all(const row_view *r, const int first, const int end, int i, float *x)
+{
+    const u32 token = token_at(r, i);
+#define APPLY(s)                                                                                   \
+    if (s < NUM_STAGES && first <= s && s < end) apply(r, s, token, x);
+    FOR_EACH_STAGE(APPLY)
+#undef APPLY
+}
+
+/* Piece i before stage s, read again. A function of its own: inlined, every pass would have the text of all stages. */
+static __device__ __noinline__ void reread_piece(const row_view *r, int s, int i, float *x)
+{
+    u32 words[WORDS];
+    int bad = 0;
+    load_piece(r, i, words);
+    open_piece(r, i, words, x, &bad);
+    apply_all(r, 0, s, i, x);
+}
+
+/* Piece i before stage s. */
+QI_INLINE void piece(const row_view *r, const int s, int i, float *x)
+{
+    if (!RESIDENT) {
+        reread_piece(r, s, i, x);
+        return;
+    }
+    qi_load(x, r->x + i * (THREADS * VEC), QI_F32, VEC);
+    if (s > NUM_KEPT) apply(r, s - 1, token_at(r, i), x);
+}
+
+QI_INLINE void keep_piece(const row_view *r, int i, const float *x)
+{
+    qi_store(r->x + i * (THREADS * VEC), x, QI_F32, VEC);
+}
+
+/* ---- masses --------------------------------------------------------------------------------- */
+
+/* Times to_unit_of() where a row's unit may be another than 1. */
+QI_INLINE float in_unit(const row_view *r, const int kind, float w)
+{
+    return kind == ROW_PROBS ? rn_mul(w, r->to_unit) : w;
+}
+
+/* The mass of a piece before stage s. */
+QI_INLINE u64 piece_mass(const row_view *r, const int s, const float *x)
+{
+    mass_sum sum = {};
+    for (int e = 0; e < VEC; e++) add_mass(&sum, in_unit(r, row_kind(s), x[e]));
+    return whole_mass(sum);
+}
+
+/* Takes the row through stage s, whose view is complete. */
+QI_INLINE void apply_to_row(row_view *r, const int s)
+{
+    if (!RESIDENT || s >= NUM_KEPT) return;
+    r->mass = 0;
+    FOR_EACH_PIECE(r, i)
+    {
+        float x[VEC];
+        piece(r, s, i, x);
+        apply_all(r, s, s + 1, i, x);
+        keep_piece(r, i, x);
+        if (kind_of(s) == STAGE_SOFTMAX) r->mass += piece_mass(r, s + 1, x);
+    }
+}
+
+/* The mass of this thread before stage s. */
+QI_INLINE u64 thread_mass(const row_view *r, const int s)
+{
+    if (RESIDENT && s > 0 && s <= NUM_KEPT && kind_of(s - 1) == STAGE_SOFTMAX) return r->mass;
+    u64 mass = 0;
+    FOR_EACH_PIECE(r, i)
+    {
+        float x[VEC];
+        piece(r, s, i, x);
+        mass += piece_mass(r, s, x);
+    }
+    return mass;
+}
+
+/* The largest value of this thread before stage s; absent() if there is none. */
+QI_INLINE float thread_largest(const row_view *r, const int s)
+{
+    if (RESIDENT && s == NUM_EARLY) return r->largest;
+    float largest = absent(row_kind(s));
+    FOR_EACH_PIECE(r, i)
+    {
+        float x[VEC];
+        piece(r, s, i, x);
+        for (int e = 0; e < VEC; e++) largest = fmaxf(largest, x[e]);
+    }
+    return largest;
+}
+
+/* Of the row. */
+QI_INLINE float row_largest(row_view *r, const int s)
+{
+    return value_of((u32)max_row(&r->at, key_of(thread_largest(r, s))));
+}
+
+QI_INLINE float early_value(const row_view *r, const int s)
+{
+    const float value = f32_value(&r->p->stages[s].value, r->request);
+    if (kind_of(s) != STAGE_TEMPERATURE) return value;
+    return value == 0.f ? 1.f : rn_div(1.f, value); /* 0 is for run_stage() */
+}
+
+/* Brings a row that changes by products alone into its room, where the warp has VEC tokens at every place. 0: an element
+ * or a product was NaN or +inf, which the largest tells, and the row is to be cleaned. */
+QI_INLINE int load_products(row_view *r)
+{
+    float largest = NO_LOGIT;
+#pragma unroll 1
+    for (int first = 0; first < r->pieces; first += AHEAD) {
+        u32 words[AHEAD][WORDS];
+#pragma unroll
+        for (int n = 0; n < AHEAD; n++)
+            if (first + n < r->pieces)
+                qi_load_words(words[n], qi_at(r->from, DTYPE, token_at(r, first + n)), DTYPE, VEC);
+#pragma unroll
+        for (int n = 0; n < AHEAD; n++) {
+            float x[VEC];
+            if (first + n >= r->pieces) continue;
+            qi_unpack_all(x, words[n], DTYPE, VEC);
+            for (int e = 0; e < VEC; e++) {
+#define SCALE(s)                                                                                   \
+    if (s < NUM_EARLY) x[e] = rn_mul(x[e], r->stages[s].value);
+                FOR_EACH_STAGE(SCALE)
+#undef SCALE
+                largest = max_nan(largest, x[e]);
+            }
+            keep_piece(r, first + n, x);
+        }
+    }
+    if (!(largest <= LARGEST)) return 0;
+    r->largest = largest;
+    return 1;
+}
+
+QI_INLINE void open_row(row_view *r, const sampling_params *p, mailbox *box, u32 rank, float *room)
+{
+    const u32 lane = threadIdx.x % WARP, warp = rank * WARPS + threadIdx.x / WARP;
+    r->p = p;
+    r->request = blockIdx.x / CLUSTER;
+    r->vocab = (u32)p->vocab;
+    r->at = {box, rank, warp, lane, 0, 0};
+    r->pieces = RESIDENT ? EACH : (int)((r->vocab + ALL_WARPS * PIECE - 1) / (ALL_WARPS * PIECE));
+    r->begin = (warp * (u32)r->pieces * WARP + lane) * VEC;
+    r->unit = EXPONENT_BIAS;
+    r->to_unit = 1.f;
+    r->kept = 0;
+    const i64 row = p->indices ? p->indices[r->request] : r->request;
+    r->from = row >= 0 && row < p->num_rows ? qi_at(p->rows, DTYPE, row * p->rows_stride) : 0;
+    r->x = room + threadIdx.x * VEC;
+    r->largest = absent(row_kind(NUM_EARLY));
+}
+
+/* The values of the stages before `end`, which are early ones. */
+QI_INLINE void read_values(row_view *r, const int end)
+{
+#define READ_VALUE(s)                                                                              \
+    if (s < NUM_STAGES && s < end) r->stages[s].value = early_value(r, s);
+    FOR_EACH_STAGE(READ_VALUE)
+#undef READ_VALUE
+}
+
+/* Brings a row into its room if it stays there, through the early stages. Whether a value in it makes it invalid. */
+QI_INLINE int read_row(row_view *r)
+{
+    int bad = !r->from;
+    if (!RESIDENT && !r->p->valid) return bad;
+    read_values(r, NUM_EARLY);
+    const u32 end = (r->at.warp + 1) * (u32)r->pieces * PIECE;
+    if (PRODUCTS && r->from && end <= r->vocab && load_products(r)) return 0;
+#pragma unroll 1
+    for (int first = 0; first < r->pieces; first += AHEAD) {
+        u32 words[AHEAD][WORDS];
+#pragma unroll
+        for (int n = 0; n < AHEAD; n++)
+            if (first + n < r->pieces) load_piece(r, first + n, words[n]);
+#pragma unroll
+        for (int n = 0; n < AHEAD; n++) {
+            float x[VEC];
+            if (first + n >= r->pieces) continue;
+            open_piece(r, first + n, words[n], x, &bad);
+            if (!RESIDENT) continue;
+            apply_all(r, 0, NUM_EARLY, first + n, x);
+            keep_piece(r, first + n, x);
+            for (int e = 0; e < VEC; e++) r->largest = fmaxf(r->largest, x[e]);
+        }
+    }
+    return bad;
+}
+
+/* The row's largest value says it. */
+QI_INLINE void set_unit(row_view *r, float largest)
+{
+    const u32 exponent = bits_of(largest) >> 23;
+    if (IN != ROW_PROBS || exponent == 0) return;
+    r->unit = (int)exponent;
+    r->to_unit = to_unit_of(r->unit);
+}
+
+#endif

@@ -1,0 +1,20 @@
+/* stream.h - how many blocks share a row in kernels over stream.cuh.
+ * SPDX-License-Identifier: Apache-2.0 */
+#ifndef QI_SAMPLING_STREAM_H
+#define QI_SAMPLING_STREAM_H
+
+#include "core/launch.h"
+
+/* Blocks of `step` elements at a time that share a streamed row: as many as the GPU runs at once, two an SM, and as
+ * find something to do. */
+static inline i32 qi_stream_cluster(const qkv_context *ctx, i64 batch, i64 vocab, i64 step)
+{
+    enum { MAX_CLUSTER = 8, TILE = 4, BLOCKS = 2 };
+    i32 cluster = 1;
+    while (ctx->cuda.major >= 9 && cluster < MAX_CLUSTER && vocab > cluster * TILE * step &&
+           2 * cluster * batch <= BLOCKS * ctx->cuda.num_sms)
+        cluster *= 2;
+    return cluster;
+}
+
+#endif
