@@ -9,11 +9,11 @@
 
 #include "ops/sampling/list.cuh"
 
-/* The stage whose pass lists tokens; MAX_STAGES: none. */
+/* The stage whose pass lists tokens; MAX_STAGES: none. Beside a top_k before it there are too few registers for it. */
 QI_INLINE constexpr int find_front()
 {
     if (EACH == 0 || EACH * VEC > 64) return MAX_STAGES;
-    if (kind_of(SOFTMAX_AT + 1) == STAGE_TOP_P) return SOFTMAX_AT;
+    if (SOFTMAX_AT == NUM_EARLY && kind_of(SOFTMAX_AT + 1) == STAGE_TOP_P) return SOFTMAX_AT;
     return IN != ROW_LOGITS && kind_of(0) == STAGE_TOP_P ? 0 : MAX_STAGES;
 }
 
