@@ -19,10 +19,9 @@ QI_INLINE constexpr int find_front()
 
 enum {
     FRONT_AT = find_front(),
-    FRONT = FRONT_AT<MAX_STAGES, TOP_P_AT = FRONT_AT + (kind_of(FRONT_AT) == STAGE_SOFTMAX),
-                     PIECES = EACH> 0
-                ? EACH
-                : 1,
+    FRONT = (FRONT_AT < MAX_STAGES),
+    TOP_P_AT = FRONT_AT + (kind_of(FRONT_AT) == STAGE_SOFTMAX),
+    PIECES = (EACH > 0) ? EACH : 1,
     SAMPLES = EACH < 4 ? 1 : 2,    /* pieces of a thread in the sample */
     TOP = 512,                     /* tokens that are listed where few hold the mass, about */
     WIDE = CLUSTER * ROOM * 3 / 4, /* and at most where the sample asks for more of the largest */
