@@ -50,7 +50,8 @@ class Tool(unittest.TestCase):
         out = self.succeeds("info")
         self.assertRegex(out, r"(?m)^device +cpu:\w+, \d+ threads$")
         self.assertTrue(usable_levels())
-        for op in ("attention", "gemm", "rmsnorm", "rope", "gated", "append", "argmax", "sample"):
+        for op in ("attention", "gemm", "rmsnorm", "rope", "gated", "append", "argmax", "sampling",
+                   "top_k", "log_probs", "verify"):
             self.assertRegex(out, r"(?m)^kernel +%s: %s\." % (op, op))
 
     def test_info_says_which_rows_take_a_problem(self):
