@@ -307,11 +307,6 @@ static i32 near_keys(const qkv_attention_spec *spec)
     return (4 << 20) / ((spec->head_dim_qk + spec->head_dim_vo) * bytes);
 }
 
-/* What the scheduler needs, from a spec and limits with their defaults filled in. Costs are in
- * units of one multiply-add over a whole head: reading a key costs about 3 of them a byte of its
- * elements on the CPUs measured (docs/performance.md), starting a tile about 200; on GPUs, whose
- * tensor cores are that much faster than their memory, 150, and 5000 or, with prefill tiles, 40000, where a
- * unit is some 0.1 ns of half an SM. A cut there costs some 4 us. */
 /* What starting a tile costs a strip on a GPU: instructions alone where a strip has one, as it has with few tiles; else
  * the wait between two, as measured (NOTES.md). */
 static i32 cuda_cost_visit(const qkv_attention *a, const qkv_attention_limits *limits)
@@ -320,6 +315,11 @@ static i32 cuda_cost_visit(const qkv_attention *a, const qkv_attention_limits *l
     return (i64)limits->max_requests * a->spec.num_kv_heads <= limits->max_workers ? 5000 : 30000;
 }
 
+/* What the scheduler needs, from a spec and limits with their defaults filled in. Costs are in
+ * units of one multiply-add over a whole head: reading a key costs about 3 of them a byte of its
+ * elements on the CPUs measured (docs/performance.md), starting a tile about 200; on GPUs, whose
+ * tensor cores are that much faster than their memory, 150, and what cuda_cost_visit() says, where a
+ * unit is some 0.1 ns of half an SM. A cut there costs some 4 us. */
 static qi_limits schedule_limits(const qkv_attention *a, qkv_attention_limits *limits)
 {
     const qkv_attention_spec *spec = &a->spec;

@@ -358,7 +358,8 @@ static qkv_status launch_strips(const qkv_attention *a, const void *params, void
 static int has_early_keys(const qkv_attention *a)
 {
     return (a->spec.flags & QKV_ATTENTION_ONLY_APPENDS) != 0 && a->ctx->cuda.major >= 9 &&
-           !a->cuda.prefill && a->limits.max_levels == 1 && a->limits.max_row_blocks == 0;
+           a->spec.head_dim_vo <= MMA_EARLY_DIM && !a->cuda.prefill && a->limits.max_levels == 1 &&
+           a->limits.max_row_blocks == 0;
 }
 
 /* The launch of attention_mma.cu. What it reads before its turn the launch before must not write, nor any that may run

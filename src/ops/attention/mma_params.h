@@ -6,6 +6,9 @@
 #include "kern/tensor_map.h"
 #include "ops/attention/attention_params.h"
 
+/* The largest head_dim_vo beside which a thread has registers to begin before its launch's turn. */
+#define MMA_EARLY_DIM 128
+
 /* k, v: [pages, heads, rows' 128 bytes, tokens of a page, their elements], in boxes of whole rows: DECODE_PIECE tokens
  * of a head. */
 typedef struct mma_params {
