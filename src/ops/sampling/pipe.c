@@ -118,7 +118,7 @@ static char *join_texts(const pipe_list *list, const qkv_stage *stages)
     return text;
 }
 
-/* A list of the pipe for rows of f32 and its longest row, as far as a kernel depends on it. */
+/* A list of the pipe for rows of f32, its longest row and values by request, as far as a kernel depends on it. */
 static sampling_params shape_of(const qkv_logits_pipe *pipe, const pipe_list *list)
 {
     const int last = list->end == pipe->num_stages;
@@ -130,7 +130,10 @@ static sampling_params shape_of(const qkv_logits_pipe *pipe, const pipe_list *li
         if (pipe->stages[i].kind == STAGE_SOFTMAX) p.in = ROW_WEIGHTS;
     p.out_kind = p.in;
     for (i32 i = list->first; i < list->end; i++) {
-        p.stages[p.num_stages++].kind = pipe->stages[i].kind;
+        p.stages[p.num_stages++] = (sampling_stage){
+            .kind = pipe->stages[i].kind,
+            .value = {.values = pipe, .step = 1}, /* that there will be some is all that is asked */
+        };
         if (pipe->stages[i].kind == STAGE_SOFTMAX) p.out_kind = ROW_WEIGHTS;
     }
     if (p.out_kind == ROW_PROBS) p.out_kind = ROW_WEIGHTS;
@@ -375,6 +378,7 @@ qkv_status qkv_logits_pipe_run(qkv_logits_pipe *pipe, DLTensor *out, const DLTen
                         .dtype = QKV_F32,
                         .shape = shape};
     QI_TRY(check_apart(&run, out));
+    if (given(&run, "valid")) QI_TRY(check_apart(&run, given(&run, "valid")));
     for (i32 i = 0; i < pipe->num_lists; i++) {
         const int last = i + 1 == pipe->num_lists;
         const sampling_params of_list = shape_of(pipe, &pipe->lists[i]);
