@@ -96,6 +96,7 @@
     X(sampling_weights, "ops/sampling/weights.h")                                                  \
     X(sampling_exchange, "ops/sampling/exchange.cuh")                                              \
     X(sampling_pieces, "ops/sampling/pieces.cuh")                                                  \
+    X(sampling_stage_list, "ops/sampling/stage_list.cuh")                                          \
     X(sampling_row, "ops/sampling/row.cuh")                                                        \
     X(sampling_find, "ops/sampling/find.cuh")                                                      \
     X(sampling_list, "ops/sampling/list.cuh")                                                      \

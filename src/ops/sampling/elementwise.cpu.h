@@ -6,16 +6,6 @@
 
 #include "ops/sampling/row.cpu.h"
 
-QI_INLINE const void *value_at(const request_values *v, i64 request, i64 bytes)
-{
-    return v->values ? (const char *)v->values + request * v->step * bytes : (const char *)&v->one;
-}
-
-QI_INLINE float float_at(const request_values *v, i64 request)
-{
-    return *(const float *)value_at(v, request, sizeof(float));
-}
-
 /* ---- stages ------------------------------------------------------------------------------- */
 
 QI_INLINE int needs_tokens(const sampling_stage *s)
@@ -28,7 +18,7 @@ static i32 end_of_elementwise(const sampling_params *p, i32 s, i64 request)
 {
     while (s < p->num_stages &&
            (needs_tokens(&p->stages[s]) || (p->stages[s].kind == STAGE_TEMPERATURE &&
-                                            float_at(&p->stages[s].value, request) != 0.f)))
+                                            request_f32(&p->stages[s].value, request) != 0.f)))
         s++;
     return s;
 }
@@ -66,7 +56,7 @@ static void apply_stage(memory *m, const sampling_stage *s, i64 request, float *
     if (tensor) tensor += request * s->tensor_stride * (i64)qi_size_of(t);
     const i32 *counts = (const i32 *)tensor;
     const u32 *prompt = s->prompt ? s->prompt + request * s->prompt_stride : NULL;
-    const float value = float_at(&s->value, request);
+    const float value = request_f32(&s->value, request);
     const vi none = {0};
     switch (s->kind) {
     case STAGE_REPETITION:
@@ -158,7 +148,7 @@ static i32 load_row(memory *m, row *r, const sampling_params *p, i64 request, i6
         stages > 0 && !needs_tokens(&p->stages[0]); /* temperature comes with loading */
     *r = (row){.raw = qi_at(p->rows, p->dtype, number * p->rows_stride),
                .dtype = p->dtype,
-               .factor = first ? rn_div(1.f, float_at(&p->stages[0].value, request)) : 1.f,
+               .factor = first ? rn_div(1.f, request_f32(&p->stages[0].value, request)) : 1.f,
                .values = m->dense,
                .chunk_max = m->chunk_max,
                .chunk_mass = m->chunk_mass,

@@ -14,7 +14,7 @@
 enum {
     NUM_BINS = CLUSTER * THREADS < 1024 ? CLUSTER * THREADS : 1024,
     SLICE = NUM_BINS / CLUSTER, /* bins that a block adds up, one a thread */
-    ROOM = 1024,                /* tokens that are sorted */
+    ROOM = MOST_LISTED,         /* tokens that are sorted */
     MAXIMA = WARP / CLUSTER     /* that a warp contributes to a bound of top_k: THREADS in all */
 };
 
@@ -38,14 +38,12 @@ typedef struct finder {
     u32 count[THREADS], next[THREADS]; /* of the list's buckets */
     u64 room[WARPS];
     u32 gathered; /* tokens, in the first block's list; 0 but from gather() on until they were used */
-    u32 listed
-        [CLUSTER]; /* tokens that blocks have for their lists, of top_p.cuh, which also has what follows */
-    u32 wishes[2];
+    u32 most, least, end;
+    u64 end_amount;
+    /* Of top_p.cuh: tokens that blocks have for their lists, and what a guess is made of. */
+    u32 listed[CLUSTER], wishes[2];
     float edges[3];
     int wide;
-    u32 most, least;
-    u32 end;
-    u64 end_amount;
 } finder;
 
 typedef struct bracket {

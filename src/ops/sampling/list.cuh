@@ -12,9 +12,7 @@ QI_INLINE constexpr int ends_in_list(const int s)
 {
     if (OUT != ROW_TOKENS || (kind_of(s) != STAGE_TOP_K && kind_of(s) != STAGE_TOP_P)) return 0;
     for (int i = s + 1; i < NUM_STAGES; i++)
-        if (kind_of(i) < STAGE_TEMPERATURE || kind_of(i) == STAGE_TOP_N_SIGMA ||
-            kind_of(i) == STAGE_TYPICAL_P)
-            return 0;
+        if (!TAKES_LIST(kind_of(i))) return 0;
     return 1;
 }
 
@@ -47,14 +45,14 @@ QI_INLINE u32 run_list_stage(row_view *r, const int s, finder *f, u32 n)
 {
     const int kind = kind_of(s);
     const request_values *const values = &r->p->stages[s].value;
-    const float value = f32_value(values, r->request), largest = f->list.values[0];
+    const float value = request_f32(values, r->request), largest = f->list.values[0];
     if (kind == STAGE_TEMPERATURE && value == 0.f) return 1;
     if (kind == STAGE_TEMPERATURE || kind == STAGE_SOFTMAX) {
         r->stages[s].value = kind == STAGE_SOFTMAX ? largest : rn_div(1.f, value);
         __syncthreads(); /* all have read the largest */
         change_list(r, s, f, n);
     } else if (kind == STAGE_TOP_K) {
-        const i32 k = i32_value(values, r->request);
+        const i32 k = request_i32(values, r->request);
         return k > 0 && (u32)k < n ? (u32)k : n;
     } else if (kind == STAGE_TOP_P) {
         u64 mass;
@@ -84,7 +82,7 @@ QI_INLINE u64 draw_from_list(const row_view *r, finder *f, u32 n)
     sort_list(f, n);
     const u64 mass = list_mass(r, f, n);
     const u64 random =
-        qi_philox_u64(u64_value(&r->p->seed, r->request), u64_value(&r->p->offset, r->request));
+        qi_philox_u64(request_u64(&r->p->seed, r->request), request_u64(&r->p->offset, r->request));
     const u64 target = high_product(random, mass);
     if (mass == 0 && threadIdx.x == 0) *to = 0;
     for (u32 first = 0; first < n && mass > 0 && before <= target; first += THREADS) {

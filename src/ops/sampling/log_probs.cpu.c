@@ -6,12 +6,10 @@
 #include "ops/sampling/argmax.cpu.h"
 #include "ops/sampling/log_probs_params.h"
 #include "ops/sampling/order.cpu.h"
+#include "ops/sampling/sampling_params.h"
 #include "ops/sampling/weights.cpu.h"
 
-enum {
-    MAX_VOCAB = 1 << 19,
-    SORT_FROM = 384, /* ranks of a row */
-};
+enum { SORT_FROM = 384 }; /* ranks of a row */
 
 typedef struct scratch {
     i32 order[MAX_VOCAB], room[MAX_VOCAB];

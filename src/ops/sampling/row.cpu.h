@@ -11,7 +11,6 @@
 #include "ops/sampling/load.cpu.h"
 
 enum {
-    MAX_VOCAB = 1 << 19,
     LIST_MAX = 1024,  /* tokens of a list */
     PART_MAX = 65536, /* values that a find looks at closely */
     SAMPLE = 512,     /* values that a find guesses from */

@@ -278,9 +278,9 @@ static i32 draw(engine *e)
     row *r = &e->row;
     if (!r->mass_known) weigh_row(r);
     if (r->mass == 0) return 0;
-    const u64 seed = *(const u64 *)value_at(&p->seed, e->request, 8);
-    const u64 offset = *(const u64 *)value_at(&p->offset, e->request, 8);
-    const u64 target = high_product(qi_philox_u64(seed, offset), r->mass);
+    const u64 random =
+        qi_philox_u64(request_u64(&p->seed, e->request), request_u64(&p->offset, e->request));
+    const u64 target = high_product(random, r->mass);
     const vf scale = vf_set1(mass_scale(r->unit));
     u64 sum = 0;
     for (i64 c = 0; c < chunks_of(r->count); c++) {
@@ -367,9 +367,8 @@ static void write_row(engine *e)
 
 static void run_stage(engine *e, const sampling_stage *s)
 {
-    const void *value = value_at(&s->value, e->request, 4);
-    const i32 k = *(const i32 *)value;
-    const float x = *(const float *)value;
+    const i32 k = s->kind == STAGE_TOP_K ? request_i32(&s->value, e->request) : 0;
+    const float x = s->kind != STAGE_TOP_K ? request_f32(&s->value, e->request) : 0.f;
     switch (s->kind) {
     case STAGE_TOP_K:
         if (k > 0) top_k(e, k);
@@ -388,7 +387,7 @@ static i32 run_softmax(engine *e, i32 s)
 {
     const sampling_stage *next = e->p->stages + s + 1;
     const int both = s + 1 < e->p->num_stages && next->kind == STAGE_MIN_P;
-    softmax(e, both ? min_p_threshold(float_at(&next->value, e->request), 1.f) : 0.f);
+    softmax(e, both ? min_p_threshold(request_f32(&next->value, e->request), 1.f) : 0.f);
     if (both) keep_from(e, LEAST_NORMAL);
     return s + 1 + both;
 }

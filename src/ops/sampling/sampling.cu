@@ -103,7 +103,7 @@ QI_INLINE int run_stage(row_view *r, const int s, finder *f, front *listed, int 
     const int kind = kind_of(s);
     const request_values *const values = &r->p->stages[s].value;
     stage_view *const v = &r->stages[s];
-    const float value = f32_value(values, r->request);
+    const float value = request_f32(values, r->request);
     if (s < NUM_EARLY && (kind != STAGE_TEMPERATURE || value != 0.f)) return 0;
     v->value = value;
     v->last = KEEP_ALL;
@@ -120,7 +120,7 @@ QI_INLINE int run_stage(row_view *r, const int s, finder *f, front *listed, int 
     } else if (kind == STAGE_SOFTMAX) {
         v->value = row_largest(r, s);
     } else if (kind == STAGE_TOP_K) {
-        const i32 k = i32_value(values, r->request);
+        const i32 k = request_i32(values, r->request);
         if (k <= 0 || (u32)k >= r->vocab) return 0;
         if (ends_in_list(s) && k <= ROOM && finish_in_list(r, s, f, (u32)k, left)) return 1;
         v->last = find(r, s, f, guess_top_k(r, s, f, (u32)k), (u64)k);
@@ -155,7 +155,7 @@ QI_INLINE u64 draw(row_view *r, const int s)
     const u64 *const sent = swap(&r->at, &mine, 1);
     const u64 mass = sum_sent(&r->at, sent);
     const u64 random =
-        qi_philox_u64(u64_value(&r->p->seed, r->request), u64_value(&r->p->offset, r->request));
+        qi_philox_u64(request_u64(&r->p->seed, r->request), request_u64(&r->p->offset, r->request));
     if (mass == 0) {
         if (r->at.warp == 0 && r->at.lane == 0) tokens[r->request] = 0;
     } else if (locate(r, s, all_keys(s), high_product(random, mass), sent, mine, &token)) {

@@ -17,7 +17,9 @@ typedef struct argmax_params {
  * softmax makes before the sum is known, and what kernels of an unfused pipe hand on. */
 enum { ROW_LOGITS, ROW_PROBS, ROW_WEIGHTS, ROW_TOKENS };
 
-/* As qkv_stage_kind numbers them; sampling.c asserts it. */
+enum { MAX_VOCAB = 1 << 19 }; /* QKV_MAX_VOCAB */
+
+/* As qkv_stage_kind numbers them; stages.c asserts it. */
 enum {
     STAGE_REPETITION,
     STAGE_FREQUENCY,
@@ -36,12 +38,36 @@ enum {
     MAX_STAGES = 16,
 };
 
-/* A number for each request, or one for all. */
+/* Can a stage go on with a list of the few tokens that a filter has left? (list.cuh) */
+#define TAKES_LIST(kind)                                                                           \
+    ((kind) >= STAGE_TEMPERATURE && (kind) != STAGE_TOP_N_SIGMA && (kind) != STAGE_TYPICAL_P)
+enum { MOST_LISTED = 1024 }; /* tokens of a list, and so the largest k that rows are streamed to */
+
+/* A number for each request, or one for all, of the type that its reader says. */
 typedef struct request_values {
-    const void *values; /* f32, i32 or u64 [batch]; NULL: one */
+    const void *values; /* [batch]; NULL: one */
     i64 step;           /* 1, or 0 where values has one element */
-    u64 one;            /* its bits, from the lowest */
+    union {
+        float real;
+        i32 whole;
+        u64 bits;
+    } one;
 } request_values;
+
+static inline float request_f32(const request_values *v, i64 request)
+{
+    return v->values ? ((const float *)v->values)[request * v->step] : v->one.real;
+}
+
+static inline i32 request_i32(const request_values *v, i64 request)
+{
+    return v->values ? ((const i32 *)v->values)[request * v->step] : v->one.whole;
+}
+
+static inline u64 request_u64(const request_values *v, i64 request)
+{
+    return v->values ? ((const u64 *)v->values)[request * v->step] : v->one.bits;
+}
 
 /* What a user stage of a pipe is given on the CPU: values of consecutive tokens of a request. */
 typedef struct stage_block {

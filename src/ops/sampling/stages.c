@@ -1,11 +1,12 @@
 /* stages.c - see stages.h.
  * SPDX-License-Identifier: Apache-2.0 */
 #include "ops/sampling/stages.h"
-#include "ops/sampling/stream.h"
 
 #include <float.h>
 #include <math.h>
 #include <string.h>
+
+#include "ops/sampling/stream.h"
 
 QI_CPU_DECLARE(sampling);
 
@@ -31,7 +32,8 @@ SAME(TOP_P);
 SAME(MIN_P);
 SAME(TYPICAL_P);
 SAME(SAMPLE);
-_Static_assert((int)ROW_LOGITS == (int)QKV_LOGITS && (int)ROW_PROBS == (int)QKV_PROBS,
+_Static_assert((int)ROW_LOGITS == (int)QKV_LOGITS && (int)ROW_PROBS == (int)QKV_PROBS &&
+                   MAX_VOCAB == QKV_MAX_VOCAB,
                "public numbers");
 
 const stage_info qi_stage_info[] = {
@@ -98,23 +100,12 @@ qkv_status qi_request_values(request_values *out, const DLTensor *t, const char 
     return QKV_OK;
 }
 
-double qi_request_value(const request_values *v, DLDataType dtype, i64 request)
-{
-    const char *from = v->values ? (const char *)v->values + request * v->step * dtype.bits / 8
-                                 : (const char *)&v->one;
-    float f;
-    i32 i;
-    if (qi_dtype_of(dtype) == QI_F32) return memcpy(&f, from, sizeof f), (double)f;
-    return memcpy(&i, from, sizeof i), (double)i;
-}
-
-static qkv_status check_range(const request_values *v, DLDataType dtype, i64 batch, i32 kind,
-                              const char *name)
+static qkv_status check_range(const request_values *v, i64 batch, i32 kind, const char *name)
 {
     if (v->values && !qi_host_reads()) return QKV_OK;
     const value_range *range = &ranges[kind];
     for (i64 r = 0; r < (v->step ? batch : 1); r++) {
-        const double x = qi_request_value(v, dtype, r);
+        const double x = kind == STAGE_TOP_K ? request_i32(v, r) : (double)request_f32(v, r);
         QI_REQUIRE((range->above_low ? x > range->low : x >= range->low) && x <= range->high,
                    "%s[%lld]: expected %s, got %g", name, (long long)r, range->text, x);
     }
@@ -170,7 +161,7 @@ qkv_status qi_stages_add(sampling_params *p, i32 kind, const stage_tensors *t)
     if (info->has_value || t->value) {
         const DLDataType dtype = kind == STAGE_TOP_K ? QKV_I32 : QKV_F32;
         QI_TRY(qi_request_values(&s->value, t->value, t->value_name, dtype, p->batch));
-        QI_TRY(check_range(&s->value, dtype, p->batch, kind, t->value_name));
+        QI_TRY(check_range(&s->value, p->batch, kind, t->value_name));
     }
     if (t->tensor && (kind == STAGE_BIAS || kind == STAGE_USER)) {
         QI_REQUIRE(qi_is_float(t->tensor->dtype), "%s: expected dtype f32, f16 or bf16, got %s",
@@ -244,19 +235,16 @@ static i32 vector_of(const sampling_params *p)
  * are taken for few: a row of another k is read again for each of its passes. */
 static int streams(const sampling_params *p)
 {
-    enum { MOST_K = 1024 };
     i32 s = 0;
     while (s < p->num_stages && p->stages[s].kind < STAGE_TEMPERATURE) s++;
     if (s < p->num_stages && p->stages[s].kind == STAGE_TEMPERATURE) s++;
     if (s == p->num_stages || p->stages[s].kind != STAGE_TOP_K || p->out_kind != ROW_TOKENS)
         return 0;
     const request_values *k = &p->stages[s].value;
-    if (!k->values && (k->one < 1 || k->one > MOST_K || (i64)k->one >= p->vocab)) return 0;
-    for (s++; s < p->num_stages; s++) {
-        const i32 kind = p->stages[s].kind;
-        if (kind < STAGE_TEMPERATURE || kind == STAGE_TOP_N_SIGMA || kind == STAGE_TYPICAL_P)
-            return 0;
-    }
+    const i32 one = k->one.whole;
+    if (!k->values && (one < 1 || one > MOST_LISTED || one >= p->vocab)) return 0;
+    for (s++; s < p->num_stages; s++)
+        if (!TAKES_LIST(p->stages[s].kind)) return 0;
     return 1;
 }
 

@@ -34,9 +34,6 @@ qkv_status qi_stages_add(sampling_params *p, i32 kind, const stage_tensors *t);
 qkv_status qi_request_values(request_values *out, const DLTensor *t, const char *name,
                              DLDataType dtype, i64 batch);
 
-/* The value of a request; with one for all, or where the host may read them. */
-double qi_request_value(const request_values *v, DLDataType dtype, i64 request);
-
 /* Says where the result goes: tokens, or values of the kind. INVALID: it is no tensor for that, or
  * overlaps what is read without being the rows themselves. */
 qkv_status qi_stages_out(sampling_params *p, const DLTensor *rows, DLTensor *out, const char *name,

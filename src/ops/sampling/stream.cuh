@@ -192,8 +192,9 @@ QI_INLINE u32 stream(const source *row, const place *at, candidates *c, u32 voca
     return c->count;
 }
 
-/* Brings the lists of all blocks, which arrived at a barrier when they began, into the first one's. Returns there how many it has, up to MOST_K, the k first of the
- * row among them. Then the other blocks wait for the first one, and it for them, before the lists go: wait_for_lists(). */
+/* Brings the lists of all blocks, which arrived at a barrier when they began, into the first one's. Returns there how many
+ * it has, up to MOST_K, the k first of the row among them. Then the other blocks wait for the first one, and it for
+ * them, before the lists go: wait_for_lists(). */
 QI_INLINE u32 collect(const place *at, candidates *c, u32 n, u32 k)
 {
     if (n > k && n > SHARE) n = cut_to(c, n, k);

@@ -21,7 +21,7 @@ enum {
     STREAMS = STREAM_AT != MAX_STAGES,
     HEATED = STREAM_AT != 0 && kind_of(STREAM_AT - 1) == STAGE_TEMPERATURE,
     RAW = IN == ROW_LOGITS && STREAM_AT == HEATED, /* the largest element has the largest value */
-    STREAM_ROOM = 2 * ROOM
+    STREAM_ROOM = 2 * MOST_LISTED
 };
 
 typedef row_view source;
@@ -78,9 +78,9 @@ _Static_assert(sizeof(candidates) <= sizeof(token_list), "candidates are where t
 QI_INLINE u32 stream_k(const row_view *r)
 {
     if (!STREAMS) return 0;
-    if (HEATED && f32_value(&r->p->stages[STREAM_AT - 1].value, r->request) == 0.f) return 1;
-    const i32 k = i32_value(&r->p->stages[STREAM_AT].value, r->request);
-    return k > 0 && k <= MOST_K && (u32)k < r->vocab ? (u32)k : 0;
+    if (HEATED && request_f32(&r->p->stages[STREAM_AT - 1].value, r->request) == 0.f) return 1;
+    const i32 k = request_i32(&r->p->stages[STREAM_AT].value, r->request);
+    return k > 0 && k <= MOST_LISTED && (u32)k < r->vocab ? (u32)k : 0;
 }
 
 /* All stages. Returns, in the first block, whether there was mass to draw from. */

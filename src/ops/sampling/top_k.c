@@ -57,8 +57,8 @@ static qkv_status check(DLTensor *values, DLTensor *indices, const DLTensor *row
 static qkv_status launch_on_cuda(const qkv_context *ctx, const qi_kernel *row,
                                  const top_k_params *p, void *stream)
 {
-    enum { THREADS = 512, MOST_K = 2048 }; /* top_k.cu's */
-    if (p->k > MOST_K)
+    enum { THREADS = 512 };
+    if (p->k > MOST_STREAMED)
         return qi_launch_pieces(ctx, row, p->rows, p->batch, p->vocab, p->rows_stride, p->dtype, p,
                                 stream);
     const i32 vec = QI_VECTOR(16 / (i32)qi_dtype_bytes(p->dtype), p->vocab, p->rows_stride,

@@ -7,9 +7,8 @@
  * SPDX-License-Identifier: Apache-2.0 */
 #include "ops/sampling/argmax.cpu.h"
 #include "ops/sampling/order.cpu.h"
+#include "ops/sampling/sampling_params.h"
 #include "ops/sampling/top_k_params.h"
-
-enum { MAX_VOCAB = 1 << 19 };
 
 typedef struct scratch {
     i32 list[MAX_VOCAB]; /* tokens */

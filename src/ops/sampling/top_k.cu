@@ -41,7 +41,7 @@ QI_INLINE void load_values(const source *r, u32 i, float *x)
     load_clean(x, qi_at(r->row, DTYPE, token_at(r, i)), VEC);
 }
 
-enum { STREAM_ROOM = 4096 };
+enum { STREAM_ROOM = 2 * MOST_STREAMED };
 #include "ops/sampling/stream.cuh"
 
 enum {
@@ -280,7 +280,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT ? 1 : 1024 / THRE
     const char *const row = qi_at(p.rows, DTYPE, request * p.rows_stride);
     open_place(&at, &w.box);
     griddepcontrol_wait();
-    if (!RESIDENT && p.k <= MOST_K) {
+    if (!RESIDENT && p.k <= MOST_STREAMED) {
         const source r = {row, (u32)p.vocab, at.lane};
         const u64 low = (u64)key_of(NO_LOGIT) << 32;
         int bad = 0; /* not asked for */

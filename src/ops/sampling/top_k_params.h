@@ -5,6 +5,8 @@
 
 #include "kern/abi.h"
 
+enum { MOST_STREAMED = 2048 }; /* the largest k that rows are streamed to on a GPU */
+
 typedef struct top_k_params {
     void *values;     /* dtype [batch, k], NULL: not wanted */
     i32 *indices;     /* [batch, k] */

@@ -137,7 +137,7 @@ QI_INLINE range guess_range(row_view *r, const int s, finder *f, float largest, 
 QI_INLINE void list_tokens(row_view *r, const int s, finder *f, front *out)
 {
     const int makes = kind_of(s) == STAGE_SOFTMAX; /* weights */
-    const float p = f32_value(&r->p->stages[TOP_P_AT].value, r->request);
+    const float p = request_f32(&r->p->stages[TOP_P_AT].value, r->request);
     const u32 lane = r->at.lane;
     float x[VEC], lowest = 0.f;
     u32 least = ~0u, n = 0;

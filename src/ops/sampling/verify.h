@@ -16,11 +16,6 @@
 #include "ops/sampling/verify_params.h"
 #include "ops/sampling/weights.h"
 
-QI_INLINE u64 request_u64(const request_values *v, i64 request)
-{
-    return v->values ? ((const u64 *)v->values)[request * v->step] : v->one;
-}
-
 /* Of a walk's random numbers. */
 QI_INLINE u64 random_at(const verify_params *p, i64 request, i32 i)
 {

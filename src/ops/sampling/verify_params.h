@@ -5,8 +5,7 @@
 
 #include "ops/sampling/sampling_params.h"
 
-/* Of a tree, whose children that a node has rejected are listed; of a row. */
-enum { MAX_NODES = 1024, MAX_VOCAB = 1 << 19 };
+enum { MAX_NODES = 1024 }; /* of a tree, whose children that a node has rejected are listed */
 
 typedef struct verify_params {
     i32 *accepted, *tokens;  /* [batch, nodes + 1] */
