@@ -9,9 +9,9 @@
 #include "ops/sampling/weights.cpu.h"
 
 enum {
-    BLOCK = 1024,
-    STEP = 4 * QI_VW
-}; /* tokens whose masses make an exact_sum; of a loop's step */
+    BLOCK = 1024,     /* tokens whose masses make an exact_sum */
+    STEP = 4 * QI_VW, /* tokens of a loop's step */
+};
 
 typedef struct verify_scratch {
     float left[MAX_VOCAB];
