@@ -18,7 +18,8 @@
 #endif
 
 /* Can a block begin before the launch's turn, if it is let? With the longest heads it has no registers for that. */
-#if DECODE_ROWS && !PREFILL && !MIXED && !SPARSE && HEAD_DIM_VO <= MMA_EARLY_DIM && __CUDA_ARCH__ >= 900
+#if DECODE_ROWS && !PREFILL && !MIXED && !SPARSE && HEAD_DIM_VO <= MMA_EARLY_DIM &&                \
+    __CUDA_ARCH__ >= 900
 #define MAY_BE_EARLY 1
 #else
 #define MAY_BE_EARLY 0
