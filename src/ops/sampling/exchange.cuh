@@ -22,7 +22,8 @@ typedef struct notice {
 
 typedef struct mailbox {
     u64 partials[2][PARTIALS * ALL_WARPS];
-    u64 arrived[2]; /* mbarriers of swap() */
+    u64 arrived[2]; /* mbarriers of expect() */
+    u64 listed;     /* and of what goes to the first block alone (send_rank() in find.cuh) */
     notice notices[2];
 } mailbox;
 
@@ -31,7 +32,7 @@ typedef struct place {
     mailbox *box;
     u32 rank, warp, lane;
     u32 turn;
-    u32 parities; /* a bit for each of box->arrived */
+    u32 parities; /* a bit for each of box->arrived, and box->listed */
 } place;
 
 #if CLUSTER > 1
@@ -111,22 +112,35 @@ QI_INLINE const u64 *exchange(place *at, const u64 *values, const int n)
 QI_INLINE void open_mailbox(mailbox *box)
 {
     for (int i = 0; i < 2; i++) mbarrier_init(&box->arrived[i], 1);
+    mbarrier_init(&box->listed, 1);
     mbarrier_fence_init();
 }
 
-/* exchange() without a barrier, and so without the fence of all memory that a barrier between blocks is: only the values
- * are passed on, not what threads wrote elsewhere. */
-QI_INLINE const u64 *swap(place *at, const u64 *values, const int n)
+/* Messages by st.async, without a barrier, and so without the fence of all memory that a barrier between blocks is: only
+ * the values are passed on, not what threads wrote elsewhere. Of `bytes` for every block, which all of its threads await.
+ * Returns the mbarrier to be told. */
+QI_INLINE u64 *expect(const place *at, u32 bytes)
 {
-    u64 *const to = at->box->partials[at->turn], *const arrived = &at->box->arrived[at->turn];
-    const u32 parity = at->parities >> at->turn & 1;
+    u64 *const arrived = &at->box->arrived[at->turn];
+    if (threadIdx.x == 0) mbarrier_arrive_expect_tx(arrived, (int)bytes);
+    return arrived;
+}
+
+QI_INLINE void await(place *at)
+{
+    mbarrier_wait(&at->box->arrived[at->turn], at->parities >> at->turn & 1);
     at->parities ^= 1u << at->turn;
     at->turn ^= 1;
-    if (threadIdx.x == 0) mbarrier_arrive_expect_tx(arrived, ALL_WARPS * 8 * n);
+}
+
+/* exchange() by such messages. */
+QI_INLINE const u64 *swap(place *at, const u64 *values, const int n)
+{
+    u64 *const to = at->box->partials[at->turn], *const arrived = expect(at, ALL_WARPS * 8 * n);
     if (at->lane < CLUSTER)
         for (int i = 0; i < n; i++)
             store_async(to + i * ALL_WARPS + at->warp, values[i], arrived, at->lane);
-    mbarrier_wait(arrived, parity);
+    await(at);
     return to;
 }
 #else

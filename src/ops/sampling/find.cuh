@@ -13,9 +13,12 @@
 
 enum {
     NUM_BINS = CLUSTER * THREADS < 1024 ? CLUSTER * THREADS : 1024,
-    SLICE = NUM_BINS / CLUSTER, /* bins that a block adds up, one a thread */
-    ROOM = MOST_LISTED,         /* tokens that are sorted */
-    MAXIMA = WARP / CLUSTER     /* that a warp contributes to a bound of top_k: THREADS in all */
+    SLICE = NUM_BINS / CLUSTER,           /* bins that a block adds up, one a thread */
+    ROOM = MOST_LISTED,                   /* tokens that are sorted */
+    OWN = (ROOM + THREADS - 1) / THREADS, /* of them, a thread's */
+    MAXIMA = WARP / CLUSTER,    /* that a warp contributes to a bound of top_k: THREADS in all */
+    MOST_GUESSED = THREADS / 2, /* the largest k that they bound */
+    FEW = THREADS / 4           /* tokens that are sorted by counting */
 };
 
 typedef struct histogram {
@@ -33,11 +36,14 @@ typedef struct finder {
     union {
         histogram bins;
         token_list list;
-        u32 maxima[THREADS];
     };
-    u32 count[THREADS], next[THREADS]; /* of the list's buckets */
+    union {
+        u32 count[THREADS];      /* of the list's buckets */
+        u64 maxima[THREADS / 2]; /* keys, two in one */
+    };
+    u32 next[THREADS];
     u64 room[WARPS];
-    u32 gathered; /* tokens, in the first block's list; 0 but from gather() on until they were used */
+    u32 gathered; /* in the first block: tokens that it was sent for lists since the kernel began */
     u32 most, least, end;
     u64 end_amount;
     /* Of top_p.cuh: tokens that blocks have for their lists, and what a guess is made of. */
@@ -92,10 +98,31 @@ QI_INLINE u64 scan_block(u64 value, u64 *room, u64 *all)
     return sum + warp_sum_u64(lane < warp ? here : 0);
 }
 
+/* Sorts n tokens up to FEW: several threads count how many are before one of them. */
+QI_INLINE void sort_few(finder *f, u32 n)
+{
+    const u32 t = threadIdx.x;
+    u32 each = THREADS / FEW, before = 0; /* threads, a power of 2 */
+    while (each < WARP && 2 * each * n <= THREADS) each *= 2;
+    const u32 i = t / each;
+    const u64 rank = i < n ? f->list.ranks[i] : 0;
+    const float value = i < n ? f->list.values[i] : 0.f;
+    for (u32 other = t % each; i < n && other < n; other += each)
+        before += f->list.ranks[other] > rank;
+    for (u32 step = 1; step < each; step *= 2) before += __shfl_xor_sync(ALL_LANES, before, step);
+    __syncthreads();
+    if (i < n && t % each == 0) f->list.ranks[before] = rank, f->list.values[before] = value;
+    __syncthreads();
+}
+
 /* Sorts n tokens, largest rank first: into buckets by key, and within each by counting. Those with key 0 come last in
  * any order, in a bucket of their own. */
 static __device__ __noinline__ void sort_list(finder *f, u32 n)
 {
+    if (n <= FEW) {
+        sort_few(f, n);
+        return;
+    }
     const u32 t = threadIdx.x;
     u64 all;
     u32 most = 0, least = ~0u;
@@ -138,21 +165,44 @@ static __device__ __noinline__ void sort_list(finder *f, u32 n)
 #undef BUCKET
 }
 
-/* Adds up the masses of n sorted tokens until `wish`, which they hold. Returns the last one's place, and the mass
- * up to it. */
-QI_INLINE u32 end_of_prefix(const row_view *r, finder *f, u32 n, u64 wish, u64 *mass)
+/* Masses of a list's tokens: those of a thread, which are neighbours, the sum of those before them, and of all. */
+typedef struct list_scan {
+    u64 masses[OWN];
+    u64 before, all;
+} list_scan;
+
+QI_INLINE list_scan scan_list(const row_view *r, finder *f, u32 n)
 {
-    u64 before = 0, all;
-    for (u32 first = 0; first < n && before < wish; first += THREADS) {
-        const u32 i = first + threadIdx.x;
-        const u64 here = i < n ? mass_of(f->list.values[i], r->unit) : 0;
-        const u64 sum = before + scan_block(here, f->room, &all);
-        if (sum < wish && sum + here >= wish) f->end = i, f->end_amount = sum + here;
-        before += all;
+    list_scan scan;
+    u64 mine = 0;
+    for (u32 j = 0; j < OWN; j++) {
+        const u32 i = threadIdx.x * OWN + j;
+        scan.masses[j] = i < n ? mass_of(f->list.values[i], r->unit) : 0;
+        mine += scan.masses[j];
+    }
+    scan.before = scan_block(mine, f->room, &scan.all);
+    return scan;
+}
+
+/* The place at which the running sum reaches `wish`, above 0 and up to all; in *mass the sum there. */
+QI_INLINE u32 end_of_scan(finder *f, const list_scan *scan, u64 wish, u64 *mass)
+{
+    u64 sum = scan->before;
+    for (u32 j = 0; j < OWN; j++) {
+        if (sum < wish && sum + scan->masses[j] >= wish)
+            f->end = threadIdx.x * OWN + j, f->end_amount = sum + scan->masses[j];
+        sum += scan->masses[j];
     }
     __syncthreads();
     *mass = f->end_amount;
     return f->end;
+}
+
+/* Of n sorted tokens, which hold the wish. */
+QI_INLINE u32 end_of_prefix(const row_view *r, finder *f, u32 n, u64 wish, u64 *mass)
+{
+    const list_scan scan = scan_list(r, f, n);
+    return end_of_scan(f, &scan, wish, mass);
 }
 
 /* ---- passes over the row ---------------------------------------------------------------------- */
@@ -253,8 +303,8 @@ QI_INLINE void narrow(row_view *r, const int s, finder *f, bracket *b, measure *
     m->mine = ~0u;
 }
 
-/* Copies the tokens of a bracket, at most ROOM, into the first block; count of them are this thread's, ~0: not known. */
-QI_INLINE void gather(row_view *r, const int s, finder *f, bracket b, u32 count)
+/* Copies the n tokens of a bracket, at most ROOM, into the first block; count of them are this thread's, ~0: not known. */
+QI_INLINE void gather(row_view *r, const int s, finder *f, bracket b, u32 n, u32 count)
 {
     const range in = range_of(b);
     if (count == ~0u) {
@@ -270,7 +320,7 @@ QI_INLINE void gather(row_view *r, const int s, finder *f, bracket b, u32 count)
     const u32 all = __shfl_sync(ALL_LANES, up_to, WARP - 1);
     u32 to = 0;
     if (all > 0) {
-        if (lane == 0) to = atomicAdd((u32 *)at_block(&f->gathered, 0), all);
+        if (lane == 0) to = atomicAdd((u32 *)at_block(&f->gathered, 0), all) - r->gathered;
         to = __shfl_sync(ALL_LANES, to, 0) + up_to - count;
     }
     if (count > 0) {
@@ -288,6 +338,57 @@ QI_INLINE void gather(row_view *r, const int s, finder *f, bracket b, u32 count)
         }
     }
     sync_row();
+    r->gathered += n;
+}
+
+/* Puts a token into the first block's list. */
+QI_INLINE void send_rank(const row_view *r, finder *f, u32 to, u64 rank)
+{
+#if CLUSTER > 1
+    store_async(&f->list.ranks[to], rank, &r->at.box->listed, 0);
+#else
+    f->list.ranks[to] = rank;
+#endif
+}
+
+/* Copies the tokens whose values are at least that of a key into the first block, in one pass. Returns how many there
+ * are; of more than ROOM some are missing. */
+QI_INLINE u32 gather_from(row_view *r, const int s, finder *f, u32 key)
+{
+    const float least = value_of(key);
+    u32 *const gathered = (u32 *)at_block(&f->gathered, 0);
+    u32 to = 0, here = 0, claimed = 0;
+    FOR_EACH_PIECE(r, i)
+    {
+        float x[VEC];
+        u32 count = 0;
+        piece(r, s, i, x);
+        for (int e = 0; e < VEC; e++) count += x[e] >= least;
+        here += count;
+        if (count == 0 || to >= ROOM) continue; /* no more room, and none is asked for */
+        to = atomicAdd(gathered, count) - r->gathered;
+        claimed += count;
+        for (int e = 0; e < VEC; e++)
+            if (x[e] >= least && to < ROOM)
+                send_rank(r, f, to++, rank_at(key_of(x[e]), token_at(r, i) + (u32)e));
+    }
+    u64 all = (u64)__reduce_add_sync(ALL_LANES, claimed) << 32;
+    all |= __reduce_add_sync(ALL_LANES, here);
+    all = sum_sent(&r->at, swap(&r->at, &all, 1));
+    claimed = (u32)(all >> 32);
+    const u32 listed = min(claimed, (u32)ROOM);
+    if (r->at.rank == 0) {
+#if CLUSTER > 1
+        if (threadIdx.x == 0) mbarrier_arrive_expect_tx(&r->at.box->listed, (int)listed * 8);
+        mbarrier_wait(&r->at.box->listed, r->at.parities >> 2 & 1);
+        r->at.parities ^= 1u << 2;
+#endif
+        for (u32 i = threadIdx.x; i < listed; i += THREADS)
+            f->list.values[i] = value_of((u32)(f->list.ranks[i] >> 32));
+        __syncthreads();
+    }
+    r->gathered += claimed;
+    return (u32)all;
 }
 
 /* The token at which the running sum by index, of amounts in a bracket, exceeds target: in the one thread that has
@@ -327,33 +428,68 @@ QI_INLINE int locate(row_view *r, const int s, bracket b, u64 target, const u64 
 
 /* ---- guesses -------------------------------------------------------------------------------- */
 
+/* Every warp's MAXIMA largest lanes' keys, in f->maxima of all blocks. */
+QI_INLINE void share_maxima(row_view *r, finder *f, u32 key)
+{
+#if CLUSTER > 1
+    const u32 lane = r->at.lane, pair = lane / CLUSTER;
+    u32 mine = 0;
+    for (u32 i = 0; i < MAXIMA; i++) {
+        const u32 most = __reduce_max_sync(ALL_LANES, key);
+        const u32 first = (u32)__ffs((int)__ballot_sync(ALL_LANES, key == most)) - 1;
+        if (lane == i) mine = most;
+        if (lane == first) key = 0;
+    }
+    const u64 upper = __shfl_sync(ALL_LANES, mine, (int)(2 * pair % MAXIMA));
+    const u64 both = upper << 32 | __shfl_sync(ALL_LANES, mine, (int)((2 * pair + 1) % MAXIMA));
+    u64 *const arrived = expect(&r->at, THREADS * 4);
+    if (pair < MAXIMA / 2)
+        store_async(&f->maxima[r->at.warp * (MAXIMA / 2) + pair], both, arrived, lane % CLUSTER);
+    await(&r->at);
+#else
+    ((u32 *)f->maxima)[threadIdx.x] = key;
+    __syncthreads();
+#endif
+}
+
+/* What at least k of the maxima reach, and few more. The bracket of the answer is cut into sections: each warp counts
+ * what reaches the end of one. */
+QI_INLINE u32 bound_of_maxima(finder *f, u32 k)
+{
+    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    u32 keys[WARPS], low = ~0u, high = 0;
+    for (u32 i = 0; i < WARPS; i++) {
+        keys[i] = ((const u32 *)f->maxima)[i * WARP + lane];
+        low = min(low, keys[i]), high = max(high, keys[i]);
+    }
+    low = __reduce_min_sync(ALL_LANES, low);       /* at least k reach it */
+    high = __reduce_max_sync(ALL_LANES, high) + 1; /* fewer do */
+    u32 *counts = f->next, *other = f->next + WARPS;
+    for (u32 count = THREADS; count > k + k / 8 && high - low > 1;) {
+        const u32 step = max((high - low) / (WARPS + 1), 1u), end = low + step * (warp + 1);
+        u32 reach = 0;
+        for (u32 i = 0; i < WARPS; i++) reach += keys[i] >= end;
+        reach = __reduce_add_sync(ALL_LANES, reach);
+        if (lane == 0) counts[warp] = reach;
+        __syncthreads();
+        reach = lane < WARPS ? counts[lane] : 0;
+        const u32 ends = (u32)__popc(__ballot_sync(ALL_LANES, reach >= k)); /* reached by k */
+        if (ends > 0) count = __shfl_sync(ALL_LANES, reach, (int)ends - 1);
+        if (ends < WARPS) high = low + step * (ends + 1);
+        low += step * ends;
+        u32 *const swapped = counts;
+        counts = other, other = swapped;
+    }
+    return low;
+}
+
 /* A bracket for the k-th token: the k-th largest of some lanes' maxima is not above it. */
 QI_INLINE bracket guess_top_k(row_view *r, const int s, finder *f, u32 k)
 {
     bracket b = all_keys(s);
-    if (k > THREADS / 2) return b;
-    u32 most = key_of(thread_largest(r, s));
-    if (CLUSTER > 1) /* sorts them over the warp, largest first */
-#pragma unroll
-        for (u32 size = 2; size <= WARP; size *= 2)
-#pragma unroll
-            for (u32 step = size / 2; step > 0; step /= 2) {
-                const u32 other = __shfl_xor_sync(ALL_LANES, most, step);
-                const int larger = ((r->at.lane & size) == 0) == ((r->at.lane & step) == 0);
-                most = larger ? max(most, other) : min(most, other);
-            }
-    most = __shfl_sync(ALL_LANES, most, (int)(r->at.lane % MAXIMA));
-    *(u32 *)at_block(&f->maxima[r->at.warp * MAXIMA + r->at.lane % MAXIMA], r->at.lane / MAXIMA) =
-        most;
-    sync_row();
-    const u32 mine = f->maxima[threadIdx.x];
-    u32 bound = 0;
-    for (u32 bit = 1u << 31; bit > 0; bit >>= 1) {
-        const u32 count = (u32)__syncthreads_count(mine >= (bound | bit));
-        if (count >= k) bound |= bit;
-        if (count == k) break;
-    }
-    b.low = max(b.low, bound);
+    if (k > MOST_GUESSED) return b;
+    share_maxima(r, f, key_of(thread_largest(r, s)));
+    b.low = max(b.low, bound_of_maxima(f, k));
     return b;
 }
 
@@ -419,12 +555,11 @@ QI_INLINE cut end_of_gathered(row_view *r, const int s, finder *f, measure m, u6
     notice n = {};
     if (r->at.rank == 0) {
         u32 end = (u32)(wish - m.above) - 1;
-        const u32 count = f->gathered;
+        const u32 count = (u32)m.count;
         sort_list(f, count);
         if (kind_of(s) != STAGE_TOP_K) end = end_of_prefix(r, f, count, wish - m.above, &n.amount);
         n.key = (u32)(f->list.ranks[end] >> 32);
         n.index = ~(u32)f->list.ranks[end];
-        if (sender) f->gathered = 0;
     }
     n = announce(&r->at, sender, n);
     r->kept = m.above + n.amount;
@@ -434,10 +569,15 @@ QI_INLINE cut end_of_gathered(row_view *r, const int s, finder *f, measure m, u6
 /* The end of the prefix. b is a guess; where the whole row holds less than the wish, all is kept. */
 QI_INLINE cut find(row_view *r, const int s, finder *f, bracket b, u64 wish)
 {
-    measure m;
+    measure m = {};
+    if (kind_of(s) == STAGE_TOP_K && wish <= MOST_GUESSED) {
+        m.count = gather_from(r, s, f, b.low);
+        if (m.count < wish) return KEEP_ALL;
+        if (m.count <= ROOM) return end_of_gathered(r, s, f, m, wish);
+    }
     if (!find_bracket(r, s, f, &b, &m, wish)) return KEEP_ALL;
     if (m.count <= ROOM) {
-        gather(r, s, f, b, m.mine);
+        gather(r, s, f, b, (u32)m.count, m.mine);
         return end_of_gathered(r, s, f, m, wish);
     }
     u64 mine = 0;

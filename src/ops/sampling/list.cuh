@@ -16,14 +16,6 @@ QI_INLINE constexpr int ends_in_list(const int s)
     return 1;
 }
 
-QI_INLINE u64 list_mass(const row_view *r, finder *f, u32 n)
-{
-    u64 sum = 0, all;
-    for (u32 i = threadIdx.x; i < n; i += THREADS) sum += mass_of(f->list.values[i], r->unit);
-    scan_block(sum, f->room, &all);
-    return all;
-}
-
 /* Takes n sorted tokens through a stage that changes values, and sorts them again if it made some equal. */
 QI_INLINE void change_list(const row_view *r, const int s, finder *f, u32 n)
 {
@@ -55,10 +47,10 @@ QI_INLINE u32 run_list_stage(row_view *r, const int s, finder *f, u32 n)
         const i32 k = request_i32(values, r->request);
         return k > 0 && (u32)k < n ? (u32)k : n;
     } else if (kind == STAGE_TOP_P) {
+        const list_scan scan = scan_list(r, f, n);
         u64 mass;
-        const u64 all = list_mass(r, f, n);
-        return value >= 1.f || all == 0 ? n
-                                        : end_of_prefix(r, f, n, wish_of(all, value), &mass) + 1;
+        if (value >= 1.f || scan.all == 0) return n;
+        return end_of_scan(f, &scan, wish_of(scan.all, value), &mass) + 1;
     } else if (kind == STAGE_MIN_P) {
         const float least = min_p_threshold(value, largest);
         u32 kept = 0;
@@ -75,24 +67,22 @@ QI_INLINE u32 run_list_stage(row_view *r, const int s, finder *f, u32 n)
 QI_INLINE u64 draw_from_list(const row_view *r, finder *f, u32 n)
 {
     i32 *const to = (i32 *)r->p->out + r->request;
-    u64 before = 0, all;
+    const u64 random =
+        qi_philox_u64(request_u64(&r->p->seed, r->request), request_u64(&r->p->offset, r->request));
     for (u32 i = threadIdx.x; i < n; i += THREADS) /* by index */
         f->list.ranks[i] = (u64)(u32)f->list.ranks[i] << 32 | (u32)f->list.ranks[i];
     __syncthreads();
     sort_list(f, n);
-    const u64 mass = list_mass(r, f, n);
-    const u64 random =
-        qi_philox_u64(request_u64(&r->p->seed, r->request), request_u64(&r->p->offset, r->request));
-    const u64 target = high_product(random, mass);
-    if (mass == 0 && threadIdx.x == 0) *to = 0;
-    for (u32 first = 0; first < n && mass > 0 && before <= target; first += THREADS) {
-        const u32 i = first + threadIdx.x;
-        const u64 here = i < n ? mass_of(f->list.values[i], r->unit) : 0;
-        const u64 sum = before + scan_block(here, f->room, &all);
-        if (sum <= target && sum + here > target) *to = (i32) ~(u32)f->list.ranks[i];
-        before += all;
+    const list_scan scan = scan_list(r, f, n);
+    const u64 target = high_product(random, scan.all);
+    u64 sum = scan.before;
+    if (scan.all == 0 && threadIdx.x == 0) *to = 0;
+    for (u32 j = 0; j < OWN; j++) {
+        const u32 i = threadIdx.x * OWN + j;
+        if (sum <= target && sum + scan.masses[j] > target) *to = (i32) ~(u32)f->list.ranks[i];
+        sum += scan.masses[j];
     }
-    return mass;
+    return scan.all;
 }
 
 /* The stages after s on n sorted tokens, and the draw: in the first block. Returns whether there was mass to draw from. */
@@ -105,20 +95,33 @@ QI_INLINE int finish_list(row_view *r, const int s, finder *f, u32 n)
     return draw_from_list(r, f, n) > 0;
 }
 
+/* Brings the k first tokens and some more into the first block's list, or all there are. Returns how many; more than
+ * ROOM: there was no room. */
+QI_INLINE u32 gather_top_k(row_view *r, const int s, finder *f, u32 k)
+{
+    bracket b = guess_top_k(r, s, f, k);
+    measure m;
+    if (k <= MOST_GUESSED) {
+        const u32 n = gather_from(r, s, f, b.low);
+        if (n <= ROOM) return n;
+    }
+    find_bracket(r, s, f, &b, &m, k);
+    const u32 n = (u32)(m.above + m.count);
+    if (n > ROOM) return n;
+    if (m.above > 0) b.high = all_keys(s).high, m.mine = ~0u;
+    gather(r, s, f, b, n, m.mine);
+    return n;
+}
+
 /* Stage s, top_k, and all that follows, if the list has room for the k first tokens. Returns whether it had; in
  * *left whether there was mass to draw from, in the first block. */
 QI_INLINE int finish_in_list(row_view *r, const int s, finder *f, u32 k, int *left)
 {
-    bracket b = guess_top_k(r, s, f, k);
-    measure m;
-    if (!find_bracket(r, s, f, &b, &m, k)) k = ROOM; /* fewer are there: all, if they fit */
-    if (m.above + m.count > ROOM) return 0;
-    if (m.above > 0) b.high = all_keys(s).high, m.mine = ~0u;
-    gather(r, s, f, b, m.mine);
+    const u32 n = gather_top_k(r, s, f, k);
+    if (n > ROOM) return 0;
     if (r->at.rank != 0) return 1;
-    u32 n = f->gathered;
     sort_list(f, n);
-    *left = finish_list(r, s, f, k < n ? k : n);
+    *left = finish_list(r, s, f, min(k, n));
     return 1;
 }
 

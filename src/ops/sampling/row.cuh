@@ -57,6 +57,7 @@ typedef struct row_view {
     float largest; /* of this thread, after the early stages */
     u64 mass;      /* of this thread, after softmax */
     u64 kept;      /* of the row, after top_p; 0: not known */
+    u32 gathered;  /* tokens that the first block was sent for lists that are done with */
     stage_view stages[NUM_STAGES + 1];
 } row_view;
 
@@ -355,6 +356,7 @@ QI_INLINE void open_row(row_view *r, const sampling_params *p, mailbox *box, u32
     r->unit = EXPONENT_BIAS;
     r->to_unit = 1.f;
     r->kept = 0;
+    r->gathered = 0;
     const i64 row = p->indices ? p->indices[r->request] : r->request;
     r->from = row >= 0 && row < p->num_rows ? qi_at(p->rows, DTYPE, row * p->rows_stride) : 0;
     r->x = room + threadIdx.x * VEC;

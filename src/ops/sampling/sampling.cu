@@ -205,6 +205,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     __shared__ mailbox box;
     __shared__ finder f; /* not there where no stage finds */
     row_view r;
+    if (FINDS && threadIdx.x == 0) f.gathered = 0;
+    if (FRONT && threadIdx.x < CLUSTER) f.listed[threadIdx.x] = 0;
 #if CLUSTER > 1
     if (threadIdx.x == 0) open_mailbox(&box);
     cluster_arrive();
@@ -222,8 +224,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         left = run_streamed(&r, &f, k, &bad);
     } else {
         bad = read_row(&r);
-        if (FINDS && threadIdx.x == 0) f.gathered = 0;
-        if (FRONT && threadIdx.x < CLUSTER) f.listed[threadIdx.x] = 0;
 #if CLUSTER > 1
         cluster_wait();
 #endif

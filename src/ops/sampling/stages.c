@@ -231,39 +231,43 @@ static i32 vector_of(const sampling_params *p)
     return vec;
 }
 
-/* Whether rows are streamed to the few tokens of a top_k, which stream_row.cuh says when. Values of k on the device
- * are taken for few: a row of another k is read again for each of its passes. */
-static int streams(const sampling_params *p)
+/* The top_k to which rows can be streamed (stream_row.cuh says when); NULL: there is none. Values of k on the device are
+ * taken for few: a streamed row of another k is read again for each of its passes. */
+static const request_values *find_stream(const sampling_params *p)
 {
     i32 s = 0;
     while (s < p->num_stages && p->stages[s].kind < STAGE_TEMPERATURE) s++;
     if (s < p->num_stages && p->stages[s].kind == STAGE_TEMPERATURE) s++;
     if (s == p->num_stages || p->stages[s].kind != STAGE_TOP_K || p->out_kind != ROW_TOKENS)
-        return 0;
+        return NULL;
     const request_values *k = &p->stages[s].value;
     const i32 one = k->one.whole;
-    if (!k->values && (one < 1 || one > MOST_LISTED || one >= p->vocab)) return 0;
+    if (!k->values && (one < 1 || one > MOST_LISTED || one >= p->vocab)) return NULL;
     for (s++; s < p->num_stages; s++)
-        if (!TAKES_LIST(p->stages[s].kind)) return 0;
-    return 1;
+        if (!TAKES_LIST(p->stages[s].kind)) return NULL;
+    return k;
 }
 
 static cuda_shape shape_on_cuda(const qkv_context *ctx, const sampling_params *p)
 {
     /* Shared memory of a block is its part of the row, and up to 48 KB. From half of the largest block on one
      * block an SM is left: it is given the threads of two. */
-    enum { MOST = 8, OTHER_BYTES = 48 * 1024, HALF_BYTES = 72 * 1024 };
+    enum { MOST = 8, OTHER_BYTES = 48 * 1024, HALF_BYTES = 72 * 1024, FEW_WAVES = 2, FEW_K = 256 };
     const i32 vec = vector_of(p);
     const i64 most_bytes = ctx->cuda.shared_bytes - OTHER_BYTES;
-    i32 threads = 512, cluster = 1, each = 0; /* each = 0: the row is not kept */
-    if (streams(p)) {
+    i32 threads = 512, cluster = 1;
+    if (ctx->cuda.major >= 9)
+        while (cluster < MOST && p->vocab > 8192 * cluster) cluster *= 2;
+    if (4 * p->vocab / cluster > HALF_BYTES) threads = 1024;
+    i32 each = (i32)((p->vocab + vec * threads * cluster - 1) / (vec * threads * cluster));
+    if (4ll * each * vec * threads > most_bytes) each = 0; /* the row is not kept */
+
+    /* Few rows are kept even so: what follows the last read is shorter. */
+    const request_values *k = find_stream(p);
+    const int few = p->batch * cluster <= FEW_WAVES * 2 * ctx->cuda.num_sms;
+    if (k && !(few && each > 0 && (k->values || k->one.whole <= FEW_K))) {
+        threads = 512, each = 0;
         cluster = qi_stream_cluster(ctx, p->batch, p->vocab, threads * vec);
-    } else {
-        if (ctx->cuda.major >= 9)
-            while (cluster < MOST && p->vocab > 8192 * cluster) cluster *= 2;
-        if (4 * p->vocab / cluster > HALF_BYTES) threads = 1024;
-        each = (i32)((p->vocab + vec * threads * cluster - 1) / (vec * threads * cluster));
-        if (4ll * each * vec * threads > most_bytes) each = 0;
     }
     cuda_shape shape = {.constants = {(i32)p->dtype, (i32)p->out_dtype, p->in, p->out_kind, vec,
                                       threads, cluster, each},

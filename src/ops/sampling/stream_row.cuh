@@ -96,6 +96,7 @@ QI_INLINE int run_streamed(row_view *r, finder *f, u32 k, int *bad)
     __syncthreads(); /* values lie where the counts were */
     for (u32 i = threadIdx.x; i < n; i += THREADS)
         f->list.values[i] = value_of(key_in(c->ranks[i]));
+    __syncthreads();
     sort_list(f, n);
     if (n > 0) set_unit(r, f->list.values[0]);
     return finish_list(r, STREAM_AT, f, min(n, k));

@@ -216,7 +216,6 @@ QI_INLINE void join_lists(row_view *r, finder *f, const front *from)
         list->ranks[from->base + i] = f->list.ranks[i];
         list->values[from->base + i] = f->list.values[i];
     }
-    if (r->at.rank == 0 && threadIdx.x == 0) f->gathered = (u32)from->m.count;
     sync_row();
 }
 
@@ -256,11 +255,12 @@ QI_INLINE int narrow_lists(row_view *r, const int s, finder *f, front *from, u64
     for (u32 n = 0; n < MINE; n++) {
         const u32 key = (u32)(ranks[n] >> 32);
         if (key < from->b.low || key > from->b.high) continue;
-        const u32 to = atomicAdd((u32 *)at_block(&f->gathered, 0), 1u);
+        const u32 to = atomicAdd((u32 *)at_block(&f->gathered, 0), 1u) - r->gathered;
         list->ranks[to] = ranks[n];
         list->values[to] = values[n];
     }
     sync_row();
+    r->gathered += (u32)from->m.count;
     return 1;
 }
 
