@@ -256,18 +256,32 @@ QI_INLINE u64 piece_mass(const row_view *r, const int s, const float *x)
     return whole_mass(sum);
 }
 
+/* Does stage s, a filter of logits, leave its work to the softmax that follows? */
+QI_INLINE constexpr int waits(const int s)
+{
+    const int filters = s >= 0 && (kind_of(s) == STAGE_TOP_K || kind_of(s) == STAGE_TOP_N_SIGMA);
+    return filters && kind_of(s + 1) == STAGE_SOFTMAX;
+}
+
 /* Takes the row through stage s, whose view is complete. */
 QI_INLINE void apply_to_row(row_view *r, const int s)
 {
-    if (!RESIDENT || s >= NUM_KEPT) return;
+    if (!RESIDENT || s >= NUM_KEPT || waits(s)) return;
+    const int filtered = waits(s - 1); /* most pieces have nothing left to make weights of */
     r->mass = 0;
     FOR_EACH_PIECE(r, i)
     {
         float x[VEC];
+        int any = !filtered;
         piece(r, s, i, x);
-        apply_all(r, s, s + 1, i, x);
+        if (filtered) apply_all(r, s - 1, s, i, x);
+        for (int e = 0; e < VEC; e++) any |= x[e] > NO_LOGIT;
+        if (any)
+            apply_all(r, s, s + 1, i, x);
+        else
+            for (int e = 0; e < VEC; e++) x[e] = 0.f;
         keep_piece(r, i, x);
-        if (kind_of(s) == STAGE_SOFTMAX) r->mass += piece_mass(r, s + 1, x);
+        if (any && kind_of(s) == STAGE_SOFTMAX) r->mass += piece_mass(r, s + 1, x);
     }
 }
 
@@ -299,10 +313,19 @@ QI_INLINE float thread_largest(const row_view *r, const int s)
     return largest;
 }
 
+/* Do all stages from the early ones to s keep the row's largest token? Filters of logits do. */
+QI_INLINE constexpr int keeps_largest(const int s)
+{
+    int i = NUM_EARLY;
+    while (i < s && (kind_of(i) == STAGE_TOP_K || kind_of(i) == STAGE_TOP_N_SIGMA)) i++;
+    return i == s;
+}
+
 /* Of the row. */
 QI_INLINE float row_largest(row_view *r, const int s)
 {
-    return value_of((u32)max_row(&r->at, key_of(thread_largest(r, s))));
+    const float mine = RESIDENT && keeps_largest(s) ? r->largest : thread_largest(r, s);
+    return value_of((u32)max_row(&r->at, key_of(mine)));
 }
 
 QI_INLINE float early_value(const row_view *r, const int s)
