@@ -20,7 +20,7 @@ TINY = ["gemm", "m=2,n=32,k=32,data=cache"]
 def qkv(*arguments, **environment):
     """Runs the tool; returns its exit status, standard output and standard error."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("QKV_")}
-    done = subprocess.run(QKV + list(arguments), env=dict(clean, **environment), timeout=300,
+    done = subprocess.run(QKV + list(arguments), env=dict(clean, **environment), timeout=600,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
     return done.returncode, done.stdout, done.stderr
 
