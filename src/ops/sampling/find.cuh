@@ -569,12 +569,7 @@ QI_INLINE cut end_of_gathered(row_view *r, const int s, finder *f, measure m, u6
 /* The end of the prefix. b is a guess; where the whole row holds less than the wish, all is kept. */
 QI_INLINE cut find(row_view *r, const int s, finder *f, bracket b, u64 wish)
 {
-    measure m = {};
-    if (kind_of(s) == STAGE_TOP_K && wish <= MOST_GUESSED) {
-        m.count = gather_from(r, s, f, b.low);
-        if (m.count < wish) return KEEP_ALL;
-        if (m.count <= ROOM) return end_of_gathered(r, s, f, m, wish);
-    }
+    measure m;
     if (!find_bracket(r, s, f, &b, &m, wish)) return KEEP_ALL;
     if (m.count <= ROOM) {
         gather(r, s, f, b, (u32)m.count, m.mine);

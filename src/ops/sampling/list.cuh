@@ -95,34 +95,23 @@ QI_INLINE int finish_list(row_view *r, const int s, finder *f, u32 n)
     return draw_from_list(r, f, n) > 0;
 }
 
-/* Brings the k first tokens and some more into the first block's list, or all there are. Returns how many; more than
- * ROOM: there was no room. */
-QI_INLINE u32 gather_top_k(row_view *r, const int s, finder *f, u32 k)
+/* Stage s, top_k. Returns whether all that follows is done too: then *left says, in the first block, whether there was
+ * mass to draw from. */
+QI_INLINE int run_top_k(row_view *r, const int s, finder *f, u32 k, int *left)
 {
-    bracket b = guess_top_k(r, s, f, k);
-    measure m;
-    if (k <= MOST_GUESSED) {
-        const u32 n = gather_from(r, s, f, b.low);
-        if (n <= ROOM) return n;
+    const bracket b = guess_top_k(r, s, f, k);
+    const measure m = {.count = k <= MOST_GUESSED ? gather_from(r, s, f, b.low) : ROOM + 1};
+    if (m.count > ROOM) {
+        r->stages[s].last = find(r, s, f, b, k);
+    } else if (ends_in_list(s)) {
+        if (r->at.rank != 0) return 1;
+        sort_list(f, (u32)m.count);
+        *left = finish_list(r, s, f, min(k, (u32)m.count));
+        return 1;
+    } else if (m.count >= k) {
+        r->stages[s].last = end_of_gathered(r, s, f, m, k);
     }
-    find_bracket(r, s, f, &b, &m, k);
-    const u32 n = (u32)(m.above + m.count);
-    if (n > ROOM) return n;
-    if (m.above > 0) b.high = all_keys(s).high, m.mine = ~0u;
-    gather(r, s, f, b, n, m.mine);
-    return n;
-}
-
-/* Stage s, top_k, and all that follows, if the list has room for the k first tokens. Returns whether it had; in
- * *left whether there was mass to draw from, in the first block. */
-QI_INLINE int finish_in_list(row_view *r, const int s, finder *f, u32 k, int *left)
-{
-    const u32 n = gather_top_k(r, s, f, k);
-    if (n > ROOM) return 0;
-    if (r->at.rank != 0) return 1;
-    sort_list(f, n);
-    *left = finish_list(r, s, f, min(k, n));
-    return 1;
+    return 0;
 }
 
 #endif

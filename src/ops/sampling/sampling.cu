@@ -122,8 +122,7 @@ QI_INLINE int run_stage(row_view *r, const int s, finder *f, front *listed, int 
     } else if (kind == STAGE_TOP_K) {
         const i32 k = request_i32(values, r->request);
         if (k <= 0 || (u32)k >= r->vocab) return 0;
-        if (ends_in_list(s) && k <= ROOM && finish_in_list(r, s, f, (u32)k, left)) return 1;
-        v->last = find(r, s, f, guess_top_k(r, s, f, (u32)k), (u64)k);
+        if (run_top_k(r, s, f, (u32)k, left)) return 1;
     } else if (kind == STAGE_TOP_P) {
         const int was_listed = FRONT && s == TOP_P_AT;
         if (s == FRONT_AT) list_tokens(r, s, f, listed);
