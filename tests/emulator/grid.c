@@ -702,6 +702,7 @@ bool grid_run(const grid_launch *l)
     machine.wgmma_commit = wgmma_commit;
     machine.wgmma_wait = wgmma_wait;
     machine.mbarrier_init = mbarrier_init;
+    machine.mbarrier_inval = mbarrier_inval;
     machine.mbarrier_arrive = mbarrier_arrive;
     machine.store_async = store_async;
     machine.mbarrier_test = mbarrier_test;

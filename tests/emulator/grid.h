@@ -107,6 +107,7 @@ bool wgmma_is_awaited(const void *at); /* whether grid_sleep() is for products *
 /* mbarrier.c */
 void mbarrier_begin(void); /* a cluster */
 void mbarrier_init(void *at, int count);
+void mbarrier_inval(void *at);
 void mbarrier_arrive(void *at, int bytes);
 int mbarrier_test(void *at, unsigned parity);
 void mbarrier_wait(void *at, unsigned parity);

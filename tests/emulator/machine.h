@@ -118,6 +118,7 @@ typedef struct emulator_machine {
     void (*wgmma_commit)(void);
     void (*wgmma_wait)(unsigned n);
     void (*mbarrier_init)(void *barrier, int count);
+    void (*mbarrier_inval)(void *barrier);
     void (*mbarrier_arrive)(void *barrier, int bytes); /* that are expected from now on */
     int (*mbarrier_test)(void *barrier, unsigned parity);
     void (*mbarrier_wait)(void *barrier, unsigned parity);

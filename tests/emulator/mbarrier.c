@@ -65,6 +65,14 @@ void mbarrier_init(void *at, int count)
     memcpy(at, &value, sizeof value);
 }
 
+void mbarrier_inval(void *at)
+{
+    barrier *b = find(at);
+    if (b->awaited || b->bytes) grid_fault("mbarrier at %p: invalidated while in use", at);
+    b->at = NULL;
+    memset(at, 0xff, sizeof(uint64_t));
+}
+
 static void end_phase_if_complete(barrier *b)
 {
     if (b->pending || b->bytes) return;

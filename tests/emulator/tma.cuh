@@ -13,6 +13,11 @@ QI_INLINE void mbarrier_init(u64 *barrier, int count)
     emulator->mbarrier_init(barrier, count);
 }
 
+QI_INLINE void mbarrier_inval(u64 *barrier)
+{
+    emulator->mbarrier_inval(barrier);
+}
+
 QI_INLINE void mbarrier_fence_init()
 {
 }

@@ -19,6 +19,13 @@ QI_INLINE void mbarrier_init(u64 *barrier, int count)
                  : "memory");
 }
 
+/* Its memory may be used for something else from the next barrier of the block on. By one thread, when nobody waits for
+ * it or will. */
+QI_INLINE void mbarrier_inval(u64 *barrier)
+{
+    asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
 QI_INLINE void mbarrier_fence_init()
 {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

@@ -71,7 +71,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 #endif
 #if PREFILL
     int *is_last = (int *)shared;
-    if (DECODE_ROWS && !any_item(a, begin, end, QI_TILE_PREFILL)) return;
+#if DECODE_ROWS
+    decode_ring_close(&ring);
+    if (!any_item(a, begin, end, QI_TILE_PREFILL)) return;
+#endif
     for (int i = begin; i < end; i++) {
         const qi_work *w = &a->plan.work[i];
         if (w->flags != QI_TILE_PREFILL) continue;

@@ -198,6 +198,15 @@ QI_INLINE decode_ring decode_ring_open(const mma_params *m, char *rings, decode_
     return r;
 }
 
+/* The block's memory is for something else from its next barrier on. Every load has come, and was used. */
+QI_INLINE void decode_ring_close(const decode_ring *ring)
+{
+#if DECODE_PIECE > 0
+    if (threadIdx.x % WARP == 0)
+        for (int i = 0; i < DECODE_STAGES; i++) mbarrier_inval(&ring->full[i]);
+#endif
+}
+
 /* A thread's ordinary reads and writes of slots come before what the copy engine writes there, once there has been a
  * barrier. */
 QI_INLINE void decode_fence()
