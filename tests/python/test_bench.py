@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 import qkv  # noqa: E402
 from qkv.bench import measure, report  # noqa: E402
 from qkv.bench.__main__ import FAMILIES, main  # noqa: E402
+from qkv.bench.logits import FILTERS, top_k_problem  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +90,8 @@ def records_of(folder):
     return json.loads((folder / "bench.json").read_text())["records"]
 
 
-def run(folder, *families):
-    words = [word for name in families for word in ("--family", name)]
-    return main(["--quick", "--threads", "2", "--out", str(folder), *words])
+def run(folder, family, *options):
+    return main(["--quick", "--threads", "2", "--out", str(folder), "--family", family, *options])
 
 
 def test_wrong_values_are_caught_and_not_timed(tmp_path, monkeypatch, capsys):
@@ -127,19 +127,26 @@ def test_draws_of_another_distribution_are_caught(tmp_path, monkeypatch):
     monkeypatch.setattr(qkv, "sample", the_largest)
     assert run(tmp_path, "sampling") == 1
     found = [r["wrong"] for r in records_of(tmp_path) if "wrong" in r]
-    assert len(found) == 2 and all(text.startswith("shares of tokens") for text in found)
+    assert len(found) == len(FILTERS) and all(text.startswith("shares of tokens") for text in found)
 
 
 def test_tokens_that_a_filter_drops_are_caught(tmp_path, monkeypatch):
     right = qkv.sample
 
-    def unfiltered(logits, *, top_k=None, top_p=None, **options):
+    def unfiltered(logits, *, top_k=None, top_p=None, min_p=None, **options):
         return right(logits, **options)
 
     monkeypatch.setattr(qkv, "sample", unfiltered)
     assert run(tmp_path, "sampling") == 1
     found = {r["label"]: r["wrong"] for r in records_of(tmp_path) if "wrong" in r}
-    assert "not among those that are kept" in found["top-k, top-p, 8192 x 64"]
+    for label in FILTERS.keys() - {"sample"}:
+        assert "not among those that are kept" in found[f"{label}, 8192 x 64"]
+
+
+def test_other_libraries_are_left_out(tmp_path):
+    assert run(tmp_path, "decode", "--library", "torch flash g", "--library", "torch math") == 0
+    kept = {(r["library"], r["form"]) for r in records_of(tmp_path)}
+    assert kept == {("qkv", ""), ("torch flash", "gqa"), ("torch math", "gqa"), ("torch math", "folded")}
 
 
 def test_an_error_of_qkv_is_a_wrong_result(tmp_path, monkeypatch):
@@ -160,6 +167,19 @@ def problem(*candidates, wanted=1.0):
 @pytest.fixture(scope="module")
 def bench():
     return measure.Bench("cpu", 1, quick=True)
+
+
+def test_one_of_the_largest_that_is_missed_is_caught(bench, monkeypatch):
+    right = qkv.top_k
+
+    def with_the_second_twice(x, k, *, values, indices, **options):
+        right(x, k, values=values, indices=indices, **options)
+        values[:, 0], indices[:, 0] = values[:, 1], indices[:, 1]
+        return values, indices
+
+    monkeypatch.setattr(qkv, "top_k", with_the_second_twice)
+    ours, torchs = measure.measure(bench, top_k_problem(bench, 2, 1000))
+    assert ours["wrong"] == "not the 50 largest" and "us" in torchs
 
 
 def test_a_peer_that_refuses_is_skipped_with_its_reason(bench):

@@ -25,6 +25,9 @@ def parser():
     p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     p.add_argument("--family", action="append", metavar="NAME", choices=FAMILIES,
                    help=f"only this one; may be given several times. One of: {', '.join(FAMILIES)}")
+    p.add_argument("--library", action="append", metavar="NAME",
+                   help="beside qkv only those whose library and form begin so, as with torch, "
+                        "'torch cudnn' or 'flashinfer xqa'; may be given several times")
     p.add_argument("--quick", action="store_true", help="small problems and short timings")
     p.add_argument("--out", default="qkv-bench", metavar="DIR",
                    help="folder for bench.json and PNG files (default: qkv-bench)")
@@ -58,6 +61,10 @@ def main(argv=None):
         problems = getattr(importlib.import_module(f".{FAMILIES[family]}", __package__), family)
         with torch.inference_mode():
             for problem in problems(bench):
+                if options.library:
+                    wanted = ("qkv", *options.library)
+                    problem.candidates = [c for c in problem.candidates
+                                          if f"{c.library} {c.form}".startswith(wanted)]
                 found = measure.measure(bench, problem)
                 table.add(found)
                 records += found

@@ -14,6 +14,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
 
 from qkv.attention import Attention
 
@@ -129,8 +130,9 @@ def backend_only(backend):
 
 
 def sdpa_candidates(rs, forms):
-    """forms: {name: make}, each tried with every backend that the device may have."""
-    names = SDPA if rs.bench.gpu else ("math", "flash")
+    """forms: {name: make}, each tried with every backend that the device may have; without math on a GPU,
+    where it is nobody's choice and its logits may not fit."""
+    names = ("flash", "mem-efficient", "cudnn") if rs.bench.gpu else ("math", "flash")
     return [Candidate(f"torch {name}", make, form, functools.partial(backend_only, SDPA[name]))
             for name in names for form, make in forms.items()]
 
@@ -253,8 +255,19 @@ def flashinfer_decode(rs):
             return lambda i: op.run(rs.q[i], (rs.k[i], rs.v[i]))
         return make
 
+    def xqa():
+        from flashinfer.decode import xqa_batch_decode_with_kv_cache as attend
+
+        workspace = torch.zeros(FLASHINFER_WORKSPACE, dtype=torch.uint8, device=rs.bench.device)
+        kv_lens = rs.bench.on_device(i32(rs.kv_lens)).view(torch.uint32)
+        pages = rs.page_indices.split(rs.page_indptr.diff().tolist())
+        table = rs.bench.on_device(pad_sequence(pages, batch_first=True))
+        return lambda i: attend(rs.q[i], (rs.k[i], rs.v[i]), workspace, table, kv_lens,
+                                max(rs.kv_lens), bmm1_scale=rs.dim**-0.5)
+
     return [*flashinfer_candidate(rs.bench, with_option(True), "tensor cores"),
-            *flashinfer_candidate(rs.bench, with_option(False), "cuda cores")]
+            *flashinfer_candidate(rs.bench, with_option(False), "cuda cores"),
+            *flashinfer_candidate(rs.bench, xqa, "xqa")]
 
 
 def flashinfer_prefill(rs):
@@ -324,8 +337,9 @@ def prefill(bench):
         heads, ragged, mixed, paged = (8, 2, 64), [(1, 128)], [16, 70, 33], [(2, 40, 40), (2, 16, 90)]
         dtypes = ("bf16" if bench.gpu else "f32",)
     elif bench.gpu:
-        heads, ragged = (32, 8, 128), [(16, 1024), (4, 4096), (1, 8192)]
-        mixed, paged = [4096 // (r + 1) for r in range(16)], [(4, 4096, 4096), (8, 128, 8192)]
+        heads, ragged = (32, 8, 128), [(16, 1024), (4, 4096), (1, 16384)]
+        mixed = [4096 // (r + 1) for r in range(16)]
+        paged = [*((batch, n, n) for batch, n in ragged), (8, 128, 8192)]
         dtypes = ("bf16",)
     else:
         heads, ragged, mixed = (32, 8, 128), [(1, 512)], [512, 256, 171, 128, 64]

@@ -43,7 +43,9 @@ def gemm_problem(bench, m, n, k, dtype):
 
 # ---- sampling ------------------------------------------------------------------------------------
 
-TEMPERATURE, TOP_K, TOP_P = 0.8, 50, 0.9
+TEMPERATURE, TOP_K, TOP_P, MIN_P = 0.8, 50, 0.9, 0.05
+FILTERS = {"sample": {}, "top-k, top-p": {"top_k": TOP_K, "top_p": TOP_P}, "top-p": {"top_p": TOP_P},
+           "min-p": {"min_p": MIN_P}}
 # That many draws from one row of so few tokens: their shares are off by some 0.06 all together.
 DRAWS, FEW, SHARE = 8192, 64, 0.12
 
@@ -52,24 +54,32 @@ def sampling(bench):
     if bench.quick:
         sizes = [(2, 1000)]
     else:
-        sizes = [(n, 128256) for n in ((1, 64, 512) if bench.gpu else (1, 16))]
+        sizes = [(n, 128256) for n in ((1, 16, 64, 256, 512) if bench.gpu else (1, 16))]
     for batch, vocab in sizes:
         yield argmax_problem(bench, batch, vocab)
-        for filtered in (False, True):
-            yield sample_problem(bench, batch, vocab, filtered)
-    for filtered in (False, True):
-        yield sample_problem(bench, DRAWS, FEW, filtered)
+        yield top_k_problem(bench, batch, vocab)
+        yield softmax_problem(bench, batch, vocab)
+        for label in FILTERS:
+            yield sample_problem(bench, label, batch, vocab)
+    for label in FILTERS:
+        yield sample_problem(bench, label, DRAWS, FEW)
 
 
-def logits_problem(bench, label, x, candidates, check):
+def logits_problem(bench, label, x, candidates, check, passes=1):
+    """passes: how often as many bytes as the logits have are moved."""
     sets, batch, vocab = x.shape
     size = batch * vocab * x.dtype.itemsize
     return Problem("sampling", f"{label}, {batch} x {vocab}", {"dtype": "f32"}, sets, size, candidates,
-                   check, bytes=size)
+                   check, bytes=passes * size)
+
+
+def logits(bench, batch, vocab):
+    """[sets][batch, vocab]."""
+    return bench.filled((bench.num_sets(batch * vocab * 4), batch, vocab), "f32")
 
 
 def argmax_problem(bench, batch, vocab):
-    x = bench.filled((bench.num_sets(batch * vocab * 4), batch, vocab), "f32")
+    x = logits(bench, batch, vocab)
     out = torch.empty(batch, dtype=torch.int32, device=bench.device)
 
     def check(tokens):
@@ -83,27 +93,73 @@ def argmax_problem(bench, batch, vocab):
     return logits_problem(bench, "argmax", x, candidates, check)
 
 
-def kept_probabilities(row, filtered):
+def top_k_problem(bench, batch, vocab):
+    """The TOP_K largest in any order."""
+    x = logits(bench, batch, vocab)
+    values = bench.empty((batch, TOP_K), "f32")
+    tokens = torch.empty(batch, TOP_K, dtype=torch.int32, device=bench.device)
+
+    def check(result):
+        values, tokens = result
+        if not torch.equal(x[0].gather(1, tokens.long()), values):
+            return "a value is not that of its token"
+        largest = x[0].sort(-1, descending=True)[0][:, :TOP_K]
+        right = torch.equal(values.sort(-1, descending=True)[0], largest)
+        return None if right else f"not the {TOP_K} largest"
+
+    def flashinfer():
+        from flashinfer import top_k
+
+        return lambda i: top_k(x[i], TOP_K)
+
+    candidates = [
+        Candidate("qkv", lambda: lambda i: qkv.top_k(x[i], TOP_K, sorted=False, values=values,
+                                                     indices=tokens, ctx=bench.ctx)),
+        Candidate("torch", lambda: lambda i: x[i].topk(TOP_K, sorted=False)),
+        *flashinfer_candidate(bench, flashinfer),
+    ]
+    return logits_problem(bench, f"top {TOP_K}", x, candidates, check)
+
+
+def softmax_problem(bench, batch, vocab):
+    x, out = logits(bench, batch, vocab), bench.empty((batch, vocab), "f32")
+
+    def flashinfer():
+        from flashinfer.sampling import softmax
+
+        return lambda i: softmax(x[i], TEMPERATURE)
+
+    candidates = [
+        Candidate("qkv", lambda: lambda i: qkv.renormalize(x[i], temperature=TEMPERATURE, out=out,
+                                                           ctx=bench.ctx)),
+        Candidate("torch", lambda: lambda i: (x[i] / TEMPERATURE).softmax(-1)),
+        *flashinfer_candidate(bench, flashinfer),
+    ]
+    return logits_problem(bench, "softmax", x, candidates,
+                          lambda got: [(got, (x[0].double() / TEMPERATURE).softmax(-1))], passes=2)
+
+
+def kept_probabilities(row, top_k=None, top_p=1.0, min_p=0.0):
     """The distribution that is drawn from, float64 [.., vocab]; and the same a little wider."""
-    p = (row.double() / TEMPERATURE).softmax(-1)
-    if not filtered:
-        return p, p
-    p, order = p.sort(-1, descending=True)
-    p[..., TOP_K:] = 0
+    p, order = (row.double() / TEMPERATURE).softmax(-1).sort(-1, descending=True)
+    p[..., top_k or p.shape[-1]:] = 0
     p /= p.sum(-1, keepdim=True)
     before = p.cumsum(-1) - p
     back = order.argsort(-1)
-    exact, wider = (p.where(before < TOP_P + slack, 0).gather(-1, back) for slack in (0, 1e-5))
+    exact, wider = (
+        p.where((before < top_p + slack) & (p >= min_p * (1 - slack) * p[..., :1]), 0).gather(-1, back)
+        for slack in (0, 1e-5))
     return exact / exact.sum(-1, keepdim=True), wider
 
 
-def sample_problem(bench, batch, vocab, filtered):
+def sample_problem(bench, label, batch, vocab):
     """Rows of their own; or DRAWS times the same one, so that shares can be counted."""
-    sets = bench.num_sets(batch * vocab * 4)
+    filters = FILTERS[label]
     rows = 1 if batch == DRAWS else batch
+    sets = bench.num_sets(batch * vocab * 4)
     x = bench.filled((sets, rows, vocab), "f32") * (1 if rows < batch else 3)  # none alone likely
     x = x.expand(sets, batch, vocab).contiguous()
-    exact, wider = kept_probabilities(x[0, :rows], filtered)
+    exact, wider = kept_probabilities(x[0, :rows], **filters)
 
     def check(tokens):
         tokens = tokens.flatten().long()
@@ -116,42 +172,78 @@ def sample_problem(bench, batch, vocab, filtered):
                 return f"shares of tokens are off by {off:.3f}, {SHARE} allowed"
         return None
 
-    def of_all(value, dtype):
+    def of_all(value):
+        dtype = torch.int32 if isinstance(value, int) else torch.float32
         return torch.full((batch,), value, dtype=dtype, device=bench.device)
 
-    temperature = of_all(TEMPERATURE, torch.float32)
-    top_k, top_p = of_all(TOP_K, torch.int32), of_all(TOP_P, torch.float32)
+    by_row = {name: of_all(value) for name, value in filters.items()}
+    temperature = of_all(TEMPERATURE)
 
     def ours():
         seed = torch.arange(batch, dtype=torch.int64, device=bench.device)
-        options = {"seed": seed, "temperature": temperature}
-        options |= {"top_k": top_k, "top_p": top_p} if filtered else {}
         out = torch.empty(batch, dtype=torch.int32, device=bench.device)
-        return lambda i: qkv.sample(x[i], **options, out=out, ctx=bench.ctx)
+        return lambda i: qkv.sample(x[i], seed=seed, temperature=temperature, **by_row, out=out,
+                                    ctx=bench.ctx)
 
     def race(p):
         """A draw by an exponential race: what engines use in place of multinomial, which waits."""
         return (p / torch.empty_like(p).exponential_()).argmax(-1)
 
-    def plain():
-        if not filtered:
-            return lambda i: race((x[i] / temperature[:, None]).softmax(-1))
+    def plain(i):
+        scaled = x[i] / temperature[:, None]
+        if "top_p" not in filters:
+            p = scaled.softmax(-1)
+            if "min_p" in filters:
+                p = p.masked_fill(p < MIN_P * p.amax(-1, keepdim=True), 0)
+            return race(p)
+        largest, tokens = scaled.topk(min(TOP_K, vocab)) if "top_k" in filters \
+            else scaled.sort(-1, descending=True)
+        p = largest.softmax(-1)
+        p = p.masked_fill(p.cumsum(-1) - p >= TOP_P, 0)
+        return tokens.gather(1, race(p)[:, None])[:, 0]
 
-        def run(i):
-            largest, tokens = (x[i] / temperature[:, None]).topk(min(TOP_K, vocab))
-            p = largest.softmax(-1)
-            p = p.masked_fill(p.cumsum(-1) - p >= TOP_P, 0)
-            return tokens.gather(1, race(p)[:, None])[:, 0]
-        return run
-
-    def flashinfer():
-        from flashinfer import sampling as theirs
-
-        if filtered:
-            return lambda i: theirs.top_k_top_p_sampling_from_logits(x[i] / TEMPERATURE, top_k, top_p)
-        return lambda i: theirs.sampling_from_logits(x[i] / TEMPERATURE)
-
-    candidates = [Candidate("qkv", ours), Candidate("torch", plain),
-                  *flashinfer_candidate(bench, flashinfer)]
-    label = "top-k, top-p" if filtered else "sample"
+    candidates = [Candidate("qkv", ours), Candidate("torch", lambda: plain),
+                  *flashinfer_samplers(bench, label, x, temperature, by_row)]
     return logits_problem(bench, label, x, candidates, check)
+
+
+def flashinfer_samplers(bench, label, x, temperature, by_row):
+    """From logits, which only some of its functions take, and from the probabilities of its softmax. One
+    top_k for all rows takes another way than one a row; a bound of them, top_k_max, is as good."""
+    # Tensors, without which a call cannot be captured; rows draw with streams of their own.
+    draw = {name: torch.zeros(1, dtype=torch.int64, device=bench.device) for name in ("seed", "offset")}
+
+    def scaled(i):
+        return x[i] / temperature[:, None]
+
+    def probs(theirs, i):
+        return theirs.sampling.softmax(x[i], temperature)
+
+    forms = {
+        "sample": {
+            "logits": lambda theirs, i: theirs.sampling.sampling_from_logits(scaled(i), **draw),
+            "probs": lambda theirs, i: theirs.sampling.sampling_from_probs(probs(theirs, i), **draw)},
+        "top-k, top-p": {
+            "logits": lambda theirs, i: theirs.sampling.top_k_top_p_sampling_from_logits(
+                scaled(i), TOP_K, TOP_P, **draw),
+            "logits, by row": lambda theirs, i: theirs.sampling.top_k_top_p_sampling_from_logits(
+                scaled(i), **by_row, top_k_max=TOP_K, **draw),
+            "probs": lambda theirs, i: theirs.sampling.top_k_top_p_sampling_from_probs(
+                probs(theirs, i), TOP_K, TOP_P, **draw),
+            "probs, cake": lambda theirs, i: theirs.cake_top_k_top_p_sampling_from_probs(
+                probs(theirs, i), TOP_K, TOP_P, philox_seed=0, philox_offset=0)},
+        "top-p": {"probs": lambda theirs, i: theirs.sampling.top_p_sampling_from_probs(
+            probs(theirs, i), **by_row, **draw)},
+        "min-p": {"probs": lambda theirs, i: theirs.sampling.min_p_sampling_from_probs(
+            probs(theirs, i), **by_row, **draw)},
+    }
+
+    def with_form(run):
+        def make():
+            import flashinfer as theirs
+
+            return lambda i: run(theirs, i)
+        return make
+
+    return [candidate for form, run in forms[label].items()
+            for candidate in flashinfer_candidate(bench, with_form(run), form)]

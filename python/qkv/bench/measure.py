@@ -27,7 +27,7 @@ DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 # The largest difference from a float64 result x, as a share of |x| + the root mean square of all x.
 TOLERANCE = {"f32": 5e-5, "f16": 3e-3, "bf16": 2e-2}
 ROUNDS = 3  # turns that each candidate gets
-MAX_SETS = 64
+MAX_SETS = 512
 BLOCK = 1048583  # random values before they repeat; a prime, so that no page is like another
 MAX_SKIP = 160  # characters of a reason
 
