@@ -200,6 +200,11 @@ qkv_status qi_cuda_find(void *library, const char *name, void **out)
     return qi_cuda_check(result, "cuLibraryGetKernel", __FILE__, __LINE__);
 }
 
+i32 qi_cuda_most_clustered(const qi_cuda_device *device)
+{
+    return device->major == 9 || device->major == 10 ? 16 : device->major > 8 ? 8 : 1;
+}
+
 qkv_status qi_cuda_function(const qi_cuda_device *device, void *kernel, cu_function *out)
 {
     int fixed = 0; /* what the kernel has without asking for more at launch */
@@ -207,6 +212,8 @@ qkv_status qi_cuda_function(const qi_cuda_device *device, void *kernel, cu_funct
     ON_DEVICE(device, qi_cuda.function_get(&fixed, CU_FUNCTION_SHARED_BYTES, *out));
     ON_DEVICE(device, qi_cuda.function_set(*out, CU_FUNCTION_MAX_DYNAMIC_SHARED_BYTES,
                                            device->shared_bytes - fixed));
+    if (qi_cuda_most_clustered(device) > 8)
+        ON_DEVICE(device, qi_cuda.function_set(*out, CU_FUNCTION_ANY_CLUSTER_SIZE, 1));
     return QKV_OK;
 }
 

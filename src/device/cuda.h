@@ -42,7 +42,11 @@ qkv_status qi_cuda_load_image(const void *image, void **out, const char **error)
 /* *out: the kernel of that name, NULL if there is none. MEMORY, DEVICE */
 qkv_status qi_cuda_find(void *library, const char *name, void **out);
 
-/* Loads a kernel onto the device and allows it all of the shared memory. */
+/* The most blocks of a cluster: more than the 8 of every GPU with clusters where there are as many multiprocessors in one
+ * group. */
+i32 qi_cuda_most_clustered(const qi_cuda_device *device);
+
+/* Loads a kernel onto the device and allows it all of the shared memory, and its largest clusters. */
 qkv_status qi_cuda_function(const qi_cuda_device *device, void *kernel, cu_function *out);
 
 typedef struct qi_grid {
@@ -51,8 +55,7 @@ typedef struct qi_grid {
     u32 shared_bytes; /* dynamic */
     i32 overlaps_before; /* from sm_90 on it may begin before what precedes it in the stream has ended: the
                             kernel waits for that itself (griddepcontrol.wait) */
-    u32 cluster; /* blocks along x that form a cluster (kern/cuda/cluster.cuh); 0 and 1: none. At most 8, and x is
-                    a multiple of it */
+    u32 cluster; /* blocks along x that form a cluster (kern/cuda/cluster.cuh); 0 and 1: none. x is a multiple of it */
 } qi_grid;
 
 /* Enqueues one launch; params is the kernel's only parameter. UNSUPPORTED: a cluster, on a device older than

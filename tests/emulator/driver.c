@@ -362,6 +362,11 @@ EXPORT CUresult cuKernelGetFunction(CUfunction *function, CUkernel kernel)
     LEAVE(kernel ? SUCCESS : INVALID_HANDLE);
 }
 
+static bool has_large_clusters(void)
+{
+    return device_arch() / 10 == 9 || device_arch() / 10 == 10;
+}
+
 static int fixed_shared_bytes(CUfunction f)
 {
     const emulator_module *m = f->library->modules[0];
@@ -387,6 +392,10 @@ EXPORT CUresult cuFuncSetAttribute(CUfunction f, int attribute, int value)
 {
     ENTER();
     if (attribute == 9) LEAVE(SUCCESS); /* carveout: a hint */
+    if (attribute == 14 && has_large_clusters()) {
+        f->any_cluster = value != 0;
+        LEAVE(SUCCESS);
+    }
     if (attribute != 8 || value < 0 || value + fixed_shared_bytes(f) > shared_optin())
         LEAVE(INVALID_VALUE);
     f->max_shared_bytes = (unsigned)value;
@@ -420,7 +429,7 @@ static CUresult check_launch(const CUlaunchConfig *c, CUfunction f)
 }
 
 /* *blocks: of a cluster, 1 without one. Those along other axes than x are not emulated. */
-static CUresult find_cluster(const CUlaunchConfig *c, unsigned *blocks)
+static CUresult find_cluster(const CUlaunchConfig *c, CUfunction f, unsigned *blocks)
 {
     enum { CLUSTER_DIMENSION = 4 };
     *blocks = 1;
@@ -428,7 +437,8 @@ static CUresult find_cluster(const CUlaunchConfig *c, unsigned *blocks)
         const emulator_index size = c->attributes[i].value.cluster;
         if (c->attributes[i].id != CLUSTER_DIMENSION) continue;
         if (device_arch() < 90 || size.y != 1 || size.z != 1) return NOT_SUPPORTED;
-        if (size.x == 0 || size.x > MAX_CLUSTER) return INVALID_CLUSTER_SIZE;
+        if (size.x == 0 || size.x > (f->any_cluster ? MAX_CLUSTER : PORTABLE_CLUSTER))
+            return INVALID_CLUSTER_SIZE;
         if (c->grid.x % size.x) return INVALID_VALUE;
         *blocks = size.x;
     }
@@ -439,7 +449,7 @@ static CUresult launch_on(const CUlaunchConfig *c, CUfunction f, void **params)
 {
     unsigned cluster;
     CUresult result = check_launch(c, f);
-    if (result == SUCCESS) result = find_cluster(c, &cluster);
+    if (result == SUCCESS) result = find_cluster(c, f, &cluster);
     if (result != SUCCESS) return result;
     for (unsigned rank = 0; rank < cluster; rank++)
         if (!open_object(f->library, rank)) return OUT_OF_MEMORY;

@@ -55,6 +55,7 @@ struct CUkern_st {
     const emulator_kernel *kernel;
     char name[64];
     unsigned max_shared_bytes; /* dynamic */
+    bool any_cluster;          /* also of more than PORTABLE_CLUSTER blocks */
     CUkernel next;
 };
 

@@ -17,7 +17,7 @@ void fiber_switch(fiber_place *from, const fiber_place *to);
 fiber_place fiber_begin(void *top, void (*entry)(void));
 
 /* The top of stack i below MAX_STACKS, of some 120 KiB above memory that may not be touched; NULL: no memory. */
-enum { MAX_STACKS = 8 << 10 };
+enum { MAX_STACKS = 16 << 10 };
 void *fiber_stack(unsigned i);
 
 #endif

@@ -10,7 +10,7 @@
 #include "machine.h"
 
 enum { MAX_THREADS = 1024, LANES = 32, MAX_WARPS = MAX_THREADS / LANES, NUM_BARRIERS = 16 };
-enum { MAX_CLUSTER = 8 }; /* blocks */
+enum { MAX_CLUSTER = 16, PORTABLE_CLUSTER = 8 }; /* blocks; those of every kernel */
 enum { SHARED_DEFAULT = 48 << 10, MAX_PARAMS = 4096 };
 
 /* The kernel, of an object loaded for the blocks of one rank alone: so each has its own __shared__ variables. */
