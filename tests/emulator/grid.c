@@ -478,11 +478,13 @@ static void *cluster_at(const void *p, unsigned rank)
     return there;
 }
 
-/* Needs no barrier of the cluster after it: the block is there as long as somebody in it waits for the bytes. */
+/* Needs no barrier of the cluster after it: the block is there as long as somebody in it waits for the bytes; so it
+ * was for what its memory was used for before. */
 static void store_async(void *p, unsigned long long value, void *barrier, unsigned rank)
 {
     void *const there = memory_of(p, rank);
     if (blocks[rank].num_live == 0) grid_fault("store_async: block %u has ended", rank);
+    blocks[rank].used_at = 0;
     memcpy(there, &value, sizeof value);
     mbarrier_complete(memory_of(barrier, rank), sizeof value);
 }
