@@ -107,7 +107,9 @@ static const struct {
     {"sampling.cuda", {F32, QI_I32, 0, 3, 4, 512, 8, 0, 0xeb9a7, 0, 0}}, /* streamed */
     {"sampling.cuda", {BF16, QI_I32, 0, 3, 8, 512, 8, 4, 0xeb9, 0, 0}},  /* top_p */
     {"sampling.cuda", {F32, F32, 0, 1, 4, 512, 8, 10, 0xb9, 0, 0}},      /* top_p to rows */
-    {"sampling.cuda", {F32, QI_I32, 0, 3, 4, 512, 8, 8, 0xec97, 0, 0}},  /* min_p */
+    {"sampling.cuda", {F32, QI_I32, 0, 3, 4, 512, 16, 16, 0xecb97, 0, 0}},
+    {"sampling.cuda", {BF16, QI_I32, 0, 3, 8, 512, 1, 0, 0xeb9, 0, 0}},
+    {"sampling.cuda", {F32, QI_I32, 0, 3, 4, 512, 8, 8, 0xec97, 0, 0}}, /* min_p */
     {"sampling.cuda", {F16, F16, 0, 1, 8, 512, 1, 0, 0xdcba987, 0, 0}},
 };
 

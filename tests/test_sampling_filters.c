@@ -90,6 +90,34 @@ static void rows_of_every_size(void **state)
         }
 }
 
+/* Rows that 2 to 16 blocks of a GPU share: top_k, and top_p by itself and before other filters, of each shape in turn. The
+ * longest, which take an emulator seconds, are few. */
+static void rows_of_several_blocks(void **state)
+{
+    (void)state;
+    static const struct {
+        int64_t vocab;
+        int cases;
+    } rows[] = {{9000, 8}, {30000, 8}, {70000, 4}, {131071, 4}, {400000, 2}};
+    static const unsigned some[] = {STAGE(TOP_P), STAGE(TOP_P) | STAGE(MIN_P),
+                                    STAGE(TOP_P) | STAGE(TOP_K), STAGE(TOP_K)};
+    int turn = (int)test_below(ROW_NUM_SHAPES);
+    for (int v = 0; v < 5; v++)
+        for (int n = sampling_compiles() ? 1 : sampling_cases(1) * rows[v].cases; n > 0;
+             n--, turn++) {
+            const sampling_spec spec = {
+                .batch = v < 2 ? 3 : 1,
+                .vocab = rows[v].vocab,
+                .dtype = test_below(4) ? QKV_F32 : any_dtype(),
+                .kind = n % 3 == 2 ? QKV_PROBS : QKV_LOGITS,
+                .order = QKV_TOP_K_JOINT,
+                .given = some[turn % 4],
+                .shape = turn % ROW_NUM_SHAPES,
+            };
+            check_operators(n % 2 ? SAMPLE : RENORMALIZE, spec, QKV_F32, false);
+        }
+}
+
 static void batches_of_every_size(void **state)
 {
     (void)state;
@@ -317,6 +345,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(filters_keep_what_a_sort_keeps),
         cmocka_unit_test(rows_of_every_size),
+        cmocka_unit_test(rows_of_several_blocks),
         cmocka_unit_test(batches_of_every_size),
         cmocka_unit_test(sets_are_those_by_hand),
         cmocka_unit_test(ties_end_at_the_lowest_indices),

@@ -1,29 +1,34 @@
 /* exchange.cuh - sums, maxima and messages between the warps of all blocks that share a row. One barrier each:
- * what is sent takes turns between two places, so that the next message does not meet readers of this one.
+ * what is sent takes turns between two places, so that the next of it does not meet readers of this one.
  *
  * Sums are of integers: the same however a row is shared.
  * SPDX-License-Identifier: Apache-2.0 */
 #ifndef QI_SAMPLING_EXCHANGE_CUH
 #define QI_SAMPLING_EXCHANGE_CUH
 
-#include "ops/sampling/weights.h"
-#if CLUSTER > 1
 #include "kern/cuda/cluster.cuh"
 #include "kern/cuda/tma.cuh"
-#endif
+#include "ops/sampling/weights.h"
 
-enum { WARPS = THREADS / WARP, ALL_WARPS = CLUSTER * WARPS, PARTIALS = 3 };
+enum {
+    WARPS = THREADS / WARP,
+    ALL_WARPS = CLUSTER * WARPS,
+    PARTIALS = 3, /* of a warp */
+    FROM_BLOCK = 65,
+    MOST_SENT =
+        PARTIALS * ALL_WARPS > FROM_BLOCK *CLUSTER ? PARTIALS *ALL_WARPS : FROM_BLOCK *CLUSTER
+};
 
-/* A message of one thread to all. */
+/* What one thread has to say to all. */
 typedef struct notice {
     u64 amount;
     u32 key, index;
 } notice;
 
 typedef struct mailbox {
-    u64 partials[2][PARTIALS * ALL_WARPS];
-    u64 arrived[2]; /* mbarriers of expect() */
-    u64 listed;     /* and of what goes to the first block alone (send_rank() in find.cuh) */
+    u64 partials[2][MOST_SENT];
+    u64 arrived[2]; /* mbarriers of messages there */
+    u64 listed;     /* and of lists */
     notice notices[2];
 } mailbox;
 
@@ -54,6 +59,74 @@ QI_INLINE void *at_block(const void *p, u32 rank)
     return (void *)p;
 }
 #endif
+
+/* Where all send to next: two places take turns. Who sends to one again has what all warps sent to the other, which they
+ * did when they had what was sent here before, and had read it. */
+QI_INLINE u64 *next_place(place *at)
+{
+    u64 *const to = at->box->partials[at->turn];
+    at->turn ^= 1;
+    return to;
+}
+
+/* ---- messages ------------------------------------------------------------------------------- */
+
+/* Values of 8 bytes that threads send to places in all blocks. There is no barrier between blocks, and so no fence of all
+ * memory, which that is for every warp: a block expects so many values at an mbarrier, and who has awaited it sees
+ * them, but not what their senders wrote elsewhere. */
+typedef struct message {
+    u64 *to, *arrived;
+    u32 parity;
+} message;
+
+#if CLUSTER > 1
+/* By one thread, before the first barrier of the row. */
+QI_INLINE void open_mailbox(mailbox *box)
+{
+    for (int i = 0; i < 2; i++) mbarrier_init(&box->arrived[i], 1);
+    mbarrier_init(&box->listed, 1);
+    mbarrier_fence_init();
+}
+
+QI_INLINE void expect(u64 *arrived, u32 count)
+{
+    if (threadIdx.x == 0) mbarrier_arrive_expect_tx(arrived, (int)(8 * count));
+}
+
+QI_INLINE void send(u64 *to, u64 value, u64 *arrived, u32 rank)
+{
+    store_async(to, value, arrived, rank);
+}
+
+QI_INLINE void await(u64 *arrived, u32 parity)
+{
+    mbarrier_wait(arrived, parity);
+}
+#else
+QI_INLINE void expect(u64 *arrived, u32 count)
+{
+    (void)arrived, (void)count;
+}
+
+QI_INLINE void send(u64 *to, u64 value, u64 *arrived, u32 rank)
+{
+    (void)arrived, (void)rank;
+    *to = value;
+}
+
+QI_INLINE void await(u64 *arrived, u32 parity)
+{
+    (void)arrived, (void)parity;
+    __syncthreads();
+}
+#endif
+
+QI_INLINE message next_message(place *at)
+{
+    const u32 turn = at->turn, parity = at->parities >> turn & 1;
+    at->parities ^= 1u << turn;
+    return {next_place(at), &at->box->arrived[turn], parity};
+}
 
 /* ---- warps ---------------------------------------------------------------------------------- */
 
@@ -97,8 +170,7 @@ QI_INLINE u32 warp_scan(u32 x, u32 lane)
 /* Every warp's n values, the same in all its lanes, are sent to all blocks. Returns them, [n][ALL_WARPS]. */
 QI_INLINE const u64 *exchange(place *at, const u64 *values, const int n)
 {
-    u64 *const to = at->box->partials[at->turn];
-    at->turn ^= 1;
+    u64 *const to = next_place(at);
     if (at->lane < CLUSTER) {
         u64 *const there = (u64 *)at_block(to + at->warp, at->lane);
         for (int i = 0; i < n; i++) there[i * ALL_WARPS] = values[i];
@@ -107,48 +179,17 @@ QI_INLINE const u64 *exchange(place *at, const u64 *values, const int n)
     return to;
 }
 
-#if CLUSTER > 1
-/* By one thread, before the first barrier of the row. */
-QI_INLINE void open_mailbox(mailbox *box)
-{
-    for (int i = 0; i < 2; i++) mbarrier_init(&box->arrived[i], 1);
-    mbarrier_init(&box->listed, 1);
-    mbarrier_fence_init();
-}
-
-/* Messages by st.async, without a barrier, and so without the fence of all memory that a barrier between blocks is: only
- * the values are passed on, not what threads wrote elsewhere. Of `bytes` for every block, which all of its threads await.
- * Returns the mbarrier to be told. */
-QI_INLINE u64 *expect(const place *at, u32 bytes)
-{
-    u64 *const arrived = &at->box->arrived[at->turn];
-    if (threadIdx.x == 0) mbarrier_arrive_expect_tx(arrived, (int)bytes);
-    return arrived;
-}
-
-QI_INLINE void await(place *at)
-{
-    mbarrier_wait(&at->box->arrived[at->turn], at->parities >> at->turn & 1);
-    at->parities ^= 1u << at->turn;
-    at->turn ^= 1;
-}
-
-/* exchange() by such messages. */
+/* exchange() by a message. */
 QI_INLINE const u64 *swap(place *at, const u64 *values, const int n)
 {
-    u64 *const to = at->box->partials[at->turn], *const arrived = expect(at, ALL_WARPS * 8 * n);
+    const message m = next_message(at);
+    expect(m.arrived, (u32)(ALL_WARPS * n));
     if (at->lane < CLUSTER)
         for (int i = 0; i < n; i++)
-            store_async(to + i * ALL_WARPS + at->warp, values[i], arrived, at->lane);
-    await(at);
-    return to;
+            send(m.to + i * ALL_WARPS + at->warp, values[i], m.arrived, at->lane);
+    await(m.arrived, m.parity);
+    return m.to;
 }
-#else
-QI_INLINE const u64 *swap(place *at, const u64 *values, const int n)
-{
-    return exchange(at, values, n);
-}
-#endif
 
 /* The sum of what all warps sent. */
 QI_INLINE u64 sum_sent(const place *at, const u64 *sent)
@@ -179,11 +220,12 @@ QI_INLINE u64 max_sent(const place *at, const u64 *sent)
     return warp_max_u64(most);
 }
 
-/* The sums of a thread's n values over the row; the maximum of one. */
-QI_INLINE void sum_row(place *at, u64 *values, const int n)
+/* The sums of a thread's n values over the row; the maximum of one. Where threads are to `meet`, they see what all wrote
+ * before. */
+QI_INLINE void sum_row(place *at, u64 *values, const int n, const int meet)
 {
     for (int i = 0; i < n; i++) values[i] = warp_sum_u64(values[i]);
-    const u64 *const sent = exchange(at, values, n);
+    const u64 *const sent = meet ? exchange(at, values, n) : swap(at, values, n);
     for (int i = 0; i < n; i++) values[i] = sum_sent(at, sent + i * ALL_WARPS);
 }
 

@@ -46,10 +46,6 @@ typedef struct finder {
     u32 gathered; /* in the first block: tokens that it was sent for lists since the kernel began */
     u32 most, least, end;
     u64 end_amount;
-    /* Of top_p.cuh: tokens that blocks have for their lists, and what a guess is made of. */
-    u32 listed[CLUSTER], wishes[2];
-    float edges[3];
-    int wide;
 } finder;
 
 typedef struct bracket {
@@ -225,7 +221,7 @@ QI_INLINE u64 piece_amount(const row_view *r, const int s, const float *x, range
         else
             add_mass(&sum, in_unit(r, row_kind(s), here ? x[e] : 0.f));
     }
-    return kind_of(s) == STAGE_TOP_K ? count : whole_mass(sum);
+    return kind_of(s) == STAGE_TOP_K ? count : whole_mass(sum, VEC);
 }
 
 QI_INLINE int bin_shift(bracket b)
@@ -265,15 +261,15 @@ QI_INLINE measure look_at(row_view *r, const int s, finder *f, bracket b, const 
             if (fill && here) {
                 const u32 bin = (b.high - key_of(y)) >> shift;
                 atomicAdd(&f->bins.count[bin], 1u);
-                if (!by_count) atomicAdd(&f->bins.amount[bin], whole_mass(mass));
+                if (!by_count) add_shared(&f->bins.amount[bin], whole_mass(mass, 1));
             }
         }
-        sums[0] += whole_mass(above);
-        sums[1] += whole_mass(within);
+        sums[0] += whole_mass(above, VEC);
+        sums[1] += whole_mass(within, VEC);
     }
     if (by_count) sums[0] = above_count;
     sums[2] = count;
-    sum_row(&r->at, sums, 3);
+    sum_row(&r->at, sums, 3, fill);
     return {sums[0], by_count ? sums[2] : sums[1], sums[2], count};
 }
 
@@ -442,10 +438,11 @@ QI_INLINE void share_maxima(row_view *r, finder *f, u32 key)
     }
     const u64 upper = __shfl_sync(ALL_LANES, mine, (int)(2 * pair % MAXIMA));
     const u64 both = upper << 32 | __shfl_sync(ALL_LANES, mine, (int)((2 * pair + 1) % MAXIMA));
-    u64 *const arrived = expect(&r->at, THREADS * 4);
+    const message m = next_message(&r->at);
+    expect(m.arrived, THREADS / 2);
     if (pair < MAXIMA / 2)
-        store_async(&f->maxima[r->at.warp * (MAXIMA / 2) + pair], both, arrived, lane % CLUSTER);
-    await(&r->at);
+        send(&f->maxima[r->at.warp * (MAXIMA / 2) + pair], both, m.arrived, lane % CLUSTER);
+    await(m.arrived, m.parity);
 #else
     ((u32 *)f->maxima)[threadIdx.x] = key;
     __syncthreads();

@@ -63,12 +63,18 @@ QI_INLINE u32 run_list_stage(row_view *r, const int s, finder *f, u32 n)
     return n;
 }
 
+/* The draw's random number. */
+QI_INLINE u64 random_of(const row_view *r)
+{
+    return qi_philox_u64(request_u64(&r->p->seed, r->request),
+                         request_u64(&r->p->offset, r->request));
+}
+
 /* Draws one of n tokens. Returns their mass. */
 QI_INLINE u64 draw_from_list(const row_view *r, finder *f, u32 n)
 {
     i32 *const to = (i32 *)r->p->out + r->request;
-    const u64 random =
-        qi_philox_u64(request_u64(&r->p->seed, r->request), request_u64(&r->p->offset, r->request));
+    const u64 random = random_of(r);
     for (u32 i = threadIdx.x; i < n; i += THREADS) /* by index */
         f->list.ranks[i] = (u64)(u32)f->list.ranks[i] << 32 | (u32)f->list.ranks[i];
     __syncthreads();

@@ -48,7 +48,7 @@ QI_INLINE u64 look(const pieces *r, workplace *w, int first, const int n, const 
             for (int e = 0; e < VEC; e++) before[i] += x[e] >= least;
         }
         for (int e = 0; wants_mass && e < VEC; e++) add_mass(&sum, weight_of(x[e], max));
-        mass += whole_mass(sum);
+        mass += whole_mass(sum, wants_mass ? VEC : 0);
     }
     for (int i = 0; i < n; i++) {
         const u32 sum = __reduce_add_sync(ALL_LANES, before[i]);
@@ -124,7 +124,7 @@ QI_KERNEL(log_probs, log_probs_params)
     const i32 some = (i32)(wanted < CHUNK ? wanted : CHUNK);
     open_chunk(&r, &w, tokens, some);
     u64 mass = look_at(&r, &w, some, 1, max);
-    sum_row(&at, &mass, 1);
+    sum_row(&at, &mass, 1, 1);
     const double log_total = mass > 0 ? log(ldexp((double)mass, -MASS_BITS)) : 0.;
     float *const log_probs = p.log_probs + request * p.log_probs_stride;
     for (i64 n = at.warp * WARP + at.lane; n < p.n; n += CLUSTER * THREADS) {

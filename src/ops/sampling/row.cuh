@@ -21,8 +21,8 @@
 
 enum {
     RESIDENT = EACH > 0,
-    AHEAD = VEC > 1 ? 4 : 8, /* loads of a thread under way */
-    PIECE = WARP * VEC,      /* tokens */
+    AHEAD = VEC > 1 && !(RESIDENT && FINDS) ? 4 : 8, /* loads of a thread under way */
+    PIECE = WARP * VEC,                              /* tokens */
     UNROLL = RESIDENT ? 2 : 1,
     WORDS = qi_words(DTYPE, VEC)
 };
@@ -53,11 +53,12 @@ typedef struct row_view {
     int unit;         /* see mass_of */
     float to_unit;    /* a weight times this is below 2 */
     place at;
-    float *x;      /* RESIDENT: this thread's piece i begins at i * THREADS * VEC */
-    float largest; /* of this thread, after the early stages */
-    u64 mass;      /* of this thread, after softmax */
-    u64 kept;      /* of the row, after top_p; 0: not known */
-    u32 gathered;  /* tokens that the first block was sent for lists that are done with */
+    float *x;        /* RESIDENT: this thread's piece i begins at i * THREADS * VEC */
+    float largest;   /* of this thread, after the early stages */
+    u64 mass;        /* of this thread, after softmax */
+    u64 kept;        /* of the row, after top_p; 0: not known */
+    u32 gathered;    /* tokens that the first block was sent for lists that are done with */
+    const u64 *sent; /* of each warp, after top_p at the end; 0: not known */
     stage_view stages[NUM_STAGES + 1];
 } row_view;
 
@@ -253,7 +254,7 @@ QI_INLINE u64 piece_mass(const row_view *r, const int s, const float *x)
 {
     mass_sum sum = {};
     for (int e = 0; e < VEC; e++) add_mass(&sum, in_unit(r, row_kind(s), x[e]));
-    return whole_mass(sum);
+    return whole_mass(sum, VEC);
 }
 
 /* Does stage s, a filter of logits, leave its work to the softmax that follows? */
@@ -380,6 +381,7 @@ QI_INLINE void open_row(row_view *r, const sampling_params *p, mailbox *box, u32
     r->to_unit = 1.f;
     r->kept = 0;
     r->gathered = 0;
+    r->sent = 0;
     const i64 row = p->indices ? p->indices[r->request] : r->request;
     r->from = row >= 0 && row < p->num_rows ? qi_at(p->rows, DTYPE, row * p->rows_stride) : 0;
     r->x = room + threadIdx.x * VEC;

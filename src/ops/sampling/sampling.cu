@@ -3,11 +3,11 @@
  * together (find.cuh).
  *
  * JIT constants: DTYPE, OUT_DTYPE (of rows); IN, OUT: ROW_...; VEC, elements of an access to rows, out and
- * tensors of stages; THREADS; CLUSTER, blocks of a row, a power of 2 up to 8, 1 before sm_90; EACH, pieces of VEC
+ * tensors of stages; THREADS; CLUSTER, blocks of a row, a power of 2 up to 16, 1 before sm_90; EACH, pieces of VEC
  * values that a thread keeps in shared memory (EACH * VEC * THREADS * 4 bytes, dynamic), ceil(vocab / (VEC THREADS
- * CLUSTER)), or 0 for rows that are streamed (stream_row.cuh) or read again; STAGES_0, STAGES_1, STAGES_2: the list,
+ * CLUSTER)), or 0 for rows that are streamed (stream_row.cuh) or read again (then MOST_SAMPLED values); STAGES_0, STAGES_1, STAGES_2: the list,
  * 4 bits a stage, its kind + 1.
- * Bound: HBM, one read of the rows; between 6 (streamed to top_k) and 80 (top_p) instructions a token beside it.
+ * Bound: HBM, one read of the rows; between 6 (streamed to top_k) and 50 (top_p) instructions a token beside it.
  * SPDX-License-Identifier: Apache-2.0 */
 #include "ops/sampling/stream_row.cuh"
 #include "ops/sampling/top_p.cuh"
@@ -43,7 +43,7 @@ QI_INLINE float find_sigma(row_view *r, const int s, float n_sigma)
         }
     }
     u64 keys[2] = {warp_max_u64(key_of(largest)), warp_max_u64(~key_of(smallest))};
-    const u64 *const sent = exchange(&r->at, keys, 2);
+    const u64 *const sent = swap(&r->at, keys, 2);
     largest = value_of((u32)max_sent(&r->at, sent));
     smallest = value_of(~(u32)max_sent(&r->at, sent + ALL_WARPS));
     if (largest == NO_LOGIT) return NO_LOGIT;
@@ -63,7 +63,7 @@ QI_INLINE float find_sigma(row_view *r, const int s, float n_sigma)
             sums[2] += distance * distance;
         }
     }
-    sum_row(&r->at, sums, 3);
+    sum_row(&r->at, sums, 3, 0);
     return sigma_threshold(largest, range, n_sigma, sums[0], sums[1], sums[2]);
 }
 
@@ -90,7 +90,7 @@ QI_INLINE cut find_typical(row_view *r, const int s, finder *f, float p)
             sums[2] += (mass & ((1u << LOWER_BITS) - 1)) * information;
         }
     }
-    sum_row(&r->at, sums, 3);
+    sum_row(&r->at, sums, 3, 0);
     if (sums[0] == 0 || p >= 1.f) return KEEP_ALL;
     r->stages[s].mean = typical_mean(sums[1], sums[2], sums[0]);
     const u64 wish = wish_of(sums[0], p);
@@ -98,7 +98,7 @@ QI_INLINE cut find_typical(row_view *r, const int s, finder *f, float p)
 }
 
 /* Returns whether that was all: *left as of finish(). */
-QI_INLINE int run_stage(row_view *r, const int s, finder *f, front *listed, int *left)
+QI_INLINE int run_stage(row_view *r, const int s, finder *f, listing *l, int *left)
 {
     const int kind = kind_of(s);
     const request_values *const values = &r->p->stages[s].value;
@@ -115,7 +115,7 @@ QI_INLINE int run_stage(row_view *r, const int s, finder *f, front *listed, int 
     } else if (kind == STAGE_TOP_N_SIGMA) {
         v->value = find_sigma(r, s, value);
     } else if (s == FRONT_AT && kind == STAGE_SOFTMAX) {
-        list_tokens(r, s, f, listed);
+        list_tokens(r, s, f, l);
         return 0;
     } else if (kind == STAGE_SOFTMAX) {
         v->value = row_largest(r, s);
@@ -124,15 +124,15 @@ QI_INLINE int run_stage(row_view *r, const int s, finder *f, front *listed, int 
         if (k <= 0 || (u32)k >= r->vocab) return 0;
         if (run_top_k(r, s, f, (u32)k, left)) return 1;
     } else if (kind == STAGE_TOP_P) {
-        const int was_listed = FRONT && s == TOP_P_AT;
-        if (s == FRONT_AT) list_tokens(r, s, f, listed);
-        const u64 mass = was_listed ? listed->total : row_mass(r, s), wish = wish_of(mass, value);
-        r->kept = mass;
-        if (value >= 1.f || mass == 0) return 0;
-        if (was_listed) {
-            if (end_listing(r, s, f, listed, wish, left)) return 1;
-        } else
+        if (FRONT && s == TOP_P_AT) {
+            if (s == FRONT_AT) list_tokens(r, s, f, l);
+            if (end_listing(r, s, f, l, value, left)) return 1;
+        } else {
+            const u64 mass = row_mass(r, s), wish = wish_of(mass, value);
+            r->kept = mass;
+            if (value >= 1.f || mass == 0) return 0;
             v->last = find(r, s, f, guess_mass(r, s, f, mass, wish), wish);
+        }
     } else if (kind == STAGE_MIN_P) {
         const float largest = largest_is_one(s) ? 1.f : row_largest(r, s);
         v->value = min_p_threshold(value, largest);
@@ -146,15 +146,20 @@ QI_INLINE int run_stage(row_view *r, const int s, finder *f, front *listed, int 
 /* ---- results -------------------------------------------------------------------------------- */
 
 /* Draws a token from a row of weights or probabilities. Returns the mass that it is drawn from. */
-QI_INLINE u64 draw(row_view *r, const int s)
+QI_INLINE u64 draw(row_view *r, const int s, const listing *l)
 {
     i32 *const tokens = (i32 *)r->p->out;
-    u64 mine = warp_sum_u64(thread_mass(r, s));
+    const u64 *sent = TOP_P_IS_LAST ? r->sent : 0;
+    u64 mine, mass = r->kept;
     u32 token;
-    const u64 *const sent = swap(&r->at, &mine, 1);
-    const u64 mass = sum_sent(&r->at, sent);
-    const u64 random =
-        qi_philox_u64(request_u64(&r->p->seed, r->request), request_u64(&r->p->offset, r->request));
+    if (sent) {
+        mine = sent[r->at.warp];
+    } else {
+        mine = warp_sum_u64(thread_mass(r, s));
+        sent = swap(&r->at, &mine, 1);
+        mass = sum_sent(&r->at, sent);
+    }
+    const u64 random = FRONT ? l->random : random_of(r);
     if (mass == 0) {
         if (r->at.warp == 0 && r->at.lane == 0) tokens[r->request] = 0;
     } else if (locate(r, s, all_keys(s), high_product(random, mass), sent, mine, &token)) {
@@ -180,9 +185,9 @@ QI_INLINE void store_row(const row_view *r, const int s, float scale)
 }
 
 /* Whether anything is left of the row. */
-QI_INLINE int finish(row_view *r, const int s)
+QI_INLINE int finish(row_view *r, const int s, const listing *l)
 {
-    if (OUT == ROW_TOKENS) return draw(r, s) > 0;
+    if (OUT == ROW_TOKENS) return draw(r, s, l) > 0;
     if (OUT == ROW_PROBS) {
         const int known = NUM_STAGES > 0 && kind_of(NUM_STAGES - 1) == STAGE_TOP_P && r->kept > 0;
         const u64 mass = known ? r->kept : row_mass(r, s);
@@ -194,8 +199,13 @@ QI_INLINE int finish(row_view *r, const int s)
     return left;
 }
 
-/* Blocks that an SM is to have room for: as many as its shared memory has where no stage finds. */
-enum { BLOCKS = FINDS || THREADS > 512 ? 1024 / THREADS : 1536 / THREADS };
+/* Blocks that an SM is to have room for: as many as its shared memory has. */
+enum {
+    ALONE = EACH * VEC * THREADS > 18 * 1024,
+    BLOCKS = ALONE                    ? 1
+             : FINDS || THREADS > 512 ? 1024 / THREADS
+                                      : 1536 / THREADS
+};
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     sampling(const __grid_constant__ sampling_params p)
@@ -203,9 +213,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     extern __shared__ __align__(16) float values[]; /* [EACH * VEC * THREADS] */
     __shared__ mailbox box;
     __shared__ finder f; /* not there where no stage finds */
+    __shared__ listing l;
     row_view r;
     if (FINDS && threadIdx.x == 0) f.gathered = 0;
-    if (FRONT && threadIdx.x < CLUSTER) f.listed[threadIdx.x] = 0;
 #if CLUSTER > 1
     if (threadIdx.x == 0) open_mailbox(&box);
     cluster_arrive();
@@ -217,7 +227,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     open_row(&r, &p, &box, rank, values);
     const u32 k = stream_k(&r);
     const int streamed = STREAMS && k > 0;
-    front listed;
     int bad = !r.from, left = 0, done = streamed;
     if (streamed) {
         left = run_streamed(&r, &f, k, &bad);
@@ -229,10 +238,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         if (IN == ROW_PROBS) set_unit(&r, row_largest(&r, 0));
     }
 #define RUN(s)                                                                                     \
-    if (s < NUM_STAGES && !done) done = run_stage(&r, s, &f, &listed, &left);
+    if (s < NUM_STAGES && !done) done = run_stage(&r, s, &f, &l, &left);
     FOR_EACH_STAGE(RUN)
 #undef RUN
-    if (!done) left = finish(&r, NUM_STAGES);
+    if (!done) left = finish(&r, NUM_STAGES, &l);
     if (streamed) wait_for_lists();
     if (p.valid) {
         const u64 any = max_row(&r.at, (u64)bad);

@@ -42,6 +42,7 @@ enum {
 #define TAKES_LIST(kind)                                                                           \
     ((kind) >= STAGE_TEMPERATURE && (kind) != STAGE_TOP_N_SIGMA && (kind) != STAGE_TYPICAL_P)
 enum { MOST_LISTED = 1024 }; /* tokens of a list, and so the largest k that rows are streamed to */
+enum { MOST_SAMPLED = 16 };  /* of a thread, of a row that does not stay in shared memory */
 
 /* A number for each request, or one for all, of the type that its reader says. */
 typedef struct request_values {

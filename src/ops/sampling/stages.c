@@ -251,29 +251,32 @@ static const request_values *find_stream(const sampling_params *p)
 static cuda_shape shape_on_cuda(const qkv_context *ctx, const sampling_params *p)
 {
     /* Shared memory of a block is its part of the row, and up to 48 KB. From half of the largest block on one
-     * block an SM is left: it is given the threads of two. */
-    enum { MOST = 8, OTHER_BYTES = 48 * 1024, HALF_BYTES = 72 * 1024, FEW_WAVES = 2, FEW_K = 256 };
+     * block an SM is left: it is given the threads of two. Clusters of more than 8 blocks are for rows that have no room
+     * in those; what their warps exchange has no room if there are more of them. */
+    enum { MOST = 8, OTHER_BYTES = 48 * 1024, HALF_BYTES = 66 * 1024, FEW_WAVES = 2, FEW_K = 256 };
     const i32 vec = vector_of(p);
     const i64 most_bytes = ctx->cuda.shared_bytes - OTHER_BYTES;
+    const i32 most = qi_cuda_most_clustered(&ctx->cuda);
     i32 threads = 512, cluster = 1;
-    if (ctx->cuda.major >= 9)
-        while (cluster < MOST && p->vocab > 8192 * cluster) cluster *= 2;
-    if (4 * p->vocab / cluster > HALF_BYTES) threads = 1024;
+    while (cluster < most && cluster < MOST && p->vocab > 8192 * cluster) cluster *= 2;
+    if (cluster == MOST && 4 * p->vocab / MOST > most_bytes) cluster = most;
+    if (4 * p->vocab / cluster > HALF_BYTES && cluster <= MOST) threads = 1024;
     i32 each = (i32)((p->vocab + vec * threads * cluster - 1) / (vec * threads * cluster));
-    if (4ll * each * vec * threads > most_bytes) each = 0; /* the row is not kept */
+    if (4ll * each * vec * threads > most_bytes) threads = 512, each = 0; /* the row is not kept */
+    i32 kept = each > 0 ? each * vec : MOST_SAMPLED;                      /* values of a thread */
 
     /* Few rows are kept even so: what follows the last read is shorter. */
     const request_values *k = find_stream(p);
     const int few = p->batch * cluster <= FEW_WAVES * 2 * ctx->cuda.num_sms;
     if (k && !(few && each > 0 && (k->values || k->one.whole <= FEW_K))) {
-        threads = 512, each = 0;
+        threads = 512, each = kept = 0;
         cluster = qi_stream_cluster(ctx, p->batch, p->vocab, threads * vec);
     }
     cuda_shape shape = {.constants = {(i32)p->dtype, (i32)p->out_dtype, p->in, p->out_kind, vec,
                                       threads, cluster, each},
                         .grid = {.x = (u32)(p->batch * cluster),
                                  .threads = (u32)threads,
-                                 .shared_bytes = (u32)(4 * each * vec * threads),
+                                 .shared_bytes = (u32)(4 * kept * threads),
                                  .overlaps_before = 1,
                                  .cluster = (u32)cluster}};
     for (i32 s = 0; s < p->num_stages; s++)

@@ -177,7 +177,7 @@ QI_INLINE void measure(const verify_params *p, walk *w)
 #pragma unroll
         for (int row = 0; row < ROWS; row++) {
             for (int e = 0; e < EACH; e++) add_mass(&some[row], rn_mul(x[row][e], to_unit[row]));
-            sums[row] += whole_mass(some[row]);
+            sums[row] += whole_mass(some[row], EACH);
         }
     }
     for (int row = 0; row < ROWS; row++) sums[row] = warp_sum_u64(sums[row]);
