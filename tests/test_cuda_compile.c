@@ -88,8 +88,9 @@ static const struct {
     {"gemm.tile", {BF16, F16, BF16, 4, 8, 256}},
     {"gemm.tile", {F32, F32, F32, 4, 8, 256}},
     {"gemm.tile", {F32, F32, F32, 1, 4, 256}},
-    {"argmax.cuda", {F32, 4, 1024}},
-    {"argmax.cuda", {BF16, 8, 1024}},
+    {"argmax.cuda", {F32, 4, 1024, 1}},
+    {"argmax.cuda", {F32, 4, 1024, 8}},
+    {"argmax.cuda", {BF16, 8, 1024, 1}},
     {"top_k.cuda", {F32, 4, 512, 8, 1}},
     {"top_k.cuda", {F32, 4, 512, 8, 0}},
     {"top_k.cuda", {BF16, 8, 512, 4, 0}},
@@ -119,8 +120,11 @@ static int cluster_at(const char *row)
     static const struct {
         const char *row;
         int at;
-    } places[] = {
-        {"sampling.cuda", 6}, {"top_k.cuda", 3}, {"log_probs.cuda", 3}, {"verify.cuda", 4}};
+    } places[] = {{"sampling.cuda", 6},
+                  {"argmax.cuda", 3},
+                  {"top_k.cuda", 3},
+                  {"log_probs.cuda", 3},
+                  {"verify.cuda", 4}};
     for (size_t i = 0; i < sizeof places / sizeof places[0]; i++)
         if (strcmp(row, places[i].row) == 0) return places[i].at;
     return -1;

@@ -1,27 +1,15 @@
-/* argmax.cu - the first index of a row's largest value, NaN counting as -inf: a block a row, which it reads
- * once. A thread remembers the first of its accesses that holds its largest value, and looks into it again
- * at the end.
+/* argmax.cu - the first index of a row's largest value, NaN counting as -inf: one block a row, or a cluster of them,
+ * which take turns in reading it. A thread remembers the first of its accesses that holds its largest value, and looks
+ * into it again at the end.
  *
- * JIT constants: DTYPE; VEC, elements of an access; THREADS.
- * Bound: HBM, vocab x size bytes a row; for few rows what one SM can read, with 64 KB under way.
+ * JIT constants: DTYPE; VEC, elements of an access; THREADS; CLUSTER, blocks of a row, a power of 2 up to 8, 1 before
+ * sm_90.
+ * Bound: HBM, vocab x size bytes a row; for few rows latency, with 64 KB under way in a block.
  * SPDX-License-Identifier: Apache-2.0 */
-#include "kern/cuda/prelude.cuh"
+#include "ops/sampling/exchange.cuh"
 #include "ops/sampling/sampling_params.h"
 
 enum { TIMES = 4, WORDS = qi_words(DTYPE, VEC) };
-
-/* Larger is better: a value's bits in the order of values above its index's complement. */
-QI_INLINE u64 rank_of(float x, u32 index)
-{
-    const u32 bits = (u32)__float_as_int(x + 0.f); /* -0 becomes +0: they are equal */
-    const u32 order = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-    return (u64)order << 32 | ~index;
-}
-
-QI_INLINE u64 larger(u64 a, u64 b)
-{
-    return a > b ? a : b;
-}
 
 /* Takes up an access that begins at element i. */
 QI_INLINE void look_at(const u32 *words, u32 i, float *best, u32 *where)
@@ -34,39 +22,47 @@ QI_INLINE void look_at(const u32 *words, u32 i, float *best, u32 *where)
 
 QI_KERNEL(argmax, argmax_params)
 {
-    __shared__ u64 room[THREADS / WARP];
-    const char *row = qi_at(p.logits, DTYPE, blockIdx.x * p.logits_stride);
-    const u32 vocab = (u32)p.vocab;
+    enum { STEP = CLUSTER * THREADS * VEC }; /* elements from a thread's access to its next */
+    __shared__ mailbox box;
+    const i64 request = blockIdx.x / CLUSTER;
+    const char *row = qi_at(p.logits, DTYPE, request * p.logits_stride);
+    const u32 vocab = (u32)p.vocab, lane = threadIdx.x % WARP;
     float best = -QI_INFINITY;
     u32 where = 0;
+#if CLUSTER > 1
+    if (threadIdx.x == 0) open_mailbox(&box);
+    cluster_arrive();
+    const u32 block = cluster_rank();
+#else
+    const u32 block = 0;
+#endif
+    place at = {&box, block, block * WARPS + threadIdx.x / WARP, lane, 0, 0};
     griddepcontrol_wait();
-    for (u32 i = threadIdx.x * VEC; i < vocab; i += TIMES * THREADS * VEC) {
+    for (u32 i = (at.warp * WARP + lane) * VEC; i < vocab; i += TIMES * STEP) {
         u32 words[TIMES][WORDS];
 #pragma unroll
         for (int n = 0; n < TIMES; n++) {
-            const u32 at = i + n * THREADS * VEC;
-            if (at < vocab) qi_load_words(words[n], qi_at(row, DTYPE, at), DTYPE, VEC);
+            const u32 first = i + n * STEP;
+            if (first < vocab) qi_load_words(words[n], qi_at(row, DTYPE, first), DTYPE, VEC);
         }
 #pragma unroll
         for (int n = 0; n < TIMES; n++) {
-            const u32 at = i + n * THREADS * VEC;
-            if (at < vocab) look_at(words[n], at, &best, &where);
+            const u32 first = i + n * STEP;
+            if (first < vocab) look_at(words[n], first, &best, &where);
         }
     }
-    u64 rank = 0; /* of no number above -inf */
+    u64 rank = 0; /* larger is better; of no number above -inf */
     if (best > -QI_INFINITY) {
         float x[VEC];
         int e = 0;
         qi_load(x, qi_at(row, DTYPE, where), DTYPE, VEC);
         for (int i = VEC - 1; i >= 0; i--)
             if (x[i] == best) e = i;
-        rank = rank_of(best, where + e);
+        rank = (u64)key_of(best) << 32 | ~(where + e);
     }
-    for (int step = WARP / 2; step > 0; step /= 2)
-        rank = larger(rank, __shfl_xor_sync(ALL_LANES, rank, step));
-    if (threadIdx.x % WARP == 0) room[threadIdx.x / WARP] = rank;
-    __syncthreads();
-    if (threadIdx.x != 0) return;
-    for (int i = 0; i < THREADS / WARP; i++) rank = larger(rank, room[i]);
-    p.tokens[blockIdx.x] = rank ? (i32) ~(u32)rank : 0;
+#if CLUSTER > 1
+    cluster_wait();
+#endif
+    rank = max_row(&at, rank);
+    if (block == 0 && threadIdx.x == 0) p.tokens[request] = rank ? (i32) ~(u32)rank : 0;
 }

@@ -2,12 +2,14 @@
  * lists of stages.
  * SPDX-License-Identifier: Apache-2.0 */
 #include "ops/sampling/stages.h"
+#include "ops/sampling/stream.h"
 
 QI_CPU_DECLARE(argmax);
 
 const qi_kernel qi_argmax_kernels[] = {
     QI_CPU_ROW("argmax.any", NULL, argmax),
-    QI_CUDA_ROW("argmax.cuda", NULL, "ops/sampling/argmax.cu", "argmax", "DTYPE VEC THREADS"),
+    QI_CUDA_ROW("argmax.cuda", NULL, "ops/sampling/argmax.cu", "argmax",
+                "DTYPE VEC THREADS CLUSTER"),
     {0},
 };
 
@@ -39,8 +41,12 @@ static qkv_status launch_argmax(const qkv_context *ctx, const qi_kernel *row,
     enum { THREADS = 1024 };
     const i32 most = 16 / (i32)qi_dtype_bytes(p->dtype);
     const i32 vec = QI_VECTOR(most, p->vocab, p->logits_stride, QI_ADDRESS(p->logits, p->dtype));
-    const i32 constants[] = {(i32)p->dtype, vec, THREADS};
-    const qi_grid grid = {.x = (u32)p->batch, .threads = THREADS, .overlaps_before = 1};
+    const i32 cluster = qi_stream_cluster(ctx, p->batch, p->vocab, THREADS * vec);
+    const i32 constants[] = {(i32)p->dtype, vec, THREADS, cluster};
+    const qi_grid grid = {.x = (u32)(p->batch * cluster),
+                          .threads = THREADS,
+                          .overlaps_before = 1,
+                          .cluster = (u32)cluster};
     return qi_launch_cuda(ctx, row, constants, &grid, p, stream);
 }
 

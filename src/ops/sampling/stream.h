@@ -1,4 +1,4 @@
-/* stream.h - how many blocks share a row in kernels over stream.cuh.
+/* stream.h - how many blocks share a row in kernels that stream rows.
  * SPDX-License-Identifier: Apache-2.0 */
 #ifndef QI_SAMPLING_STREAM_H
 #define QI_SAMPLING_STREAM_H
