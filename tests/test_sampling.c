@@ -41,6 +41,7 @@ static const struct {
     {"more rows than threads", 9, 1000},
     {"a real vocab", 2, 49152},
     {"odd and large", 1, 65537},
+    {"vectors of several blocks", 2, 140000},
 };
 
 static void argmax_at_level(qkv_context *ctx, void *user)
@@ -48,7 +49,8 @@ static void argmax_at_level(qkv_context *ctx, void *user)
     (void)user;
     for (size_t c = 0; c < sizeof shapes / sizeof shapes[0]; c++) {
         for (int d = 0; d < 3; d++) {
-            const int64_t batch = shapes[c].batch, vocab = shapes[c].vocab, pitch = vocab + 3;
+            const int64_t batch = shapes[c].batch, vocab = shapes[c].vocab;
+            const int64_t pitch = vocab + (vocab % 8 ? 3 : 8);
             void *logits = malloc((size_t)(batch * pitch + 1) * test_bytes(float_dtypes[d]));
             int32_t tokens[16], expected[16];
             for (int64_t i = 0; i < batch * pitch; i++)
