@@ -2,9 +2,9 @@
  *
  * A warp has a run of tokens, of every row that the walk comes to. It reads a row twice for its sum: for the
  * largest value, and, out of L1, for the masses in that value's unit; the rows of a node and of its next child go
- * together, so that a test waits for two exchanges of the cluster. What is left of a target's row is nowhere: it
- * is made anew, from the rows of the children that were rejected, whenever it is read. The warps' masses of the
- * last exchange say who finds the token drawn.
+ * together, so that a test waits for two exchanges of the cluster, which are messages: its barriers would empty L1.
+ * What is left of a target's row is nowhere: it is made anew, from the rows of the children that were rejected,
+ * whenever it is read. The warps' masses of the last exchange say who finds the token drawn.
  *
  * JIT constants: DTYPE; ONE_HOT, without draft rows; VEC, elements of an access; THREADS; CLUSTER, blocks (1 before
  * sm_90).
@@ -156,7 +156,7 @@ QI_INLINE void find_units(int unit[ROWS], const verify_params *p, walk *w)
     }
     for (int row = 0; row < ROWS; row++)
         values[row] = __reduce_max_sync(ALL_LANES, bits_of(largest[row]));
-    const u64 *const sent = exchange(&w->at, values, ROWS);
+    const u64 *const sent = swap(&w->at, values, ROWS);
     for (int row = 0; row < ROWS; row++)
         unit[row] = (int)(max_sent(&w->at, sent + row * ALL_WARPS) >> 23);
 }
@@ -181,7 +181,7 @@ QI_INLINE void measure(const verify_params *p, walk *w)
         }
     }
     for (int row = 0; row < ROWS; row++) sums[row] = warp_sum_u64(sums[row]);
-    w->masses = (u64 *)exchange(&w->at, sums, ROWS);
+    w->masses = (u64 *)swap(&w->at, sums, ROWS);
     w->left_unit = unit[0];
     w->left_sum = sum_sent(&w->at, w->masses);
     w->left_share = share_of(w->left_sum, unit[0]);
@@ -264,7 +264,7 @@ QI_INLINE void draw(const verify_params *p, const walk *w, u64 mass, i32 *token)
 QI_INLINE void begin_walk(walk *w, shared_room *room, u32 vocab)
 {
     const u32 rank = blockIdx.x % CLUSTER;
-    w->at = {&room->box, rank, rank * WARPS + threadIdx.x / WARP, threadIdx.x % WARP, 0};
+    w->at = {&room->box, rank, rank * WARPS + threadIdx.x / WARP, threadIdx.x % WARP, 0, 0};
     w->rejected = room->rejected;
     w->request = blockIdx.x / CLUSTER;
     w->run = (vocab + ALL_WARPS * SPAN - 1) / (ALL_WARPS * SPAN) * SPAN;
@@ -282,6 +282,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     const int first = w.at.rank == 0 && threadIdx.x == 0;
     i32 *accepted = p.accepted + w.request * p.accepted_stride;
     i32 *tokens = p.tokens + w.request * p.tokens_stride;
+#if CLUSTER > 1
+    if (threadIdx.x == 0) open_mailbox(&room.box);
+#endif
     sync_row(); /* the others' shared memory is there */
     griddepcontrol_wait();
     i32 num_accepted = 0, num_tests = 0, node = -1, child = next_child(&p, &w, node, 0);
