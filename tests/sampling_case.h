@@ -14,8 +14,8 @@
 /* Every level of the CPU, of 1, 2 or 3 threads; of tests on a GPU, the GPU and the fastest level. */
 static struct {
     int n;
-    qkv_context *ctx[8];
-    const char *name[8];
+    qkv_context *ctx[12];
+    const char *name[12];
 } contexts;
 
 static inline int contexts_open(void **state)

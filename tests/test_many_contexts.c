@@ -83,7 +83,7 @@ static qkv_context *context_of_kind(int kind)
 
 /* ---- a problem of every sort ------------------------------------------------------------------- */
 
-enum { ROWS = 70, SIZE = 96, VOCAB = 500 };
+enum { ROWS = 70, SIZE = 96, VOCAB = 500, LONG_ROWS = 2, LONG_VOCAB = 40000 };
 
 /* Attention, a matrix product, a norm and sampling, with what they give. One thread's. */
 typedef struct problem {
@@ -92,20 +92,27 @@ typedef struct problem {
     uint64_t seeds[ROWS];
     float product[ROWS * SIZE], normed[ROWS * SIZE];
     int32_t tokens[ROWS];
+    float long_logits[LONG_ROWS * LONG_VOCAB]; /* rows that threads share */
+    int32_t long_tokens[LONG_ROWS];
     void *expected_o;
     float expected_product[ROWS * SIZE], expected_normed[ROWS * SIZE];
-    int32_t expected_tokens[ROWS];
+    int32_t expected_tokens[ROWS], expected_long_tokens[LONG_ROWS];
 } problem;
 
 static qkv_status compute(problem *p, qkv_context *ctx, qkv_attention *op)
 {
     const qkv_sampling_params sampling = {QKV_SAMPLING_PARAMS_INIT,
                                           .seed = TENSOR(p->seeds, QKV_U64, ROWS)};
+    float top_p = 0.8f;
+    const qkv_sampling_params long_sampling = {QKV_SAMPLING_PARAMS_INIT,
+                                               .top_p = TENSOR(&top_p, QKV_F32, 1),
+                                               .seed = TENSOR(p->seeds, QKV_U64, LONG_ROWS)};
     const DLTensor *x = TENSOR(p->x, QKV_F32, ROWS, SIZE);
     memset(p->a.o.x.owned, 0xff, case_o_bytes(&p->a));
     memset(p->product, 0xff, sizeof p->product);
     memset(p->normed, 0xff, sizeof p->normed);
     memset(p->tokens, 0xff, sizeof p->tokens);
+    memset(p->long_tokens, 0xff, sizeof p->long_tokens);
     qkv_status status = qkv_attention_run(op, &p->a.io, NULL);
     if (status == QKV_OK)
         status = qkv_gemm(ctx, TENSOR(p->product, QKV_F32, ROWS, SIZE), x,
@@ -116,6 +123,10 @@ static qkv_status compute(problem *p, qkv_context *ctx, qkv_attention *op)
     if (status == QKV_OK)
         status = qkv_sample(ctx, TENSOR(p->tokens, QKV_I32, ROWS),
                             TENSOR(p->logits, QKV_F32, ROWS, VOCAB), &sampling, NULL);
+    if (status == QKV_OK)
+        status = qkv_sample(ctx, TENSOR(p->long_tokens, QKV_I32, LONG_ROWS),
+                            TENSOR(p->long_logits, QKV_F32, LONG_ROWS, LONG_VOCAB), &long_sampling,
+                            NULL);
     return status;
 }
 
@@ -124,7 +135,8 @@ static bool is_as_expected(const problem *p)
     return memcmp(p->a.o.x.owned, p->expected_o, case_o_bytes(&p->a)) == 0 &&
            memcmp(p->product, p->expected_product, sizeof p->product) == 0 &&
            memcmp(p->normed, p->expected_normed, sizeof p->normed) == 0 &&
-           memcmp(p->tokens, p->expected_tokens, sizeof p->tokens) == 0;
+           memcmp(p->tokens, p->expected_tokens, sizeof p->tokens) == 0 &&
+           memcmp(p->long_tokens, p->expected_long_tokens, sizeof p->long_tokens) == 0;
 }
 
 static void fill(float *x, size_t n)
@@ -143,6 +155,7 @@ static void problem_init(problem *p, int32_t number, qkv_context *ctx)
     fill(p->x, ROWS * SIZE);
     fill(p->w, SIZE * SIZE);
     fill(p->logits, ROWS * VOCAB);
+    fill(p->long_logits, LONG_ROWS * LONG_VOCAB);
     for (int i = 0; i < ROWS; i++) p->seeds[i] = test_u64();
 
     qkv_attention *op;
@@ -154,6 +167,7 @@ static void problem_init(problem *p, int32_t number, qkv_context *ctx)
     memcpy(p->expected_product, p->product, sizeof p->product);
     memcpy(p->expected_normed, p->normed, sizeof p->normed);
     memcpy(p->expected_tokens, p->tokens, sizeof p->tokens);
+    memcpy(p->expected_long_tokens, p->long_tokens, sizeof p->long_tokens);
     case_collect(&p->a);
     case_check(&p->a, qkv_context_device_name(ctx)); /* other tests check the rest */
     qkv_attention_destroy(op);

@@ -4,7 +4,7 @@
  * SPDX-License-Identifier: Apache-2.0 */
 #include "sampling_check.h"
 
-/* Levels, threads and the GPU against each other are in check_draw and check_filter, of every test of the family. */
+/* Levels and the GPU against each other are in check_draw and check_filter, of every test of the family. */
 
 static sampling_spec spec_of(unsigned given)
 {
@@ -162,6 +162,43 @@ static void each_run_gives_the_same_bits(void **state)
     }
 }
 
+/* Where there are more threads than rows, several share one. */
+static void any_number_of_threads_gives_the_same_bits(void **state)
+{
+    (void)state;
+    static const int64_t vocabs[] = {1, 255, 257, 10000, 128256, 500000};
+    static const int32_t threads[] = {1, 2, 3, 5};
+    static const unsigned given[] = {0, STAGE(TOP_P), STAGE(MIN_P), STAGE(TOP_P) | STAGE(MIN_P),
+                                     ALL_STAGES};
+    const char *level;
+    int32_t usable;
+    if (test_on_cuda()) skip();
+    for (int32_t l = 0; (level = qkv_cpu_level(l, &usable)); l++) {
+        if (!usable) continue;
+        const int n = contexts.n;
+        for (size_t i = 0; i < sizeof threads / sizeof *threads; i++) {
+            const qkv_context_options options = {QKV_CONTEXT_OPTIONS_INIT, .isa = level,
+                                                 .num_threads = threads[i]};
+            contexts.name[contexts.n] = level;
+            EXPECT_OK(qkv_context_create(&options, &contexts.ctx[contexts.n++]));
+        }
+        for (size_t i = 0; i < 3 * sizeof vocabs / sizeof *vocabs; i++) {
+            for (size_t g = 0; g < sizeof given / sizeof *given; g++) {
+                sampling_spec spec =
+                    spec_of(given[g] == ALL_STAGES ? (unsigned)test_u64() & given[g] : given[g]);
+                spec.vocab = vocabs[i / 3];
+                spec.batch = 1 + (int64_t)i % 3;
+                sampling_case *c = case_new(&spec);
+                free(check_draw(c));
+                view probs = check_filter(c, qkv_renormalize, spec.dtype, false);
+                view_free(&probs);
+                case_free(c);
+            }
+        }
+        while (contexts.n > n) qkv_context_destroy(contexts.ctx[--contexts.n]);
+    }
+}
+
 /* In place is as good as elsewhere, strides as none, f16 rows as the f32 rows of their values. */
 static void where_rows_stand_does_not_matter(void **state)
 {
@@ -243,6 +280,7 @@ int main(void)
         cmocka_unit_test(indices_only_say_where_rows_are),
         cmocka_unit_test(one_number_is_as_good_as_many),
         cmocka_unit_test(each_run_gives_the_same_bits),
+        cmocka_unit_test(any_number_of_threads_gives_the_same_bits),
         cmocka_unit_test(where_rows_stand_does_not_matter),
         cmocka_unit_test(any_parameters_end_in_time),
     };

@@ -43,7 +43,7 @@ check_tree() {
     for file in "src/$op"/*.[ch]; do
       [[ " ${kernels[*]} " == *" $file "* ]] || hosts+=("$file")
     done
-    check "${kernels[@]}" -- "kern/.*|$op/[a-z_]+((_params|_tile|\\.cpu)\\.h|\\.cuh)|$op/(lanes|planner|schedule|strips|tiles|verify|weights)\\.h|$op/(groups|schedule)\\.c|qi_variant\\.h"
+    check "${kernels[@]}" -- "kern/.*|$op/[a-z_]+((_params|_tile|\\.cpu)\\.h|\\.cuh)|$op/(lanes|planner|schedule|strips|team|tiles|verify|weights)\\.h|$op/(groups|schedule)\\.c|qi_variant\\.h"
     check "${hosts[@]}" -- "qkv/[a-z_]+\\.h|base/.*|core/launch\\.h|kern/(abi|plan|kv_view|rope|rope_turns|scale|tensor_map)\\.h|$op/.*"
   done
   check python/qkv/*.[ch] -- 'qkv/[a-z_]+\.h|[a-z_]+\.h'

@@ -34,7 +34,7 @@ typedef int64_t i64;
 #define QI_TASK_SCRATCH_BYTES (5632 * 1024)
 
 /* One of count equal tasks of a launch. count is at most the context's threads, so a kernel splits
- * its work by index / count; no task waits for another. */
+ * its work by index / count. Tasks may run one after the other: none waits for one that may not have begun. */
 typedef struct qi_task {
     i32 index, count;
     void *scratch; /* QI_TASK_SCRATCH_BYTES */

@@ -69,6 +69,26 @@ QI_INLINE vf vf_from_i32(vi v)
     return __builtin_convertvector(v, vf);
 }
 
+/* The integer towards 0, of |x| < 2^31. */
+QI_INLINE vi vi_truncate(vf x)
+{
+    return __builtin_convertvector(x, vi);
+}
+
+QI_INLINE i32 vi_sum(vi v)
+{
+#if QI_VW == 16
+    return _mm512_reduce_add_epi32((__m512i)v);
+#elif QI_VW == 8
+    __m128i x =
+        _mm_add_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+    x = _mm_add_epi32(x, _mm_unpackhi_epi64(x, x));
+    return _mm_cvtsi128_si32(_mm_add_epi32(x, _mm_shuffle_epi32(x, 1)));
+#else
+    return vaddvq_s32((int32x4_t)v);
+#endif
+}
+
 /* The lower and the upper half of the lanes as doubles. */
 QI_INLINE vd vd_lower(vf v)
 {
@@ -208,6 +228,18 @@ QI_INLINE vf vf_floor(vf x)
     return (vf)_mm256_floor_ps((__m256)x);
 #else
     return (vf)vrndmq_f32((float32x4_t)x);
+#endif
+}
+
+/* To the nearest integer, ties to even. */
+QI_INLINE vf vf_round(vf x)
+{
+#if QI_VW == 16
+    return (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif QI_VW == 8
+    return (vf)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    return (vf)vrndnq_f32((float32x4_t)x);
 #endif
 }
 

@@ -31,16 +31,6 @@ QI_INLINE vi load_i32(const i32 *from, i64 i, i64 n)
                           : (vi){0};
 }
 
-QI_INLINE vf load_any(const void *from, qi_dtype t, i64 i, i64 n)
-{
-    if (i >= n) return vf_set1(0.f);
-    const char *at = qi_at(from, t, i);
-    return i + QI_VW > n  ? qi_load_n(at, t, n - i)
-           : t == QI_F32  ? qi_load(at, QI_F32)
-           : t == QI_BF16 ? qi_load(at, QI_BF16)
-                          : qi_load(at, QI_F16);
-}
-
 /* The mask of bits i and on; of word 0 for those at n and after it. */
 QI_INLINE vi load_bits(const u32 *words, i64 i, i64 n)
 {
@@ -49,7 +39,7 @@ QI_INLINE vi load_bits(const u32 *words, i64 i, i64 n)
 }
 
 /* A stage on the chunk of values from token `begin` on. */
-static void apply_stage(memory *m, const sampling_stage *s, i64 request, float *v, i64 begin, i64 n)
+static void apply_stage(const sampling_stage *s, i64 request, float *v, i64 begin, i64 n)
 {
     const char *tensor = s->tensor;
     const qi_dtype t = s->kind == STAGE_BIAS || s->kind == STAGE_USER ? s->dtype : QI_I32;
@@ -93,9 +83,10 @@ static void apply_stage(memory *m, const sampling_stage *s, i64 request, float *
         break;
     case STAGE_USER: {
         const i64 count = n - begin < CHUNK ? n - begin : CHUNK;
-        if (tensor) qi_widen_any(m->elements, qi_at(tensor, t, begin), t, count);
-        const stage_block block = {
-            v, tensor ? m->elements : NULL, count, (i32)begin, (i32)request, value};
+        float elements[CHUNK];
+        if (tensor) qi_widen_any(elements, qi_at(tensor, t, begin), t, count);
+        const stage_block block = {v,    tensor ? elements : NULL, count, (i32)begin, (i32)request,
+                                   value};
         s->apply(&block, (qi_task){.count = 1});
         for (i64 i = 0; i < CHUNK; i += QI_VW) vf_store(v + i, vf_clean_logit(vf_load(v + i)));
         break;
@@ -109,16 +100,40 @@ static void apply_stage(memory *m, const sampling_stage *s, i64 request, float *
     }
 }
 
-/* Elementwise stages [first, end) on a settled row; dense, or a list where none needs tokens. */
-static void apply_stages(memory *m, row *r, const sampling_params *p, i32 first, i32 end,
-                         i64 request)
+/* Elementwise stages [first, end) of a request, chunk by chunk. */
+typedef struct run_of_stages {
+    const sampling_params *p;
+    const row *r;
+    i64 request;
+    i32 first, end;
+    int loads;       /* elements are loaded before, */
+    const char *raw; /* of this row; NULL: there are none */
+    int find_bad;
+    _Atomic int bad;
+} run_of_stages;
+
+static void apply_chunks(void *arg, i64 begin, i64 end)
 {
-    for (i64 c = 0; c < chunks_of(r->count); c++) {
+    run_of_stages *a = arg;
+    const row *r = a->r;
+    int bad = 0;
+    for (i64 c = begin; c < end; c++) {
         float *v = r->values + c * CHUNK;
-        for (i32 s = first; s < end; s++)
-            apply_stage(m, &p->stages[s], request, v, c * CHUNK, r->count);
-        r->chunk_max[c] = chunk_largest(v);
+        if (a->loads)
+            r->chunk_max[c] = load_chunk_any(
+                v, a->raw ? qi_at(a->raw, r->dtype, c * CHUNK) : NULL, a->raw ? length_of(r, c) : 0,
+                r->factor, a->find_bad ? &bad : NULL, r->dtype, r->kind == ROW_LOGITS);
+        for (i32 s = a->first; s < a->end; s++)
+            apply_stage(&a->p->stages[s], a->request, v, c * CHUNK, r->count);
+        if (a->end > a->first) r->chunk_max[c] = chunk_largest(v);
     }
+    if (bad) atomic_store(&a->bad, 1);
+}
+
+static void apply_stages(memory *m, row *r, run_of_stages *a)
+{
+    a->r = r;
+    team_run(m->team, m->task, apply_chunks, a, chunks_of(r->count));
     r->max = largest_of(r->chunk_max, r->count);
 }
 
@@ -146,7 +161,8 @@ static i32 load_row(memory *m, row *r, const sampling_params *p, i64 request, i6
     const i32 stages = end_of_elementwise(p, 0, request);
     const i32 first =
         stages > 0 && !needs_tokens(&p->stages[0]); /* temperature comes with loading */
-    *r = (row){.raw = qi_at(p->rows, p->dtype, number * p->rows_stride),
+    const char *const raw = number < 0 ? NULL : qi_at(p->rows, p->dtype, number * p->rows_stride);
+    *r = (row){.raw = raw,
                .dtype = p->dtype,
                .factor = first ? rn_div(1.f, request_f32(&p->stages[0].value, request)) : 1.f,
                .values = m->dense,
@@ -156,18 +172,17 @@ static i32 load_row(memory *m, row *r, const sampling_params *p, i64 request, i6
                .kind = is_logits ? ROW_LOGITS : ROW_WEIGHTS,
                .floor = lowest_of(is_logits ? ROW_LOGITS : ROW_WEIGHTS),
                .unit = EXPONENT_BIAS};
-    if (is_logits && stages == first && number >= 0 && scan_row(r, is_bad)) return stages;
-    for (i64 c = 0; c < chunks_of(p->vocab); c++) {
-        const i64 begin = c * CHUNK, n = number < 0 ? 0 : length_of(r, c);
-        float *v = m->dense + begin;
-        r->chunk_max[c] = load_chunk_any(v, n ? qi_at(r->raw, p->dtype, begin) : NULL, n, r->factor,
-                                         is_bad, p->dtype, is_logits);
-        for (i32 s = first; s < stages; s++)
-            apply_stage(m, &p->stages[s], request, v, begin, p->vocab);
-        if (stages > first) r->chunk_max[c] = chunk_largest(v);
-    }
+    if (is_logits && stages == first && raw && scan_row(m, r, is_bad)) return stages;
+    run_of_stages load = {.p = p,
+                          .request = request,
+                          .first = first,
+                          .end = stages,
+                          .loads = 1,
+                          .raw = raw,
+                          .find_bad = is_bad != NULL};
     r->raw = NULL;
-    r->max = largest_of(r->chunk_max, r->count);
+    apply_stages(m, r, &load);
+    if (is_bad) *is_bad |= load.bad;
     if (p->in == ROW_PROBS) set_unit(r);
     return stages;
 }

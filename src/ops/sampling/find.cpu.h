@@ -10,10 +10,13 @@
 #ifndef QI_FIND_CPU_H
 #define QI_FIND_CPU_H
 
-#include "ops/sampling/row.cpu.h"
+#include "ops/sampling/masses.cpu.h"
 
 enum {
-    CLOSE = 1024, /* values that are searched by halving */
+    CLOSE = 1024,    /* values that are searched by halving */
+    CLOSEST = 128,   /* the same of a part of a short range */
+    SHORT = 1 << 22, /* keys: half a power of 2, over which a part's values may be spread evenly */
+    NEAR = 1 << 10,  /* keys: how exact a guess need be */
     ROUNDS = 8,
 };
 
@@ -75,18 +78,20 @@ typedef struct bracket {
     u64 wish, upto, above; /* wished for; from low on; from high on */
 } bracket;
 
-/* The largest value of the range from which on the values sampled amount to a wish, about. */
-static u32 guess(const memory *m, u32 low, u32 high, float wish)
+/* A key of the range from which on n values amount to a wish, about; up to `close` larger ones may do, too. n fills
+ * pairs of vectors. */
+static u32 guess(const float *value, const float *amount, i64 n, u32 low, u32 high, float wish,
+                 u32 close)
 {
-    while (high - low > 1) {
+    while (high - low > close) {
         const u32 middle = low + (high - low) / 2;
         const float pivot = value_of(middle);
         vf sum[2] = {vf_set1(0.f), vf_set1(0.f)};
-        for (i64 i = 0; i < SAMPLE; i += 2 * QI_VW) {
+        for (i64 i = 0; i < n; i += 2 * QI_VW) {
             QI_UNROLL(2)
             for (int j = 0; j < 2; j++) {
                 const i64 at = i + j * QI_VW;
-                sum[j] += vf_where(vf_load(m->sample[0] + at) >= pivot, vf_load(m->sample[1] + at));
+                sum[j] += vf_where(vf_load(value + at) >= pivot, vf_load(amount + at));
             }
         }
         *(vf_sum(sum[0] + sum[1]) >= wish ? &low : &high) = middle;
@@ -94,39 +99,59 @@ static u32 guess(const memory *m, u32 low, u32 high, float wish)
     return low;
 }
 
-/* Two pivots, as keys, between which a prefix most likely ends. exact: what it most likely ends with. */
+/* Two pivots, as keys of the range, between which a prefix most likely ends that has a part of what was sampled. exact:
+ * what it most likely ends with. */
+static void pivots_of_sample(const memory *m, u32 low, u32 high, float part, int exact,
+                             u32 pivot[2])
+{
+    const float *const v = m->sample[0], *const a = m->sample[1];
+    vf sum = vf_set1(0.f), squares[2] = {vf_set1(0.f), vf_set1(0.f)};
+    for (i64 i = 0; i < SAMPLE; i += QI_VW) sum += vf_load(a + i);
+    const float total = vf_sum(sum), rest = 1.f - part, wish = part * total;
+    const u32 middle = guess(v, a, SAMPLE, low, high, wish, exact ? 1 : NEAR);
+    pivot[0] = middle;
+    pivot[1] = middle + 1;
+    if (exact) return;
+    for (i64 i = 0; i < SAMPLE; i += QI_VW) {
+        const vi is_above = vf_load(v + i) >= value_of(middle);
+        const vf x = vf_load(a + i);
+        squares[0] = vf_fma(x, vf_where(is_above, x), squares[0]);
+        squares[1] = vf_fma(x, vf_where(~is_above, x), squares[1]);
+    }
+    /* Thrice the standard deviation of the part that is above, were each value drawn by itself. */
+    const float error =
+        3.f * sqrtf(rest * rest * vf_sum(squares[0]) + part * part * vf_sum(squares[1]));
+    pivot[0] = low;
+    if (wish + error < total) pivot[0] = guess(v, a, SAMPLE, low, middle + 1, wish + error, NEAR);
+    pivot[1] = high;
+    if (wish > error) pivot[1] = guess(v, a, SAMPLE, middle, high, wish - error, NEAR) + NEAR;
+    if (pivot[1] > high) pivot[1] = high;
+}
+
+/* The same where values are spread evenly over the range, about, as they are over a short one. */
+static void pivots_of_line(const bracket *r, i64 count, u32 pivot[2])
+{
+    const float part = (float)(r->wish - r->above) / (float)(r->upto - r->above);
+    const float width = (float)(r->high - r->low), error = 0.03f + 2.f / sqrtf((float)count);
+    const float from = width * (1.f - part - error), to = width * (1.f - part + error);
+    pivot[0] = from > 0.f ? r->low + (u32)from : r->low;
+    pivot[1] = to + 1.f < width ? r->low + (u32)to + 1 : r->high;
+}
+
+/* The same for what a span has in a bracket. */
 QI_INLINE void guess_pivots(memory *m, const span *s, const bracket *r, int exact, u32 pivot[2],
                             const int by)
 {
     const i64 vectors = SAMPLE / QI_VW, step = chunks_of(s->count) * (CHUNK / QI_VW) / vectors;
     const float low = value_of(r->low), high = value_of(r->high);
-    vf sum = vf_set1(0.f), squares[2] = {vf_set1(0.f), vf_set1(0.f)};
     for (i64 i = 0; i < vectors; i++) {
         const vf v = vf_load(s->v + i * step * QI_VW);
-        const vf a = amount_at(s, i * step * QI_VW, (vi)(v >= low) & (vi)(v < high), by);
         vf_store(m->sample[0] + i * QI_VW, v);
-        vf_store(m->sample[1] + i * QI_VW, a);
-        sum += a;
+        vf_store(m->sample[1] + i * QI_VW,
+                 amount_at(s, i * step * QI_VW, (vi)(v >= low) & (vi)(v < high), by));
     }
-    const float total = vf_sum(sum);
     const float part = (float)(r->wish - r->above) / (float)(r->upto - r->above);
-    const u32 middle = guess(m, r->low, r->high, part * total);
-    pivot[0] = middle;
-    pivot[1] = middle + 1;
-    if (exact) return;
-    for (i64 i = 0; i < SAMPLE; i += QI_VW) {
-        const vi is_above = vf_load(m->sample[0] + i) >= value_of(middle);
-        const vf a = vf_load(m->sample[1] + i);
-        squares[0] = vf_fma(a, vf_where(is_above, a), squares[0]);
-        squares[1] = vf_fma(a, vf_where(~is_above, a), squares[1]);
-    }
-    /* Thrice the standard deviation of the part that is above, were each value drawn by itself. */
-    const float rest = 1.f - part;
-    const float error =
-        3.f * sqrtf(rest * rest * vf_sum(squares[0]) + part * part * vf_sum(squares[1]));
-    pivot[0] =
-        part * total + error < total ? guess(m, r->low, pivot[1], part * total + error) : r->low;
-    pivot[1] = part * total > error ? guess(m, middle, r->high, part * total - error) + 1 : r->high;
+    pivots_of_sample(m, r->low, r->high, part, exact, pivot);
 }
 
 /* The amount of what is at least high. Copies the values from low on below that, and their weights if they are
@@ -173,11 +198,16 @@ QI_INLINE u64 narrow(memory *m, span *s, bracket *r, const int by)
 {
     u64 outside = 0;
     int exact = 0, room = 0;
-    for (int round = 0; round < ROUNDS && s->count > CLOSE && r->high - r->low > 1; round++) {
+    for (int round = 0; round < ROUNDS && r->high - r->low > 1; round++) {
+        const int even = !s->chunk_max && !exact && r->high - r->low < SHORT;
         u32 pivot[2];
         i64 n;
+        if (s->count <= (even ? CLOSEST : CLOSE)) break;
         float *const v = m->part[room][0], *const w = m->part[room][1];
-        guess_pivots(m, s, r, exact, pivot, by);
+        if (even)
+            pivots_of_line(r, s->count, pivot);
+        else
+            guess_pivots(m, s, r, exact, pivot, by);
         const float low = value_of(pivot[0]), high = value_of(pivot[1]);
         const int one = pivot[1] - pivot[0] == 1; /* value: none to choose from */
         const u64 above = part_between(s, low, high, one ? NULL : v, w, &n, by);

@@ -25,6 +25,17 @@ QI_INLINE vi bad(vf x, const int is_logits)
     return is_logits ? vi_bad_logit(x) : vi_bad_prob(x);
 }
 
+/* Element i of n, and those after it; 0 for those that are not there. */
+QI_INLINE vf load_any(const void *from, qi_dtype t, i64 i, i64 n)
+{
+    if (i >= n) return vf_set1(0.f);
+    const char *at = qi_at(from, t, i);
+    return i + QI_VW > n  ? qi_load_n(at, t, n - i)
+           : t == QI_F32  ? qi_load(at, QI_F32)
+           : t == QI_BF16 ? qi_load(at, QI_BF16)
+                          : qi_load(at, QI_F16);
+}
+
 /* n elements as a chunk of values, times a factor (1, or of logits what temperature makes it); with
  * find_bad, sets *is_bad if one makes the row invalid. Returns the largest. */
 QI_INLINE float load_chunk(float *to, const void *from, i64 n, float factor, int *is_bad,

@@ -1,17 +1,17 @@
-/* sampling.cpu.c - a list of stages over each row. Tasks share the rows.
+/* sampling.cpu.c - a list of stages over each row. Tasks share the rows, and a row where there are more of them.
  *
  * Logits that at most temperature changes stay where they are: a first pass takes the maxima of chunks, from
  * which few chunks are looked at again if few tokens are asked for. Other rows are copied into the task's
- * memory as f32, with the stages that look at one logit alone. One more pass makes weights and masses, one finds
- * where a prefix ends that is no short one, half a one draws. What filters leave is remembered as a
- * bound; few tokens are made a list, which makes all that follows short.
+ * memory as f32, with the stages that look at one logit alone. Weights are not stored for a token: a pass over the
+ * logits adds up the masses of chunks, and, where top_p comes next, takes out the tokens among which its prefix ends;
+ * a draw makes the weights of one chunk. What filters leave is remembered as a bound; few tokens are made a list,
+ * which makes all that follows short.
  *
- * Bound: of 128256 f32, memory for the first pass; 30 instructions a vector, half of them for the polynomial
- * and 7 for the exact sum, for weights; 20 for a prefix's end.
+ * Bound: memory for the first pass; 30 instructions a vector for masses, 50 with top_p.
  * SPDX-License-Identifier: Apache-2.0 */
 #include "kern/philox.h"
 #include "ops/sampling/elementwise.cpu.h"
-#include "ops/sampling/find.cpu.h"
+#include "ops/sampling/top_p.cpu.h"
 
 /* What runs a row: a request of p. */
 typedef struct engine {
@@ -19,6 +19,7 @@ typedef struct engine {
     i64 request;
     memory *m;
     row row;
+    i32 tasks;    /* of the launch */
     int can_list; /* no later stage asks for tokens by place */
 } engine;
 
@@ -30,38 +31,43 @@ QI_INLINE span span_of(const row *r)
     return (span){r->values, r->values, r->count, r->chunk_max, scale};
 }
 
-/* The rank-th largest maximum of a chunk, of at least as many: so many values are at least that. */
-static float chunk_rank(memory *m, const row *r, i64 rank)
-{
-    const i64 n = chunks_of(r->count);
-    float *const max = m->part[0][0];
-    for (i64 c = 0; c < chunks_of(n) * CHUNK; c++) max[c] = c < n ? r->chunk_max[c] : NO_LOGIT;
-    const span s = {max, max, n, NULL, 0.f};
-    const bracket b = {key_of(-LARGEST), key_of(r->max) + 1, (u64)rank, (u64)n, 0};
-    return find_end(m, &s, b, 0, BY_COUNT).value;
-}
-
 /* Makes the row a list of at least its first `count` tokens by order, where chunk maxima say that few are
  * enough. */
 static void shorten_by_count(engine *e, i64 count)
 {
     row shorter = e->row;
     if (!e->can_list || shorter.index) return;
-    bound_row(&shorter, chunk_rank(e->m, &e->row, count));
+    amounts_of_maxima(e->m, &shorter, BY_COUNT);
+    bound_row(&shorter, bound_of_maxima(e->m, &shorter, (float)count));
     if (list_row(e->m, &shorter)) e->row = shorter;
 }
 
-/* The same for a mass, where b says what is known of the prefix that has it; b learns more either way. */
+/* Unmade weights of at least the returned one have logits of at least `lowest`: computed ones differ from exp() by
+ * less than 2^-20 of it. */
+static float weight_above(const row *r, float lowest)
+{
+    return rn_mul(weight_of(lowest, r->largest), 1.f + 0x1p-18f);
+}
+
+/* The same for a mass, where b says what is known of the prefix that has it; b learns more either way. The largest of
+ * chunks have a part of the mass, and as much of the prefix's, or somewhat more. */
 static void shorten_by_mass(engine *e, bracket *b)
 {
-    static const i64 ranks[] = {64, 256};
+    static const float more[] = {1.1f, 1.7f};
+    const float part = (float)b->wish / (float)e->row.mass;
     if (!e->can_list || e->row.index) return;
-    for (int i = 0; i < 2 && ranks[i] < chunks_of(e->row.count); i++) {
+    for (int i = 0; i < 2; i++) {
         row shorter = e->row;
-        const float floor = chunk_rank(e->m, &shorter, ranks[i]);
+        const float sum = amounts_of_maxima(e->m, &shorter, BY_MASS);
+        float floor = bound_of_maxima(e->m, &shorter, fminf(more[i] * part, 1.f) * sum);
+        if (floor < (shorter.unmade ? shorter.lowest : shorter.floor)) return;
+        if (shorter.unmade) {
+            shorter.lowest = floor;
+            floor = weight_above(&shorter, floor);
+        }
         bound_row(&shorter, floor);
-        if (floor < e->row.floor || !list_row(e->m, &shorter)) return;
-        weigh_row(&shorter);
+        if (!list_row(e->m, &shorter)) return;
+        weigh_row(e->m, &shorter, NULL);
         if (shorter.mass >= b->wish) {
             b->low = key_of(floor);
             b->upto = shorter.mass;
@@ -70,7 +76,6 @@ static void shorten_by_mass(engine *e, bracket *b)
         }
         b->high = key_of(floor);
         b->above = shorter.mass;
-        if (shorter.mass < b->wish / 2) return;
     }
 }
 
@@ -91,9 +96,10 @@ static void top_k(engine *e, i64 k)
     row *r = &e->row;
     const float low = lowest_of(r->kind);
     i64 chunks = 0;
+    if (r->unmade) copy_row(e->m, r);
     for (i64 c = 0; c < chunks_of(r->count); c++) chunks += r->chunk_max[c] >= low;
     if (k <= chunks) shorten_by_count(e, k);
-    copy_row(r);
+    copy_row(e->m, r);
     const span s = span_of(r);
     const bracket b = {key_of(low), key_of(r->max) + 1, (u64)k, amount_from(&s, low, BY_COUNT), 0};
     if (b.wish >= b.upto) return;
@@ -104,11 +110,12 @@ static void top_k(engine *e, i64 k)
 static void top_p(engine *e, float p)
 {
     row *r = &e->row;
-    if (!(p < 1.f)) return;
-    if (!r->mass_known) weigh_row(r);
+    if (!(p < 1.f) || top_p_at_once(e->m, r, p)) return;
+    if (!r->mass_known) weigh_row(e->m, r, NULL);
     if (r->mass == 0) return;
     bracket b = {key_of(r->floor), key_of(r->max) + 1, wish_of(r->mass, p), r->mass, 0};
     shorten_by_mass(e, &b);
+    copy_row(e->m, r);
     const span s = span_of(r);
     const cut end = find_end(e->m, &s, b, r->unit, BY_MASS);
     keep_prefix(e, &end);
@@ -116,9 +123,19 @@ static void top_p(engine *e, float p)
     r->mass_known = 1;
 }
 
+/* A logit below which no weight is min_p, so that few of them need be made. */
+static void bound_logits(row *r, float p)
+{
+    const float lowest = r->largest + logf(p) - 0.01f;
+    if (weight_above(r, lowest) <= p && lowest > r->lowest) r->lowest = lowest;
+}
+
 static void min_p(engine *e, float p)
 {
-    keep_from(e, min_p_threshold(p, e->row.max));
+    row *r = &e->row;
+    const float floor = min_p_threshold(p, r->max);
+    if (r->unmade && floor > r->floor) bound_logits(r, floor);
+    keep_from(e, floor);
 }
 
 /* ---- filters of another order ------------------------------------------------------------------ */
@@ -127,7 +144,7 @@ static void top_n_sigma(engine *e, float n_sigma)
 {
     row *r = &e->row;
     vf lowest = vf_set1(INFINITY);
-    copy_row(r);
+    copy_row(e->m, r);
     for (i64 i = 0; i < chunks_of(r->count) * CHUNK; i += QI_VW) {
         const vf v = vf_load(r->values + i);
         lowest = vf_min(lowest, vf_select(v >= r->floor, v, vf_set1(INFINITY)));
@@ -159,6 +176,7 @@ static void typical_p(engine *e, float p)
     row *r = &e->row;
     memory *m = e->m;
     if (!(p < 1.f)) return;
+    copy_row(m, r);
     settle_row(r);
     const vf scale = vf_set1(mass_scale(r->unit)), one = vf_set1(1 << LOWER_BITS);
     u64 upper = 0, lower = 0, mass = 0;
@@ -209,134 +227,82 @@ static void typical_p(engine *e, float p)
     if (e->can_list) list_row(m, r);
 }
 
-/* ---- weights ------------------------------------------------------------------------------ */
-
-/* From raw logits of a type, or from values; those below the floor have no weight. */
-QI_INLINE void exponentiate(row *r, float least, const int is_raw, const qi_dtype t)
-{
-    const row before = *r; /* apart from what is stored */
-    const vf max = vf_set1(r->max), scale = vf_set1(mass_scale(EXPONENT_BIAS));
-    const int bounded = before.floor > -LARGEST, scales = before.factor != 1.f, drops = least > 0.f;
-    u64 mass = 0;
-    for (i64 c = 0; c < chunks_of(before.count); c++) {
-        float *const v = before.values + c * CHUNK;
-        const char *const raw = is_raw ? qi_at(before.raw, t, c * CHUNK) : NULL;
-        const int whole = is_raw && length_of(&before, c) == CHUNK;
-        exact_sum sum = {0};
-        vf most = vf_set1(0.f);
-        if (is_raw && !whole) load_raw(&before, c, v);
-        for (i64 i = 0; i < CHUNK; i += WEIGHTS * QI_VW) {
-            vf x[WEIGHTS];
-            if (whole)
-                FOR_EACH(j) x[j] = qi_load(qi_at(raw, t, i + j * QI_VW), t);
-            else
-                FOR_EACH(j) x[j] = vf_load(v + i + j * QI_VW);
-            if (whole && scales) FOR_EACH(j) x[j] *= before.factor;
-            if (!is_raw && bounded)
-                FOR_EACH(j) x[j] = vf_select(x[j] >= before.floor, x[j], vf_set1(NO_LOGIT));
-            vf_weigh(x, max);
-            if (drops) FOR_EACH(j) x[j] = vf_where(x[j] >= least, x[j]);
-            FOR_EACH(j)
-            {
-                vf_store(v + i + j * QI_VW, x[j]);
-                most = vf_max(most, x[j]);
-            }
-            FOR_EACH(j) exact_add(&sum, vf_mass(x[j], scale));
-        }
-        before.chunk_max[c] = vf_max_lane(most);
-        before.chunk_mass[c] = exact_total(&sum);
-        mass += before.chunk_mass[c];
-    }
-    r->mass = mass;
-}
-
-/* Weights below `least` of the largest are dropped. */
-static void softmax(engine *e, float least)
-{
-    row *r = &e->row;
-    if (!r->raw)
-        exponentiate(r, least, 0, QI_F32);
-    else if (r->dtype == QI_F32)
-        exponentiate(r, least, 1, QI_F32);
-    else if (r->dtype == QI_F16)
-        exponentiate(r, least, 1, QI_F16);
-    else
-        exponentiate(r, least, 1, QI_BF16);
-    r->raw = NULL;
-    r->max = r->max > NO_LOGIT ? 1.f : 0.f;
-    r->kind = ROW_WEIGHTS;
-    r->unit = EXPONENT_BIAS;
-    r->floor = LEAST_NORMAL;
-    r->mass_known = r->chunk_known = 1;
-}
-
 /* ---- what comes out ------------------------------------------------------------------------ */
 
 static i32 draw(engine *e)
 {
     const sampling_params *p = e->p;
     row *r = &e->row;
-    if (!r->mass_known) weigh_row(r);
+    if (!r->chunk_known) weigh_row(e->m, r, NULL);
     if (r->mass == 0) return 0;
     const u64 random =
         qi_philox_u64(request_u64(&p->seed, e->request), request_u64(&p->offset, e->request));
     const u64 target = high_product(random, r->mass);
-    const vf scale = vf_set1(mass_scale(r->unit));
     u64 sum = 0;
-    for (i64 c = 0; c < chunks_of(r->count); c++) {
-        u64 here = 0;
-        if (r->chunk_known) {
-            here = r->chunk_mass[c];
-        } else if (r->chunk_max[c] >= r->floor) {
-            exact_sum exact = {0};
-            for (i64 i = c * CHUNK; i < (c + 1) * CHUNK; i += QI_VW) {
-                const vf w = vf_load(r->values + i);
-                exact_add(&exact, vf_mass(vf_where(w >= r->floor, w), scale));
-            }
-            here = exact_total(&exact);
-        }
-        if (sum + here <= target) {
-            sum += here;
-            continue;
-        }
-        for (i64 i = c * CHUNK; i < (c + 1) * CHUNK; i++) {
-            const float w = r->values[i];
-            if (w < r->floor) continue;
-            sum += mass_of(w, r->unit);
-            if (sum > target) return r->index ? r->index[i] : (i32)i;
-        }
+    i64 c = 0;
+    while (sum + r->chunk_mass[c] <= target)
+        sum += r->chunk_mass[c++]; /* the target is below the mass */
+    float room[CHUNK];
+    const float *const w = chunk_values(r, c, room);
+    i64 i = 0;
+    for (;; i++) {
+        if (w[i] >= r->floor) sum += mass_of(w[i], r->unit);
+        if (sum > target) break;
     }
-    return 0; /* not reached: the target is below the mass */
+    return r->index ? r->index[c * CHUNK + i] : (i32)(c * CHUNK + i);
 }
 
-/* A row's values as they go out: logits, or weights times two factors. */
-QI_INLINE void write_values(const row *r, const float factor[2], char *out, const qi_dtype t)
+/* How a row's values go out: logits, or weights times two factors. */
+typedef struct writing {
+    const row *r;
+    float factor[2];
+    char *out;
+    qi_dtype dtype;
+} writing;
+
+QI_INLINE void write_chunk(const writing *to, i64 c, const float *v, const qi_dtype t)
 {
+    const row *r = to->r;
     const vf nothing = vf_set1(nothing_of(r->kind));
-    const i64 vocab = r->count;
-    for (i64 i = 0; i < vocab; i += QI_VW) {
-        const vf v = vf_load(r->values + i);
-        const vf x = vf_select(v >= r->floor, v * factor[0] * factor[1], nothing);
-        char *const to = out + i * (i64)qi_size_of(t);
-        if (i + QI_VW <= vocab)
-            qi_store(to, t, x);
+    const i64 n = length_of(r, c);
+    char *const out = to->out + c * CHUNK * (i64)qi_size_of(t);
+    for (i64 i = 0; i < n; i += QI_VW) {
+        const vf x = vf_load(v + i);
+        const vf y = vf_select(x >= r->floor, x * to->factor[0] * to->factor[1], nothing);
+        if (i + QI_VW <= n)
+            qi_store(out + i * (i64)qi_size_of(t), t, y);
         else
-            qi_store_n(to, t, x, vocab - i);
+            qi_store_n(out + i * (i64)qi_size_of(t), t, y, n - i);
+    }
+}
+
+static void write_chunks(void *arg, i64 begin, i64 end)
+{
+    const writing *to = arg;
+    for (i64 c = begin; c < end; c++) {
+        float room[CHUNK];
+        const float *const v = chunk_values(to->r, c, room);
+        switch (to->dtype) {
+        case QI_F32: write_chunk(to, c, v, QI_F32); break;
+        case QI_F16: write_chunk(to, c, v, QI_F16); break;
+        default: write_chunk(to, c, v, QI_BF16);
+        }
     }
 }
 
 /* Those of a list, among what is not there. */
-QI_INLINE void write_list(const row *r, const float factor[2], char *out, i64 vocab,
-                          const qi_dtype t)
+QI_INLINE void write_list(const writing *to, i64 vocab, const qi_dtype t)
 {
+    const row *r = to->r;
     const vf nothing = vf_set1(nothing_of(r->kind));
+    const i64 size = (i64)qi_size_of(t);
     i64 i = 0;
-    for (; i + QI_VW <= vocab; i += QI_VW) qi_store(out + i * (i64)qi_size_of(t), t, nothing);
-    if (i < vocab) qi_store_n(out + i * (i64)qi_size_of(t), t, nothing, vocab - i);
+    for (; i + QI_VW <= vocab; i += QI_VW) qi_store(to->out + i * size, t, nothing);
+    if (i < vocab) qi_store_n(to->out + i * size, t, nothing, vocab - i);
     for (i = 0; i < r->count; i++)
         if (r->values[i] >= r->floor)
-            qi_store_n(out + r->index[i] * (i64)qi_size_of(t), t,
-                       vf_set1(r->values[i] * factor[0] * factor[1]), 1);
+            qi_store_n(to->out + r->index[i] * size, t,
+                       vf_set1(r->values[i] * to->factor[0] * to->factor[1]), 1);
 }
 
 static void write_row(engine *e)
@@ -344,23 +310,23 @@ static void write_row(engine *e)
     const sampling_params *p = e->p;
     row *r = &e->row;
     const qi_dtype t = p->out_dtype;
-    char *const out = (char *)p->out + e->request * p->out_stride * (i64)qi_size_of(t);
-    float factor[2] = {1.f, 1.f};
-    copy_row(r);
-    if (p->out_kind == ROW_WEIGHTS) factor[0] = ldexpf(1.f, EXPONENT_BIAS - r->unit);
+    writing to = {r, {1.f, 1.f}, NULL, t};
+    to.out = (char *)p->out + e->request * p->out_stride * (i64)qi_size_of(t);
+    if (p->out_kind == ROW_WEIGHTS) to.factor[0] = ldexpf(1.f, EXPONENT_BIAS - r->unit);
     if (p->out_kind == ROW_PROBS) {
-        if (!r->mass_known) weigh_row(r);
-        factor[0] = shrink_of(r->unit);
-        factor[1] = r->mass ? prob_scale(r->mass, shrunk_unit(r->unit)) : 0.f;
+        if (!r->mass_known) weigh_row(e->m, r, NULL);
+        to.factor[0] = shrink_of(r->unit);
+        to.factor[1] = r->mass ? prob_scale(r->mass, shrunk_unit(r->unit)) : 0.f;
     }
-#define WRITE(t)                                                                                   \
-    (r->index ? write_list(r, factor, out, p->vocab, t) : write_values(r, factor, out, t))
+    if (!r->index) {
+        team_run(e->m->team, e->m->task, write_chunks, &to, chunks_of(r->count));
+        return;
+    }
     switch (t) {
-    case QI_F32: WRITE(QI_F32); break;
-    case QI_F16: WRITE(QI_F16); break;
-    default: WRITE(QI_BF16);
+    case QI_F32: write_list(&to, p->vocab, QI_F32); break;
+    case QI_F16: write_list(&to, p->vocab, QI_F16); break;
+    default: write_list(&to, p->vocab, QI_BF16);
     }
-#undef WRITE
 }
 
 /* ---- a row's stages ------------------------------------------------------------------------- */
@@ -370,6 +336,7 @@ static void run_stage(engine *e, const sampling_stage *s)
     const i32 k = s->kind == STAGE_TOP_K ? request_i32(&s->value, e->request) : 0;
     const float x = s->kind != STAGE_TOP_K ? request_f32(&s->value, e->request) : 0.f;
     switch (s->kind) {
+    case STAGE_SOFTMAX: soften_row(&e->row); break;
     case STAGE_TOP_K:
         if (k > 0) top_k(e, k);
         break;
@@ -382,16 +349,6 @@ static void run_stage(engine *e, const sampling_stage *s)
     }
 }
 
-/* Softmax that is followed by min_p, whose threshold is known then, leaves out what that drops. */
-static i32 run_softmax(engine *e, i32 s)
-{
-    const sampling_stage *next = e->p->stages + s + 1;
-    const int both = s + 1 < e->p->num_stages && next->kind == STAGE_MIN_P;
-    softmax(e, both ? min_p_threshold(request_f32(&next->value, e->request), 1.f) : 0.f);
-    if (both) keep_from(e, LEAST_NORMAL);
-    return s + 1 + both;
-}
-
 static void run_row(engine *e)
 {
     const sampling_params *p = e->p;
@@ -399,37 +356,46 @@ static void run_row(engine *e)
     const int is_row = number >= 0 && number < p->num_rows;
     int bad = 0;
     i32 s = load_row(e->m, &e->row, p, e->request, is_row ? number : -1, p->valid ? &bad : NULL);
+    e->row.keeps = p->out_kind != ROW_TOKENS;
+    if (!p->indices && e->request + e->tasks < p->batch)
+        e->row.ahead = qi_at(p->rows, p->dtype, (e->request + e->tasks) * p->rows_stride);
     while (s < p->num_stages) {
         e->can_list = 1;
         for (i32 i = s; i < p->num_stages; i++) e->can_list &= !needs_tokens(&p->stages[i]);
         const i32 end = end_of_elementwise(p, s, e->request);
         if (end > s) {
-            copy_row(&e->row);
+            run_of_stages stages = {.p = p, .request = e->request, .first = s, .end = end};
+            copy_row(e->m, &e->row);
             settle_row(&e->row);
-            apply_stages(e->m, &e->row, p, s, end, e->request);
+            apply_stages(e->m, &e->row, &stages);
             s = end;
-        } else if (p->stages[s].kind == STAGE_SOFTMAX) {
-            s = run_softmax(e, s);
         } else {
             run_stage(e, &p->stages[s++]);
         }
     }
-    if (e->row.kind == ROW_LOGITS && p->out_kind != ROW_LOGITS) softmax(e, 0.f);
+    if (e->row.kind == ROW_LOGITS && p->out_kind != ROW_LOGITS) soften_row(&e->row);
+    if (p->valid) { /* before the result, which may be where the row is */
+        if (e->row.kind != ROW_LOGITS && !e->row.mass_known) weigh_row(e->m, &e->row, NULL);
+        const int left = e->row.kind == ROW_LOGITS ? e->row.max >= e->row.floor : e->row.mass > 0;
+        if (!p->valid_so_far) p->valid[e->request] = 1;
+        p->valid[e->request] &= is_row && !bad && left;
+    }
     if (p->out_kind == ROW_TOKENS)
         ((i32 *)p->out)[e->request] = draw(e);
     else
         write_row(e);
-    if (!p->valid) return;
-    if (e->row.kind != ROW_LOGITS && !e->row.mass_known) weigh_row(&e->row);
-    const int left = e->row.kind == ROW_LOGITS ? e->row.max >= e->row.floor : e->row.mass > 0;
-    if (!p->valid_so_far) p->valid[e->request] = 1;
-    p->valid[e->request] &= is_row && !bad && left;
 }
 
 QI_CPU_KERNEL(sampling)
 {
-    engine e = {.p = params, .m = task.scratch};
-    i64 begin, end;
-    qi_task_share(task, e.p->batch, 1, &begin, &end);
-    for (e.request = begin; e.request < end; e.request++) run_row(&e);
+    const team_launch *launch = params;
+    team *const t = launch->team;
+    engine e = {.p = launch->params, .m = task.scratch, .tasks = task.count};
+    e.m->team = t;
+    e.m->task = task.index;
+    while ((e.request = atomic_fetch_add(&t->next_row, 1)) < t->rows) {
+        run_row(&e);
+        atomic_fetch_add(&t->done, 1);
+    }
+    team_help(t, task);
 }

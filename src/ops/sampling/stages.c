@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "ops/sampling/stream.h"
+#include "ops/sampling/team.h"
 
 QI_CPU_DECLARE(sampling);
 
@@ -301,7 +302,8 @@ qkv_status qi_stages_launch(const qkv_context *ctx, const sampling_params *p,
     const qi_kernel *row;
     QI_TRY(qi_select(ctx, qi_sampling_kernels, NULL, &row));
     if (row->device != kDLCUDA) {
-        qi_launch(ctx, row, p->batch, p);
+        team rows = {.rows = p->batch};
+        qi_launch(ctx, row, team_tasks(p->batch, p->vocab), &(team_launch){p, &rows});
         return QKV_OK;
     }
     const cuda_shape shape = shape_on_cuda(ctx, p);

@@ -44,20 +44,38 @@ enum { WEIGHTS = 4 };
     QI_UNROLL(4)                                                                                   \
     for (int i = 0; i < WEIGHTS; i++)
 
-QI_INLINE void vf_weigh(vf x[WEIGHTS], vf max)
+/* 2^y times 2^lift, for |y| of at most 100. */
+QI_INLINE void vf_powers(vf y[WEIGHTS], const int lift)
 {
     static const float coefficient[] = {1.339887456e-3f, 9.618437358e-3f, 5.550332471e-2f,
                                         2.402264791e-1f, 6.931472029e-1f, 1.f};
-    vf shifted[WEIGHTS], f[WEIGHTS], p[WEIGHTS];
-    FOR_EACH(i) x[i] = (x[i] - max) * QI_LOG2E;
-    FOR_EACH(i) shifted[i] = x[i] + ROUND_MAGIC;
-    FOR_EACH(i) f[i] = x[i] - (shifted[i] - ROUND_MAGIC);
+    const float magic = ROUND_MAGIC + (float)lift;
+    vf shifted[WEIGHTS], p[WEIGHTS];
+    FOR_EACH(i) shifted[i] = y[i] + magic;
+    FOR_EACH(i) y[i] = y[i] - vf_round(y[i]); /* shifted less magic, sooner */
     FOR_EACH(i) p[i] = vf_set1(1.535336206e-4f);
     QI_UNROLL(6)
-    for (int k = 0; k < 6; k++) FOR_EACH(i) p[i] = vf_fma(p[i], f[i], vf_set1(coefficient[k]));
-    FOR_EACH(i) p[i] = (vf)((vu)p[i] + ((vu)shifted[i] << 23));
-    FOR_EACH(i) x[i] = vf_where(x[i] >= -100.f, p[i]);
+    for (int k = 0; k < 6; k++) FOR_EACH(i) p[i] = vf_fma(p[i], y[i], vf_set1(coefficient[k]));
+    FOR_EACH(i) y[i] = (vf)((vu)p[i] + ((vu)shifted[i] << 23));
 }
+
+QI_INLINE void vf_weigh(vf x[WEIGHTS], vf max)
+{
+    vf power[WEIGHTS];
+    FOR_EACH(i) x[i] = (x[i] - max) * QI_LOG2E;
+    FOR_EACH(i) power[i] = x[i];
+    vf_powers(power, 0);
+    FOR_EACH(i) x[i] = vf_where(x[i] >= -100.f, power[i]);
+}
+
+/* Weights for their masses alone, lifted: the mass is the whole part. That of 0 is something small instead. */
+QI_INLINE void vf_weigh_lifted(vf x[WEIGHTS], vf max)
+{
+    FOR_EACH(i) x[i] = vf_max_number((x[i] - max) * QI_LOG2E, vf_set1(-100.f));
+    vf_powers(x, MASS_BITS);
+}
+
+enum { LIFTED = EXPONENT_BIAS + MASS_BITS }; /* the unit of lifted weights */
 
 /* Of the unit: mass = floor(w * scale), exactly; a whole number of 24 bits times a power of 2. Units are at
  * least 64 on the CPU (see load_row). */
@@ -93,6 +111,25 @@ QI_INLINE void exact_add_products(exact_sum *s, vf x, vf y)
 QI_INLINE u64 exact_total(const exact_sum *s)
 {
     return (u64)vd_sum(s->lower + s->upper);
+}
+
+/* The same of lifted weights that are normal numbers, of at most 256: two sums of 21 bits each of a mass. */
+typedef struct mass_sum {
+    vi upper, lower;
+} mass_sum;
+
+enum { HALF_MASS = MASS_BITS / 2 };
+
+QI_INLINE mass_sum mass_parts(vf x)
+{
+    const vi upper = vi_truncate((vf)((vu)x - ((u32)HALF_MASS << 23)));
+    const vf rest = vf_fma(vf_from_i32(upper), vf_set1(-(float)(1 << HALF_MASS)), x);
+    return (mass_sum){upper, vi_truncate(rest)};
+}
+
+QI_INLINE u64 mass_total(const mass_sum *s)
+{
+    return ((u64)vi_sum(s->upper) << HALF_MASS) + (u64)vi_sum(s->lower);
 }
 
 QI_INLINE vi vi_information(vf w, int unit)
