@@ -202,7 +202,10 @@ qkv_status qi_cuda_find(void *library, const char *name, void **out)
 
 i32 qi_cuda_most_clustered(const qi_cuda_device *device)
 {
-    return device->major == 9 || device->major == 10 ? 16 : device->major > 8 ? 8 : 1;
+    /* Hopper and Blackwell of data centres have at most 8 groups, of pairs of multiprocessors: of more than 8 x 14 one
+     * group has 16. Parts of such a GPU, and lesser ones, may have none. */
+    const int is_large = device->major == 9 || device->major == 10;
+    return is_large && device->num_sms > 8 * 14 ? 16 : device->major > 8 ? 8 : 1;
 }
 
 qkv_status qi_cuda_function(const qi_cuda_device *device, void *kernel, cu_function *out)

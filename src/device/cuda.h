@@ -42,8 +42,7 @@ qkv_status qi_cuda_load_image(const void *image, void **out, const char **error)
 /* *out: the kernel of that name, NULL if there is none. MEMORY, DEVICE */
 qkv_status qi_cuda_find(void *library, const char *name, void **out);
 
-/* The most blocks of a cluster: more than the 8 of every GPU with clusters where there are as many multiprocessors in one
- * group. */
+/* The most blocks of a cluster: 1 before sm_90, then 8, and 16 where so many multiprocessors are sure to be in one group. */
 i32 qi_cuda_most_clustered(const qi_cuda_device *device);
 
 /* Loads a kernel onto the device and allows it all of the shared memory, and its largest clusters. */

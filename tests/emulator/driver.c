@@ -77,6 +77,12 @@ static int shared_optin(void)
     return the_gpu()->shared_bytes - SHARED_RESERVED;
 }
 
+static int num_multiprocessors(void)
+{
+    const char *text = getenv("QKV_EMULATOR_SMS");
+    return text && atoi(text) > 0 ? atoi(text) : 4;
+}
+
 unsigned device_arch(void)
 {
     return (unsigned)the_gpu()->arch;
@@ -160,18 +166,18 @@ EXPORT CUresult cuDeviceGetAttribute(int *value, int attribute, int device)
     const struct {
         int attribute, value;
     } table[] = {
-        {1, MAX_THREADS},       /* threads of a block */
-        {2, MAX_THREADS},       /* in x */
-        {3, MAX_THREADS},       /* in y */
-        {4, 64},                /* in z */
-        {5, 0x7fffffff},        /* blocks of a grid in x */
-        {6, 65535},             /* in y */
-        {7, 65535},             /* in z */
-        {8, SHARED_DEFAULT},    /* shared memory of a block */
-        {10, LANES},            /* warp size */
-        {12, 65536},            /* registers of a block */
-        {13, 1000000},          /* kHz */
-        {16, 4},                /* multiprocessors */
+        {1, MAX_THREADS},    /* threads of a block */
+        {2, MAX_THREADS},    /* in x */
+        {3, MAX_THREADS},    /* in y */
+        {4, 64},             /* in z */
+        {5, 0x7fffffff},     /* blocks of a grid in x */
+        {6, 65535},          /* in y */
+        {7, 65535},          /* in z */
+        {8, SHARED_DEFAULT}, /* shared memory of a block */
+        {10, LANES},         /* warp size */
+        {12, 65536},         /* registers of a block */
+        {13, 1000000},       /* kHz */
+        {16, num_multiprocessors()},
         {18, 1},                /* integrated */
         {19, 1},                /* maps host memory */
         {36, 1000000},          /* memory kHz */

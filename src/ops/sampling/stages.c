@@ -252,14 +252,16 @@ static const request_values *find_stream(const sampling_params *p)
 static cuda_shape shape_on_cuda(const qkv_context *ctx, const sampling_params *p)
 {
     /* Shared memory of a block is its part of the row, and up to 48 KB. From half of the largest block on one
-     * block an SM is left: it is given the threads of two. Clusters of more than 8 blocks are for rows that have no room
-     * in those; what their warps exchange has no room if there are more of them. */
+     * block an SM is left: it is given the threads of two. Clusters of more than 8 blocks are for so few rows that half
+     * of the SMs have none, and for rows that have no room in 8 blocks; what their warps exchange has no room if there
+     * are more of them. */
     enum { MOST = 8, OTHER_BYTES = 48 * 1024, HALF_BYTES = 66 * 1024, FEW_WAVES = 2, FEW_K = 256 };
     const i32 vec = vector_of(p);
     const i64 most_bytes = ctx->cuda.shared_bytes - OTHER_BYTES;
     const i32 most = qi_cuda_most_clustered(&ctx->cuda);
+    const i32 limit = most > MOST && 2 * most * p->batch > ctx->cuda.num_sms ? MOST : most;
     i32 threads = 512, cluster = 1;
-    while (cluster < most && cluster < MOST && p->vocab > 8192 * cluster) cluster *= 2;
+    while (cluster < limit && p->vocab > 8192 * cluster) cluster *= 2;
     if (cluster == MOST && 4 * p->vocab / MOST > most_bytes) cluster = most;
     if (4 * p->vocab / cluster > HALF_BYTES && cluster <= MOST) threads = 1024;
     i32 each = (i32)((p->vocab + vec * threads * cluster - 1) / (vec * threads * cluster));

@@ -40,10 +40,10 @@ enum {
     HEADS = CLUSTER * WORDS_OF,
     LISTED =
         sizeof(token_list) / sizeof(u64) / CLUSTER, /* tokens that a block's list has room for */
-    TOP = 512,                       /* tokens that are listed where few hold the mass, about */
+    TOP = 256,                       /* tokens that are listed where few hold the mass, about */
     WIDE = CLUSTER * LISTED * 3 / 4, /* and at most in all lists, where the sample has its say */
     GROUP = 32 / VEC,                /* pieces of a thread whose hits are in one word */
-    SEARCHING = 4,                   /* warps that look for the end among those listed */
+    SEARCHING = 8,                   /* warps that look for the end among those listed */
 };
 
 /* What is known of the end of the prefix. */
@@ -283,7 +283,7 @@ QI_INLINE float amount_between(const u32 *bins, float from, float to, const u32 
 QI_INLINE void guess_range(const row_view *r, listing *l, float top, float width, float p,
                            int equals)
 {
-    enum { SURE = 3 }; /* times the error that is likely */
+    enum { SURE = 2 }; /* times the error that is likely */
     const u32 lane = r->at.lane;
     const float samples = (float)num_samples(r), pieces = (float)r->pieces;
     const float unit = 1.f / samples, ratio = ex2(width * -QI_LOG2E);
