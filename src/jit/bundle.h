@@ -100,6 +100,7 @@
     X(sampling_row, "ops/sampling/row.cuh")                                                        \
     X(sampling_find, "ops/sampling/find.cuh")                                                      \
     X(sampling_list, "ops/sampling/list.cuh")                                                      \
+    X(sampling_guess, "ops/sampling/guess.cuh")                                                    \
     X(sampling_top_p, "ops/sampling/top_p.cuh")                                                    \
     X(sampling_stream, "ops/sampling/stream.cuh")                                                  \
     X(sampling_stream_row, "ops/sampling/stream_row.cuh")                                          \

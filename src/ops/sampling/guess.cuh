@@ -1,0 +1,339 @@
+/* guess.cuh - between which values of a row the prefix of top_p will end, by a sample of the row, before its weights are
+ * made. All blocks guess the same.
+ *
+ * The sample is counted in bins of logits. Of a row's mass most lies with its few largest tokens, which a sample may have
+ * or not: each thread's largest value, which is known anyway, is counted as it is, and the sample stands for the others.
+ * SPDX-License-Identifier: Apache-2.0 */
+#ifndef QI_SAMPLING_GUESS_CUH
+#define QI_SAMPLING_GUESS_CUH
+
+#include "ops/sampling/list.cuh"
+
+/* The stage whose pass lists tokens; MAX_STAGES: none. */
+QI_INLINE constexpr int find_front()
+{
+    int s = 0;
+    while (kind_of(s) >= 0 && kind_of(s) < STAGE_SOFTMAX) s++;
+    const int softmax = kind_of(s) == STAGE_SOFTMAX;
+    if (kind_of(s + softmax) != STAGE_TOP_P || (!softmax && IN == ROW_LOGITS)) return MAX_STAGES;
+    return EACH == 0 || s == NUM_EARLY ? s : MAX_STAGES; /* filters before it wait for softmax */
+}
+
+enum {
+    FRONT_AT = find_front(),
+    FRONT = (FRONT_AT < MAX_STAGES),
+    TOP_P_AT = FRONT_AT + (kind_of(FRONT_AT) == STAGE_SOFTMAX),
+    TOP_P_IS_LAST = FRONT && TOP_P_AT == NUM_STAGES - 1,
+    /* pieces of a thread in the sample: where the row has no room in shared memory, as many as have */
+    SAMPLES = EACH > 3   ? 2
+              : EACH > 0 ? 1
+                         : MOST_SAMPLED / VEC,
+    BINS = 256,            /* of the sample */
+    BINS_OF = BINS / WARP, /* a lane's */
+    IN_WORD = 4,           /* counts of them, 16 bits each, as they are sent */
+    WORDS_OF = BINS / IN_WORD,
+    HEADS = CLUSTER * WORDS_OF,
+    LISTED =
+        sizeof(token_list) / sizeof(u64) / CLUSTER, /* tokens that a block's list has room for */
+    TOP = 256,                       /* tokens that are listed where few hold the mass, about */
+    WIDE = CLUSTER * LISTED * 3 / 4, /* and at most in all lists, where the sample has its say */
+    SEARCHING = 8,                   /* warps that look for the end among those listed */
+};
+
+/* What is known of the end of the prefix. */
+enum { NOT_LISTED, LISTED_END, NO_END /* all is kept */ };
+
+/* What a block has for it in shared memory, beside the lists: they are where a finder has its own. */
+typedef struct listing {
+    /* This block's sample; that of all; then masses and counts as f32. */
+    __align__(16) u32 bins[2][BINS];
+    u64 few[WARP];       /* ranks, at the end of the search */
+    u64 room[SEARCHING]; /* sums of warps there */
+    u32 edges[2][WARPS]; /* keys of warps' largest and lowest values */
+    u32 listed;          /* tokens, which may be more than there is room for */
+    u32 counts[CLUSTER]; /* tokens in lists */
+    u32 num_few;
+    float low, high; /* logits: the guess */
+    /* What the search found: the mass of the row, of what is above those listed, and of the prefix; its last rank. */
+    u64 total, above, kept, end;
+    bracket b;       /* of the tokens that are listed */
+    int found, fits; /* all lists have their tokens */
+    u64 random;      /* of the draw */
+} listing;
+
+#define LISTS_OF(f) ((u64 *)&(f)->list) /* of blocks, [CLUSTER][LISTED], ranks */
+_Static_assert(HEADS + CLUSTER <= MOST_SENT, "samples go by the mailbox");
+_Static_assert(THREADS >= BINS, "a thread or more for each");
+
+/* No weight is that large: +inf. */
+#define ABOVE_ALL value_of(0xff800000u)
+
+/* Pieces of a thread in the sample, how far they are apart, and where: warps have them at different places. */
+QI_INLINE int num_samples(const row_view *r)
+{
+    return r->pieces < SAMPLES ? r->pieces : SAMPLES;
+}
+
+QI_INLINE int sample_at(const row_view *r, int n)
+{
+    const int step = r->pieces / num_samples(r);
+    return n * step + (int)(r->at.warp % (u32)step);
+}
+
+QI_INLINE void sample(const row_view *r, const int s, int n, float *x)
+{
+    if (RESIDENT)
+        piece(r, s, sample_at(r, n), x);
+    else
+        qi_load(x, r->x + n * (THREADS * VEC), QI_F32, VEC);
+}
+
+/* The largest value of this thread before stage s. Of a row that does not stay the sample does. */
+QI_INLINE float sampled_largest(const row_view *r, const int s)
+{
+    if (RESIDENT) return thread_largest(r, s);
+    float largest = absent(row_kind(s));
+    int n = 0;
+    FOR_EACH_PIECE(r, i)
+    {
+        float x[VEC];
+        piece(r, s, i, x);
+        for (int e = 0; e < VEC; e++) largest = fmaxf(largest, x[e]);
+        if (n < num_samples(r) && i == sample_at(r, n))
+            qi_store(r->x + n++ * (THREADS * VEC), x, QI_F32, VEC);
+    }
+    return largest;
+}
+
+/* A token's logit, or, up to a constant, that of a weight. */
+QI_INLINE float logit_at(const row_view *r, const int s, float x)
+{
+    if (kind_of(s) == STAGE_SOFTMAX) return x;
+    return (float)-information_of(x, r->unit) * (1.f / (16384.f * QI_LOG2E));
+}
+
+/* The width of bins, in nats: a power of 2, so that those of one block are whole parts of another's wider ones, and large
+ * enough to tell them apart next to `largest`. */
+QI_INLINE float width_of(float largest, float lowest)
+{
+    const float nats = fminf(1.125f * (largest - lowest), 24.f);
+    const float width = fmaxf(fmaxf(nats * (1.f / BINS), fabsf(largest) * 0x1p-22f), 0x1p-96f);
+    return float_of((bits_of(width) + 0x7fffffu) & 0xff800000u);
+}
+
+QI_INLINE float inverse_of(float power_of_2)
+{
+    return float_of((2u * EXPONENT_BIAS << 23) - bits_of(power_of_2));
+}
+
+/* The edge of the first bin: bin i has the logits from `width` times i below it on. */
+QI_INLINE float top_of(float largest, float width)
+{
+    return ceilf(largest * inverse_of(width)) * width;
+}
+
+QI_INLINE u32 bin_of(float below)
+{
+    return (u32)fminf(fmaxf(below, 0.f), (float)(BINS - 1));
+}
+
+/* Counts a value so many times that is `there`: one that is not, no times anywhere, which is no branch. */
+QI_INLINE void count_in(u32 *bins, float below, int there, u32 times)
+{
+    atomicAdd(&bins[there ? bin_of(below) : threadIdx.x % WARP], there ? times : 0u);
+}
+
+/* Counts this block's sample and sends it to all. Each thread's largest value is known, so it counts once, and others of the
+ * sample for as many as they stand for: in units of 1 / num_samples(). Returns all blocks' counts, [CLUSTER][WORDS_OF],
+ * and from HEADS on the key of each one's largest value << 32 | the width of its bins | whether it saw equal values. */
+QI_INLINE const u64 *send_sample(row_view *r, const int s, listing *l)
+{
+    const message m = next_message(&r->at);
+    const u32 t = threadIdx.x, lane = r->at.lane, warp = t / WARP;
+    const float mine = sampled_largest(r, s), none = absent(row_kind(s));
+    const int samples = num_samples(r);
+    float x[VEC], width = 0.f, lowest = LARGEST;
+    int equals = VEC == 1;
+    u32 most = __reduce_max_sync(ALL_LANES, key_of(mine));
+    sample(r, s, 0, x);
+    for (int e = 0; e < VEC; e++) lowest = fminf(lowest, x[e] > none ? x[e] : LARGEST);
+    u32 least = __reduce_min_sync(ALL_LANES, key_of(lowest));
+    if (lane == 0)
+        l->edges[0][warp] = most, l->edges[1][warp] = least < key_of(LARGEST) ? least : 0;
+    if (t < BINS) l->bins[0][t] = l->bins[1][t] = 0;
+    if (t == 0) l->listed = 0;
+    __syncthreads();
+    most = __reduce_max_sync(ALL_LANES, lane < WARPS ? l->edges[0][lane] : 0);
+    /* the highest of the warps' lowest: no outlier */
+    least = __reduce_max_sync(ALL_LANES, lane < WARPS ? l->edges[1][lane] : 0);
+    if (value_of(most) > none) {
+        const float largest = logit_at(r, s, value_of(most));
+        width = width_of(largest, least > 0 ? logit_at(r, s, value_of(least)) : NO_LOGIT);
+        const float per_nat = inverse_of(width), top = top_of(largest, width) * per_nat;
+        count_in(l->bins[0], top - logit_at(r, s, mine) * per_nat, mine > none, (u32)samples);
+#pragma unroll 2
+        for (int n = 0; n < samples; n++) {
+            sample(r, s, n, x);
+            for (int e = 0; e < VEC; e++) {
+                const int another = x[e] > none && x[e] != mine;
+                if (e > 0) equals |= x[e] > none && x[e] == x[e - 1];
+                count_in(l->bins[0], top - logit_at(r, s, x[e]) * per_nat, another, (u32)r->pieces);
+            }
+        }
+    }
+    equals = __syncthreads_or(equals);
+    expect(m.arrived, CLUSTER * (WORDS_OF + 1));
+    for (u32 i = t; i < CLUSTER * WORDS_OF; i += THREADS) {
+        const u32 *const four = l->bins[0] + i % WORDS_OF * IN_WORD;
+        u64 word = 0;
+#pragma unroll
+        for (u32 j = 0; j < IN_WORD; j++) word |= (u64)min(four[j], 0xffffu) << 16 * j;
+        send(m.to + r->at.rank * WORDS_OF + i % WORDS_OF, word, m.arrived, i / WORDS_OF);
+    }
+    const u64 head = (u64)most << 32 | bits_of(width) | (equals != 0);
+    if (t < CLUSTER) send(m.to + HEADS + r->at.rank, head, m.arrived, t);
+    await(m.arrived, m.parity);
+    return m.to;
+}
+
+/* Adds up the samples of all blocks. */
+QI_INLINE void add_samples(const row_view *r, const int s, const u64 *samples, listing *l,
+                           float top, float width)
+{
+    for (u32 i = threadIdx.x; i < CLUSTER * WORDS_OF; i += THREADS) {
+        const u64 word = samples[i], head = samples[HEADS + i / WORDS_OF];
+        if (word == 0) continue;
+        const float its = float_of((u32)head & ~1u),
+                    most = logit_at(r, s, value_of((u32)(head >> 32)));
+        const float per_nat = inverse_of(width), ratio = its * per_nat;
+        const float below = (top - top_of(most, its)) * per_nat;
+#pragma unroll
+        for (u32 j = 0; j < IN_WORD; j++) {
+            const u32 count = (u32)(word >> 16 * j) & 0xffff;
+            const float bin = (float)(i % WORDS_OF * IN_WORD + j) + .5f;
+            if (count) atomicAdd(&l->bins[1][bin_of(below + bin * ratio)], count);
+        }
+    }
+    __syncthreads();
+}
+
+QI_INLINE float warp_sum_f32(float x)
+{
+#pragma unroll
+    for (u32 step = 1; step < WARP; step *= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
+    return x;
+}
+
+QI_INLINE float warp_scan_f32(float x, u32 lane)
+{
+#pragma unroll
+    for (u32 step = 1; step < WARP; step *= 2) {
+        const float below = __shfl_up_sync(ALL_LANES, x, step);
+        if (lane >= step) x += below;
+    }
+    return x;
+}
+
+/* This lane's part of bins that have amounts, as bits of f32. */
+QI_INLINE float amount_in(const u32 *bins, u32 lane, u32 j)
+{
+    return float_of(bins[lane * BINS_OF + j]);
+}
+
+/* Where the sum of all bins' amounts comes to `sum`, in bins from the first edge, BINS if nowhere: in a bin at its share
+ * of it, or, `whole`, at its edge. */
+QI_INLINE float reach(const u32 *bins, float before, float sum, const u32 lane, int whole)
+{
+    float bin = BINS, rest = 0.f, its = 1.f;
+#pragma unroll
+    for (u32 j = 0; j < BINS_OF; j++) {
+        const float here = amount_in(bins, lane, j), up_to = before + here;
+        if (bin == BINS && up_to >= sum)
+            bin = (float)(lane * BINS_OF + j), rest = sum - before, its = here;
+        before = up_to;
+    }
+    const float share = whole ? 0.f : rest / fmaxf(its, LEAST_NORMAL);
+    bin = fminf(bin + fmaxf(fminf(share, 1.f), 0.f), BINS);
+    return float_of(__reduce_min_sync(ALL_LANES, bits_of(bin)));
+}
+
+/* The amount between two such places. */
+QI_INLINE float amount_between(const u32 *bins, float from, float to, const u32 lane)
+{
+    float sum = 0.f;
+#pragma unroll
+    for (u32 j = 0; j < BINS_OF; j++) {
+        const float bin = (float)(lane * BINS_OF + j);
+        sum += amount_in(bins, lane, j) *
+               (fmaxf(fminf(to - bin, 1.f), 0.f) - fmaxf(fminf(from - bin, 1.f), 0.f));
+    }
+    return warp_sum_f32(sum);
+}
+
+/* By one warp: the logits between which the prefix ends, or that and nothing above. Bins are taken whole where many tokens
+ * may have one value. All blocks find the same. */
+QI_INLINE void guess_range(const row_view *r, listing *l, float top, float width, float p,
+                           int equals)
+{
+    enum { SURE = 2 }; /* times the error that is likely */
+    const u32 lane = r->at.lane;
+    const float samples = (float)num_samples(r), pieces = (float)r->pieces;
+    const float unit = 1.f / samples, ratio = ex2(width * -QI_LOG2E);
+    const int whole = equals || 4.f * samples > pieces;
+    float w = ex2(((float)(lane * BINS_OF) + .5f) * width * -QI_LOG2E);
+    u32 *const mass = l->bins[0], *const count = l->bins[1];
+    float counts = 0.f, masses = 0.f, squares = 0.f;
+#pragma unroll
+    for (u32 j = 0; j < BINS_OF; j++, w *= ratio) {
+        u32 *const here = &count[lane * BINS_OF + j];
+        const float tokens = (float)*here * unit;
+        *here = bits_of(tokens), mass[lane * BINS_OF + j] = bits_of(tokens * w);
+        counts += tokens, masses += tokens * w, squares += tokens * w * w;
+    }
+    const float counts_to = warp_scan_f32(counts, lane), masses_to = warp_scan_f32(masses, lane);
+    const float all = __shfl_sync(ALL_LANES, counts_to, WARP - 1);
+    const float wish = __shfl_sync(ALL_LANES, masses_to, WARP - 1) * p;
+    /* An error is of tokens that are no thread's largest: few of those at the top. */
+    const float unsure = fminf(pieces * VEC * counts_to, all) / all;
+    const float weight = masses_to <= wish            ? 1.f - p
+                         : masses_to - masses >= wish ? p
+                                                      : fmaxf(p, 1.f - p);
+    const float variance = warp_sum_f32(squares * weight * weight * unsure) * (pieces * unit - 1.f);
+    const float most = reach(count, counts_to - counts, TOP, lane, 1);
+    float far = SURE * sqrtf(variance), first, last;
+#pragma unroll 1
+    for (int again = 0; again < 3; again++) { /* what the lists have no room for is of no use */
+        first = reach(mass, masses_to - masses, wish - far, lane, whole);
+        last = reach(mass, masses_to - masses, wish + far, lane, whole) + (float)whole;
+        const float within = amount_between(count, first > most ? first : 0.f, last, lane);
+        if (within <= WIDE) break;
+        if (first <= most) last = 0.f;
+        far *= WIDE / within;
+    }
+    if (first <= most) last = fmaxf(last, most);
+    if (lane == 0) { /* what is on an edge of a bin belongs to it, rounded or not */
+        l->high = first > most ? top - (first - (whole ? .0625f : 0.f)) * width : LARGEST;
+        l->low = last <= BINS - 1 ? top - last * width : NO_LOGIT;
+    }
+}
+
+/* The weights between which tokens are listed. *largest: the row's, before stage s. */
+QI_INLINE range guess(row_view *r, const int s, listing *l, float p, float *largest)
+{
+    const u32 lane = r->at.lane;
+    const u64 *const samples = send_sample(r, s, l);
+    const u64 head = lane < CLUSTER ? samples[HEADS + lane] : 0;
+    *largest = value_of(__reduce_max_sync(ALL_LANES, (u32)(head >> 32)));
+    const float width = float_of(__reduce_max_sync(ALL_LANES, (u32)head & ~1u));
+    const int equals = __any_sync(ALL_LANES, (u32)head & 1);
+    if (p >= 1.f || !(*largest > absent(row_kind(s)))) return {ABOVE_ALL, ABOVE_ALL};
+    const float most = logit_at(r, s, *largest), top = top_of(most, width);
+    add_samples(r, s, samples, l, top, width);
+    if (threadIdx.x < WARP) guess_range(r, l, top, width, p, equals);
+    __syncthreads();
+    const float unit = kind_of(s) == STAGE_SOFTMAX ? 1.f : *largest;
+    return {fmaxf(weight_of(l->low, most) * unit, LEAST_NORMAL),
+            l->high < LARGEST ? weight_of(l->high, most) * unit : ABOVE_ALL};
+}
+
+#endif
