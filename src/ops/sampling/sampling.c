@@ -41,7 +41,7 @@ static qkv_status launch_argmax(const qkv_context *ctx, const qi_kernel *row,
     enum { THREADS = 1024 };
     const i32 most = 16 / (i32)qi_dtype_bytes(p->dtype);
     const i32 vec = QI_VECTOR(most, p->vocab, p->logits_stride, QI_ADDRESS(p->logits, p->dtype));
-    const i32 cluster = qi_stream_cluster(ctx, p->batch, p->vocab, THREADS * vec);
+    const i32 cluster = qi_stream_cluster(ctx, p->batch, p->vocab, THREADS * vec, 1);
     const i32 constants[] = {(i32)p->dtype, vec, THREADS, cluster};
     const qi_grid grid = {.x = (u32)(p->batch * cluster),
                           .threads = THREADS,

@@ -270,10 +270,10 @@ static cuda_shape shape_on_cuda(const qkv_context *ctx, const sampling_params *p
 
     /* Few rows are kept even so: what follows the last read is shorter. */
     const request_values *k = find_stream(p);
-    const int few = p->batch * cluster <= FEW_WAVES * 2 * ctx->cuda.num_sms;
+    const int few = p->batch * cluster <= FEW_WAVES * (1024 / threads) * ctx->cuda.num_sms;
     if (k && !(few && each > 0 && (k->values || k->one.whole <= FEW_K))) {
         threads = 512, each = kept = 0;
-        cluster = qi_stream_cluster(ctx, p->batch, p->vocab, threads * vec);
+        cluster = qi_stream_cluster(ctx, p->batch, p->vocab, threads * vec, 2);
     }
     cuda_shape shape = {.constants = {(i32)p->dtype, (i32)p->out_dtype, p->in, p->out_kind, vec,
                                       threads, cluster, each},

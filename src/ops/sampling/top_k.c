@@ -63,7 +63,7 @@ static qkv_status launch_on_cuda(const qkv_context *ctx, const qi_kernel *row,
                                 stream);
     const i32 vec = QI_VECTOR(16 / (i32)qi_dtype_bytes(p->dtype), p->vocab, p->rows_stride,
                               QI_ADDRESS(p->rows, p->dtype));
-    const i32 cluster = qi_stream_cluster(ctx, p->batch, p->vocab, THREADS * vec);
+    const i32 cluster = qi_stream_cluster(ctx, p->batch, p->vocab, THREADS * vec, 2);
     const i32 constants[] = {(i32)p->dtype, vec, THREADS, cluster, 0};
     const qi_grid grid = {.x = (u32)(p->batch * cluster),
                           .threads = THREADS,
