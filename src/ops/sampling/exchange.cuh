@@ -1,5 +1,5 @@
-/* exchange.cuh - sums, maxima and messages between the warps of all blocks that share a row. One barrier each:
- * what is sent takes turns between two places, so that the next of it does not meet readers of this one.
+/* exchange.cuh - sums, maxima and messages between the warps of all blocks that share a row. What is sent takes turns
+ * between two places, so that it does not meet readers of what was sent before.
  *
  * Sums are of integers: the same however a row is shared.
  * SPDX-License-Identifier: Apache-2.0 */
@@ -13,10 +13,11 @@
 enum {
     WARPS = THREADS / WARP,
     ALL_WARPS = CLUSTER * WARPS,
-    PARTIALS = 3, /* of a warp */
-    FROM_BLOCK = 65,
-    MOST_SENT =
-        PARTIALS * ALL_WARPS > FROM_BLOCK *CLUSTER ? PARTIALS *ALL_WARPS : FROM_BLOCK *CLUSTER
+    PARTIALS = 3,    /* of a warp */
+    FROM_BLOCK = 65, /* of a block: its sample (guess.cuh) */
+    BY_WARPS = PARTIALS * ALL_WARPS,
+    BY_BLOCKS = FROM_BLOCK * CLUSTER,
+    MOST_SENT = BY_WARPS > BY_BLOCKS ? BY_WARPS : BY_BLOCKS
 };
 
 /* What one thread has to say to all. */

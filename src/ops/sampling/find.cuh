@@ -337,22 +337,13 @@ QI_INLINE void gather(row_view *r, const int s, finder *f, bracket b, u32 n, u32
     r->gathered += n;
 }
 
-/* Puts a token into the first block's list. */
-QI_INLINE void send_rank(const row_view *r, finder *f, u32 to, u64 rank)
-{
-#if CLUSTER > 1
-    store_async(&f->list.ranks[to], rank, &r->at.box->listed, 0);
-#else
-    f->list.ranks[to] = rank;
-#endif
-}
-
 /* Copies the tokens whose values are at least that of a key into the first block, in one pass. Returns how many there
  * are; of more than ROOM some are missing. */
 QI_INLINE u32 gather_from(row_view *r, const int s, finder *f, u32 key)
 {
     const float least = value_of(key);
     u32 *const gathered = (u32 *)at_block(&f->gathered, 0);
+    u64 *const arrived = &r->at.box->listed;
     u32 to = 0, here = 0, claimed = 0;
     FOR_EACH_PIECE(r, i)
     {
@@ -366,7 +357,8 @@ QI_INLINE u32 gather_from(row_view *r, const int s, finder *f, u32 key)
         claimed += count;
         for (int e = 0; e < VEC; e++)
             if (x[e] >= least && to < ROOM)
-                send_rank(r, f, to++, rank_at(key_of(x[e]), token_at(r, i) + (u32)e));
+                send(&f->list.ranks[to++], rank_at(key_of(x[e]), token_at(r, i) + (u32)e), arrived,
+                     0);
     }
     u64 all = (u64)__reduce_add_sync(ALL_LANES, claimed) << 32;
     all |= __reduce_add_sync(ALL_LANES, here);
@@ -374,11 +366,9 @@ QI_INLINE u32 gather_from(row_view *r, const int s, finder *f, u32 key)
     claimed = (u32)(all >> 32);
     const u32 listed = min(claimed, (u32)ROOM);
     if (r->at.rank == 0) {
-#if CLUSTER > 1
-        if (threadIdx.x == 0) mbarrier_arrive_expect_tx(&r->at.box->listed, (int)listed * 8);
-        mbarrier_wait(&r->at.box->listed, r->at.parities >> 2 & 1);
+        expect(arrived, listed);
+        await(arrived, r->at.parities >> 2 & 1);
         r->at.parities ^= 1u << 2;
-#endif
         for (u32 i = threadIdx.x; i < listed; i += THREADS)
             f->list.values[i] = value_of((u32)(f->list.ranks[i] >> 32));
         __syncthreads();
