@@ -146,25 +146,19 @@ QI_INLINE u64 warp_max_u64(u64 x)
 }
 
 /* The sum of this lane's and lower lanes' values. */
-QI_INLINE u64 warp_scan_u64(u64 x, u32 lane)
-{
-#pragma unroll
-    for (u32 step = 1; step < WARP; step *= 2) {
-        const u64 below = __shfl_up_sync(ALL_LANES, x, step);
-        if (lane >= step) x += below;
+#define DEFINE_WARP_SCAN(name, type)                                                               \
+    QI_INLINE type name(type x, u32 lane)                                                          \
+    {                                                                                              \
+        _Pragma("unroll") for (u32 step = 1; step < WARP; step *= 2)                               \
+        {                                                                                          \
+            const type below = __shfl_up_sync(ALL_LANES, x, step);                                 \
+            if (lane >= step) x += below;                                                          \
+        }                                                                                          \
+        return x;                                                                                  \
     }
-    return x;
-}
-
-QI_INLINE u32 warp_scan(u32 x, u32 lane)
-{
-#pragma unroll
-    for (u32 step = 1; step < WARP; step *= 2) {
-        const u32 below = __shfl_up_sync(ALL_LANES, x, step);
-        if (lane >= step) x += below;
-    }
-    return x;
-}
+DEFINE_WARP_SCAN(warp_scan, u32)
+DEFINE_WARP_SCAN(warp_scan_u64, u64)
+DEFINE_WARP_SCAN(warp_scan_f32, float)
 
 /* ---- rows ----------------------------------------------------------------------------------- */
 

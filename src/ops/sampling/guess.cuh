@@ -217,23 +217,6 @@ QI_INLINE void add_samples(const row_view *r, const int s, const u64 *samples, l
     __syncthreads();
 }
 
-QI_INLINE float warp_sum_f32(float x)
-{
-#pragma unroll
-    for (u32 step = 1; step < WARP; step *= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
-    return x;
-}
-
-QI_INLINE float warp_scan_f32(float x, u32 lane)
-{
-#pragma unroll
-    for (u32 step = 1; step < WARP; step *= 2) {
-        const float below = __shfl_up_sync(ALL_LANES, x, step);
-        if (lane >= step) x += below;
-    }
-    return x;
-}
-
 /* This lane's part of bins that have amounts, as bits of f32. */
 QI_INLINE float amount_in(const u32 *bins, u32 lane, u32 j)
 {
@@ -267,7 +250,7 @@ QI_INLINE float amount_between(const u32 *bins, float from, float to, const u32 
         sum += amount_in(bins, lane, j) *
                (fmaxf(fminf(to - bin, 1.f), 0.f) - fmaxf(fminf(from - bin, 1.f), 0.f));
     }
-    return warp_sum_f32(sum);
+    return warp_sum(sum);
 }
 
 /* By one warp: the logits between which the prefix ends, or that and nothing above. Bins are taken whole where many tokens
@@ -298,7 +281,7 @@ QI_INLINE void guess_range(const row_view *r, listing *l, float top, float width
     const float weight = masses_to <= wish            ? 1.f - p
                          : masses_to - masses >= wish ? p
                                                       : fmaxf(p, 1.f - p);
-    const float variance = warp_sum_f32(squares * weight * weight * unsure) * (pieces * unit - 1.f);
+    const float variance = warp_sum(squares * weight * weight * unsure) * (pieces * unit - 1.f);
     const float most = reach(count, counts_to - counts, TOP, lane, 1);
     float far = SURE * sqrtf(variance), first, last;
 #pragma unroll 1
