@@ -37,7 +37,7 @@ enum {
         sizeof(token_list) / sizeof(u64) / CLUSTER, /* tokens that a block's list has room for */
     TOP = 256,                       /* tokens that are listed where few hold the mass, about */
     WIDE = CLUSTER * LISTED * 3 / 4, /* and at most in all lists, where the sample has its say */
-    SEARCHING = 8,                   /* warps that look for the end among those listed */
+    SEARCHING = WARPS > 8 ? 8 : WARPS / 2, /* warps that look for the end among those listed */
 };
 
 /* What is known of the end of the prefix. */

@@ -255,22 +255,31 @@ static cuda_shape shape_on_cuda(const qkv_context *ctx, const sampling_params *p
      * block an SM is left: it is given the threads of two. Clusters of more than 8 blocks are for so few rows that half
      * of the SMs have none, and for rows that have no room in 8 blocks; what their warps exchange has no room if there
      * are more of them. */
-    enum { MOST = 8, OTHER_BYTES = 48 * 1024, HALF_BYTES = 66 * 1024, FEW_WAVES = 2, FEW_K = 256 };
+    enum {
+        MOST = 8,
+        OTHER_BYTES = 48 * 1024,
+        HALF_BYTES = 66 * 1024,
+        BLOCK = 8192, /* tokens of a row that is one block's */
+        FEW_WAVES = 2,
+        FEW_K = 256
+    };
     const i32 vec = vector_of(p);
     const i64 most_bytes = ctx->cuda.shared_bytes - OTHER_BYTES;
     const i32 most = qi_cuda_most_clustered(&ctx->cuda);
     const i32 limit = most > MOST && 2 * most * p->batch > ctx->cuda.num_sms ? MOST : most;
     i32 threads = 512, cluster = 1;
-    while (cluster < limit && p->vocab > 8192 * cluster) cluster *= 2;
+    while (cluster < limit && p->vocab > BLOCK * cluster) cluster *= 2;
     if (cluster == MOST && 4 * p->vocab / MOST > most_bytes) cluster = most;
+    if (p->vocab <= BLOCK / 2) threads = 256;
     if (4 * p->vocab / cluster > HALF_BYTES && cluster <= MOST) threads = 1024;
     i32 each = (i32)((p->vocab + vec * threads * cluster - 1) / (vec * threads * cluster));
     if (4ll * each * vec * threads > most_bytes) threads = 512, each = 0; /* the row is not kept */
     i32 kept = each > 0 ? each * vec : MOST_SAMPLED;                      /* values of a thread */
 
-    /* Few rows are kept even so: what follows the last read is shorter. */
+    /* Few rows are kept even so, and short ones: what follows the last read is shorter. */
     const request_values *k = find_stream(p);
-    const int few = p->batch * cluster <= FEW_WAVES * (1024 / threads) * ctx->cuda.num_sms;
+    const int few =
+        p->vocab <= BLOCK || p->batch * cluster <= FEW_WAVES * (1024 / threads) * ctx->cuda.num_sms;
     if (k && !(few && each > 0 && (k->values || k->one.whole <= FEW_K))) {
         threads = 512, each = kept = 0;
         cluster = qi_stream_cluster(ctx, p->batch, p->vocab, threads * vec, 2);
