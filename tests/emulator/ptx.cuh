@@ -81,6 +81,11 @@ QI_INLINE float ex2(float x)
     return y < 0x1p-126f ? 0.f : y;
 }
 
+QI_INLINE float lg2(float x)
+{
+    return log2f(x < 0x1p-126f ? 0.f : x);
+}
+
 QI_INLINE int tid_x()
 {
     return (int)threadIdx.x;

@@ -109,6 +109,14 @@ QI_INLINE float ex2(float x)
     return y;
 }
 
+/* log2(x), within 2^-22, or as much of itself where that is more; of a subnormal number -infinity. */
+QI_INLINE float lg2(float x)
+{
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 /* 1 / x, within 1 unit of the last place; of a subnormal number infinity. */
 QI_INLINE float rcp(float x)
 {

@@ -215,8 +215,8 @@ QI_INLINE void store_rows(const attention_cuda_params *c, float acc[CHUNK][OUTPU
         }
         __syncthreads();
         const float sum = t->sum[r];
-        const int seen = sum > 0.f || sum != sum, first = threadIdx.x == 0;
-        float norm = !SOFTMAX ? 1.f : seen ? 1.f / sum : 0.f;
+        const int first = threadIdx.x == 0;
+        float norm = norm_of(sum);
         if (slot < 0) norm = finish_row(c, t->row[r], t->qo_head[r], t->max[r], sum, first);
         for (int i = (int)threadIdx.x; i < quads; i += THREADS) {
             float o[4];
@@ -227,8 +227,7 @@ QI_INLINE void store_rows(const attention_cuda_params *c, float acc[CHUNK][OUTPU
                 *(float4 *)(p->plan.o_partial + (slot + r) * dim + 4 * i) =
                     make_float4(o[0], o[1], o[2], o[3]);
         }
-        if (slot >= 0 && first)
-            p->plan.lse_partial[slot + r] = seen ? t->max[r] + log2f(sum) : -QI_INFINITY;
+        if (slot >= 0 && first) p->plan.lse_partial[slot + r] = lse_of(t->max[r], sum);
     }
     __syncthreads();
 }

@@ -346,12 +346,11 @@ QI_INLINE void decode_finish(const attention_cuda_params *c, const decode_item *
             store_outputs(c, row[m], head, d, o);
             continue;
         }
-        const int seen = sum > 0.f || sum != sum;
-        const float norm = !SOFTMAX ? 1.f : seen ? 1.f / sum : 0.f;
+        const float norm = norm_of(sum);
         const i64 slot = (i64)of->slot + m;
         *(float4 *)(p->plan.o_partial + slot * HEAD_DIM_VO + d) =
             make_float4(o[0] * norm, o[1] * norm, o[2] * norm, o[3] * norm);
-        if (d == 0) p->plan.lse_partial[slot] = seen ? max + log2f(sum) : -QI_INFINITY;
+        if (d == 0) p->plan.lse_partial[slot] = lse_of(max, sum);
     }
 }
 

@@ -82,6 +82,12 @@ QI_INLINE int hook_mask(const attention_cuda_params *c, qi_pos pos)
 #endif
 }
 
+#ifdef VARIANT_STATE
+enum { HAS_STATE = 1 };
+#else
+enum { HAS_STATE = 0 };
+#endif
+
 /* -infinity: no extra logit. */
 QI_INLINE float hook_state(const attention_cuda_params *c, qi_pos pos)
 {

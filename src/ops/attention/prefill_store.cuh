@@ -52,12 +52,11 @@ QI_INLINE void finish_prefill_rows(const attention_cuda_params *c, const prefill
     const int m = lane / 16 * 64 + tid / WARP * 16 + lane % 16; /* a row a lane */
     if (lane / 16 < tiles && m < w->num_rows * GROUP_SIZE) {
         const float2 r = results[m];
-        const int seen = r.y > 0.f || r.y != r.y;
-        float norm = !SOFTMAX ? 1.f : seen ? 1.f / r.y : 0.f;
+        float norm = norm_of(r.y);
         if (w->slot < 0)
             norm = finish_row(c, prefill_rows_of(shared)[m].row, prefill_head(w, m), r.x, r.y, 1);
         else
-            p->plan.lse_partial[(i64)w->slot + m] = seen ? r.x + log2f(r.y) : -QI_INFINITY;
+            p->plan.lse_partial[(i64)w->slot + m] = lse_of(r.x, r.y);
         results[m].y = norm;
     }
     __syncwarp();

@@ -131,24 +131,50 @@ QI_INLINE float add_logit(float logit, float *max, float *sum)
 #define HEADS_OF_GROUP(p) ((p)->num_qo_heads / (p)->num_kv_heads)
 #endif
 
-/* Completes a row whose weights sum to `sum` relative to 2^max: returns the factor of its weighted sum of
- * v. One thread a row (first) writes lse. */
+/* Adds what a row sees beside its keys, a sink and a variant's state, to its maximum and sum; returns what its other weights
+ * shrink by. */
+QI_INLINE float add_extra_logits(const attention_cuda_params *c, tile_row row, int qo_head,
+                                 float *max, float *sum)
+{
+    const attention_params *p = &c->at;
+    float shrink = p->sink ? add_logit(p->sink[qo_head], max, sum) : 1.f;
+    return shrink * add_logit(hook_state(c, hook_pos(p, row, qo_head)), max, sum);
+}
+
+/* Was a key seen, by the sum of a row's weights? */
+QI_INLINE int any_weight(float sum)
+{
+    return sum > 0.f || sum != sum;
+}
+
+/* The factor of a row's weighted sum of v, whose weights sum to `sum`; of none zero. */
+QI_INLINE float norm_of(float sum)
+{
+    return !SOFTMAX ? 1.f : any_weight(sum) ? rcp(sum) : 0.f;
+}
+
+/* The lse, in base 2, of a row whose weights sum to `sum` relative to 2^max. */
+QI_INLINE float lse_of(float max, float sum)
+{
+    return any_weight(sum) ? max + lg2(sum) : -QI_INFINITY;
+}
+
+/* The lse of a complete row, by one thread. */
+QI_INLINE void store_lse(const attention_params *p, tile_row row, int qo_head, float max, float sum)
+{
+    p->lse[row.token * p->lse_stride[0] + qo_head * p->lse_stride[1]] =
+        lse_of(max, sum) * p->lse_scale;
+}
+
+/* Completes a row: returns the factor of its weighted sum of v. One thread a row (first) writes lse. */
 QI_INLINE float finish_row(const attention_cuda_params *c, tile_row row, int qo_head, float max,
                            float sum, int first)
 {
-    const attention_params *p = &c->at;
-    const int kv_head = qo_head / HEADS_OF_GROUP(p);
-    float norm = 1.f;
-    if (SOFTMAX) {
-        if (p->sink) norm *= add_logit(p->sink[qo_head], &max, &sum);
-        norm *= add_logit(hook_state(c, hook_pos(p, row, qo_head)), &max, &sum);
-        const int seen = sum > 0.f || sum != sum;
-        norm = seen ? norm / sum : 0.f; /* no key seen: zeros */
-        if (p->lse && first)
-            p->lse[row.token * p->lse_stride[0] + qo_head * p->lse_stride[1]] =
-                seen ? (max + log2f(sum)) * p->lse_scale : -QI_INFINITY;
-    }
-    return norm * qi_scale_at(&c->v_scale, kv_head);
+    float norm = qi_scale_at(&c->v_scale, qo_head / HEADS_OF_GROUP(&c->at));
+    if (!SOFTMAX) return norm;
+    norm *= add_extra_logits(c, row, qo_head, &max, &sum) * norm_of(sum);
+    if (c->at.lse && first) store_lse(&c->at, row, qo_head, max, sum);
+    return norm;
 }
 
 /* The type of o: a constant in kernels that are compiled for one. */

@@ -39,7 +39,7 @@ void qi_attention_wgmma_configure(qkv_attention *a)
     const qkv_attention_spec *s = &a->spec;
     attention_wgmma *w = &a->wgmma;
     const int fp8 = multiplies_e4m3(a), is_wide = s->head_dim_vo > 128;
-    const i32 room = a->ctx->cuda.shared_bytes, most = !is_wide ? 128 : fp8 ? 64 : 80;
+    const i32 room = a->ctx->cuda.shared_bytes, most = is_wide ? 64 : 128;
     const u64 bytes = qi_dtype_bytes((qi_dtype)qi_dtype_of(s->dtype_kv));
     const int general =
         s->variant || s->mask == QKV_MASK_CUSTOM || (s->features & QKV_FEATURE_ALIBI) != 0;
@@ -50,12 +50,12 @@ void qi_attention_wgmma_configure(qkv_attention *a)
                            .loading = fp8 ? 2 : 1,
                            .fp8 = fp8,
                            .piece = bytes == 2 || fp8 ? qi_box_keys(s->page_size, most) : 0};
-    if (w->piece == 0) {
-        w->keys = is_wide ? 64 : 128;
-        w->loading = is_wide && !fp8 ? 1 : 2;
-    }
-    if (s->head_dim_qk <= 64 && s->head_dim_vo <= 64 && !general && w->piece > 0 && !fp8)
+    if (w->piece == 0) w->loading = is_wide && !fp8 ? 1 : 2;
+    if (s->head_dim_qk <= 64 && s->head_dim_vo <= 64 && !general && w->piece > 0 && !fp8) {
         w->warpgroups = 3; /* others take more registers */
+        w->keys = 96;
+        w->piece = qi_box_keys(s->page_size, w->keys);
+    }
     if (shared_bytes(s, w) > room) w->buffers = 1;
     while (w->stages < MAX_STAGES) {
         w->stages++;

@@ -27,6 +27,7 @@ typedef struct tile_item {
     const prefill_item_notes *notes;
     const prefill_row *rows;
     int first, blocks;
+    int plain_begin, plain_end; /* as of the notes */
 } tile_item;
 
 /* Scores in natural units times log2(e) by way of a soft cap: tanh(x) = 1 - 2 / (1 + e^2x), within 1e-6 of the
@@ -106,6 +107,12 @@ QI_INLINE void general_scores(const attention_cuda_params *c, const tile_item *t
     }
 }
 
+/* Do all rows see all keys of the block at `first`? */
+QI_INLINE int is_plain(const tile_item *t, int first)
+{
+    return first >= t->plain_begin && first + KEYS <= t->plain_end;
+}
+
 /* From products of the block at `first` to scores. */
 QI_INLINE void finish_scores(const attention_cuda_params *c, const tile_item *t, int first,
                              const two_rows *r, float *s)
@@ -115,17 +122,17 @@ QI_INLINE void finish_scores(const attention_cuda_params *c, const tile_item *t,
         return;
     }
     if (SOFT_CAP) cap_scores(c->at.logits_soft_cap, t, r, s);
-    if (first < t->notes->plain_begin || first + KEYS > t->notes->plain_end)
-        mask_scores(&c->at, t, first, r, s);
+    if (!is_plain(t, first)) mask_scores(&c->at, t, first, r, s);
 }
 
-/* The maximum that weights are relative to follows the true one only where weights would pass 2^8, so that o is seldom
- * multiplied, and stays far from what f32 and the tensor cores' types hold. shrink: what the rows' sums and o
- * are to be multiplied by; returns whether any of the warp's is not 1. */
-QI_INLINE int follow_maxima(const float *s, two_rows *r, float shrink[2])
+/* The maximum that a row's weights are relative to follows the true one only where weights would pass 2^8, so that o is
+ * seldom multiplied, and stays far from what f32 and the tensor cores' types hold. Whether a row's does depends on the
+ * row alone. */
+enum { MOST_WEIGHT_LOG2 = 8 };
+
+/* The largest of the lane's scores of each row. */
+QI_INLINE void find_tops(const two_rows *r, const float *s, float top[2])
 {
-    float top[2];
-    int grew = 0;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         float x = s[2 * h], y = s[2 * h + 1]; /* two chains are faster than one */
@@ -135,22 +142,37 @@ QI_INLINE int follow_maxima(const float *s, two_rows *r, float shrink[2])
             y = fmaxf(y, s[i + 1]);
         }
         top[h] = fmaxf(x, y) * r->scale[h];
-        grew |= top[h] > r->max[h] + 8.f;
-        shrink[h] = 1.f;
     }
-    if (!__any_sync(ALL_LANES, grew))
-        return 0; /* of no lane's keys: the row's other lanes need not be asked */
+}
+
+/* Follows the maximum of rows of which a lane says so. shrink: what the rows' sums and o are to be multiplied by. */
+QI_INLINE void follow_tops(two_rows *r, const float top[2], const int follows[2], float shrink[2])
+{
 #pragma unroll
     for (int h = 0; h < 2; h++) {
+        const u32 lanes = __ballot_sync(ALL_LANES, follows[h]) >> (tid_x() % WARP & ~3) & 15;
         float x = top[h];
         x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
         x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
-        if (x <= r->max[h] + 8.f) continue;
+        shrink[h] = 1.f;
+        if (!lanes) continue;
         x -= TOP_WEIGHT;
         shrink[h] = ex2(r->max[h] - x);
         r->max[h] = x;
         r->sum[h] *= shrink[h];
     }
+}
+
+/* Follows the maxima of a block's scores. Returns whether any of the warp's was followed. */
+QI_INLINE int follow_maxima(const float *s, two_rows *r, float shrink[2])
+{
+    float top[2];
+    find_tops(r, s, top);
+    const int follows[2] = {top[0] > r->max[0] + MOST_WEIGHT_LOG2,
+                            top[1] > r->max[1] + MOST_WEIGHT_LOG2};
+    if (!__any_sync(ALL_LANES, follows[0] || follows[1]))
+        return 0; /* of no lane's keys: the row's other lanes need not be asked */
+    follow_tops(r, top, follows, shrink);
     return 1;
 }
 
@@ -179,6 +201,43 @@ QI_INLINE void pack_weights(const float *s, u32 *weights)
 #pragma unroll
     for (int i = 0; i < NUM_WEIGHTS; i++) weights[i] = pack_pair(s[2 * i], s[2 * i + 1]);
 #endif
+}
+
+/* A block's scores to weights by the maxima so far, as the left operand, and this lane's part of their sums. */
+QI_INLINE void try_weights(const two_rows *r, const float *s, u32 *weights, float sum[2])
+{
+    sum[0] = sum[1] = 0.f;
+#pragma unroll
+    for (int i = 0; i < NUM_SCORES; i += 2) {
+        const int h = i / 2 % 2;
+        const float even = ex2(fmaf(s[i], r->scale[h], -r->max[h]));
+        const float odd = ex2(fmaf(s[i + 1], r->scale[h], -r->max[h]));
+        sum[h] += even;
+        sum[h] += odd;
+        weights[i / 2] = pack_pair(even, odd);
+    }
+}
+
+/* A block's scores to weights. No maximum is looked for first: scores stay as they are, and in the rare case that a lane's sum
+ * passes the largest weight, maxima are followed and weights are made again. Returns whether any was followed. */
+QI_INLINE int weigh_block(two_rows *r, const float *s, u32 *weights, float shrink[2])
+{
+    float sum[2], top[2];
+    if (!SOFTMAX) {
+        pack_weights(s, weights);
+        return 0;
+    }
+    try_weights(r, s, weights, sum);
+    const int follows[2] = {sum[0] > 1 << MOST_WEIGHT_LOG2, sum[1] > 1 << MOST_WEIGHT_LOG2};
+    const int grew = __any_sync(ALL_LANES, follows[0] || follows[1]);
+    if (grew) {
+        find_tops(r, s, top);
+        follow_tops(r, top, follows, shrink);
+        try_weights(r, s, weights, sum);
+    }
+    r->sum[0] += sum[0];
+    r->sum[1] += sum[1];
+    return grew;
 }
 
 #endif

@@ -41,6 +41,15 @@ QI_INLINE void multiply_keys(u32 q, u32 k, float *s)
 #endif
 enum { PARTS = COLUMNS / PART_COLUMNS, PART_SUMS = PART_COLUMNS / 2 };
 
+/* With two buffers of weights those of a block are made while the ones before are still multiplied; with one, which is what
+ * registers hold elsewhere, after that. */
+enum {
+    WEIGHT_BUFFERS = WARPGROUPS == 2 && THREADS == 384 && PIECE > 0 && !GENERAL_SCORES &&
+                             !SOFT_CAP && NUM_SUMS + NUM_SCORES + 2 * NUM_WEIGHTS <= 192
+                         ? 2
+                         : 1
+};
+
 /* Begins o += weights v, or sums = weights v for columns of the part. */
 QI_INLINE void multiply_values(const u32 *weights, u32 v, const int part, float *sums, float *o)
 {
@@ -87,7 +96,22 @@ typedef struct worker {
     tile_barriers *b;
     int group, tid; /* number of the warpgroup, and of the thread in it */
     ring keys, values;
+    u32 item; /* how many were before this one */
 } worker;
+
+/* The place of an item's queries is free, once the warp's rows have left from there. */
+QI_INLINE void pass_queries(const worker *t, u32 item)
+{
+    if (t->tid % WARP > 0) return;
+    tma_await_reads();
+    mbarrier_arrive(&t->b->rows_empty[item % BUFFERS]);
+}
+
+/* With two buffers rows may leave while the next item is begun. */
+QI_INLINE void pass_last_queries(const worker *t)
+{
+    if (BUFFERS > 1 && t->item > 0) pass_queries(t, t->item - 1);
+}
 
 QI_INLINE u32 tile_of_keys(const worker *t)
 {
@@ -124,6 +148,7 @@ QI_INLINE void clear_values(char *v, int begin, int end, int tid)
 {
 #pragma unroll
     for (int c = 0; c < VO_CHUNKS; c++)
+#pragma unroll 1
         for (int i = begin * 8 + tid; i < end * 8; i += 128)
             *(uint4 *)(v + c * KV_CHUNK_BYTES + i * 16) = make_uint4(0, 0, 0, 0);
 }
@@ -132,23 +157,16 @@ QI_INLINE void clear_values(char *v, int begin, int end, int tid)
  * of 0 times what lies there may be NaN; every warpgroup sees to it itself, where they were not transposed. */
 QI_INLINE void await_values(worker *t, const tile_item *item, int first)
 {
+    wait_for_values(t);
+    if (FP8 || is_plain(item, first)) return;
     const qi_work *w = &item->notes->work;
     const int begin = w->kv_begin - first, end = w->kv_end - first; /* rows of the item's keys */
-    wait_for_values(t);
-    if (FP8 || (begin <= 0 && end >= KEYS)) return;
+    if (begin <= 0 && end >= KEYS) return;
     char *v = t->shared + V_AT + t->values.stage * V_BYTES;
     clear_values(v, 0, begin, t->tid);
     clear_values(v, end, KEYS, t->tid);
     fence_proxy_async();
     bar_sync(1 + t->group, 128);
-}
-
-/* Finishes a block's scores. Returns whether o is to be multiplied by shrink before weights are added to it. */
-QI_INLINE int score_block(const worker *t, const tile_item *item, int first, two_rows *r, float *s,
-                          float shrink[2])
-{
-    finish_scores(&t->p->c, item, first, r, s);
-    return SOFTMAX ? follow_maxima(s, r, shrink) : 0;
 }
 
 /* The part of PARTS of a block's scores to weights; what they are without a softmax. */
@@ -159,40 +177,34 @@ QI_INLINE void weigh_part(two_rows *r, float *s, const int part)
         if (SOFTMAX && i * PARTS / NUM_SCORES == part) weigh_scores(r, s + i);
 }
 
-/* 64 rows of the item, whose queries these are: their weighted sums of v to o. */
-QI_INLINE void walk_blocks(worker *t, const tile_item *item, const char *queries, two_rows *r,
-                           float *o)
+/* After the last of a block's products with values, or its only one. */
+QI_INLINE void end_values(worker *t, float *sums, float *o)
 {
-    float s[NUM_SCORES], sums[PART_SUMS], shrink[2];
-    u32 weights[NUM_WEIGHTS];
-#pragma unroll
-    for (int i = 0; i < NUM_SUMS; i++) o[i] = 0.f;
-    if (item->blocks == 0) return;
+    wgmma_wait_group(0);
+    take_sums(PARTS - 1, sums, o);
+    pass_values(t);
+}
+
+/* The next block of an item, at key `first`: its weights to `next`; the values of the block before, which `weights` are of,
+ * to o. */
+QI_INLINE void walk_block(worker *t, const tile_item *item, const char *queries, int first,
+                          const u32 *weights, two_rows *r, float *s, u32 *next, float *o)
+{
+    float sums[PART_SUMS], shrink[2];
+    int grew;
     mbarrier_wait(&t->b->k_full[t->keys.stage], t->keys.parity);
     wgmma_fence();
     multiply_keys(wgmma_tile(queries, 0), tile_of_keys(t), s);
-    wgmma_wait_group(0);
+    await_values(t, item, first - KEYS);
+    const u32 v = tile_of_values(t);
+    wgmma_fence();
+    multiply_values(weights, v, 0, sums, o);
+    wgmma_wait_group(1);
     hold_scores(s);
     pass_keys(t);
-    int first = item->first;
-    score_block(t, item, first, r, s, shrink);
-#pragma unroll
-    for (int part = 0; part < PARTS; part++) weigh_part(r, s, part);
-    pack_weights(s, weights);
-#pragma unroll 1
-    for (int i = 1; i < item->blocks; i++) {
-        const u32 q = wgmma_tile(queries, 0), k = tile_of_keys(t), v = tile_of_values(t);
-        mbarrier_wait(&t->b->k_full[t->keys.stage], t->keys.parity);
-        wgmma_fence();
-        multiply_keys(q, k, s);
-        await_values(t, item, first);
-        wgmma_fence();
-        multiply_values(weights, v, 0, sums, o);
-        wgmma_wait_group(1);
-        hold_scores(s);
-        pass_keys(t);
-        first += KEYS;
-        const int grew = score_block(t, item, first, r, s, shrink);
+    finish_scores(&t->p->c, item, first, r, s);
+    if (FP8) {
+        grew = SOFTMAX && follow_maxima(s, r, shrink);
 #pragma unroll
         for (int part = 1; part < PARTS; part++) { /* beside each the next one's weights */
             wgmma_wait_group(0);
@@ -202,30 +214,79 @@ QI_INLINE void walk_blocks(worker *t, const tile_item *item, const char *queries
             weigh_part(r, s, part - 1);
         }
         weigh_part(r, s, PARTS - 1);
-        wgmma_wait_group(0);
-        take_sums(PARTS - 1, sums, o);
-        pass_values(t);
-        if (grew) {
-#pragma unroll
-            for (int j = 0; j < NUM_SUMS; j++) o[j] *= shrink[j / 2 % 2];
-        }
-        pack_weights(s, weights);
+        end_values(t, sums, o);
+        pack_weights(s, next);
+    } else {
+        if (WEIGHT_BUFFERS == 1) end_values(t, sums, o);
+        grew = weigh_block(r, s, next, shrink);
+        if (WEIGHT_BUFFERS == 2) end_values(t, sums, o);
     }
+    if (!grew) return;
+#pragma unroll
+    for (int i = 0; i < NUM_SUMS; i++) o[i] *= shrink[i / 2 % 2];
+}
+
+/* The values of an item's last block, at key `first`, to o. */
+QI_INLINE void walk_values(worker *t, const tile_item *item, int first, const u32 *weights,
+                           float *o)
+{
+    float sums[PART_SUMS];
     await_values(t, item, first);
     const u32 v = tile_of_values(t);
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
         wgmma_fence();
         multiply_values(weights, v, part, sums, o);
+        if (part == PARTS - 1) continue;
         wgmma_wait_group(0);
         take_sums(part, sums, o);
     }
-    pass_values(t);
+    end_values(t, sums, o);
+}
+
+/* 64 rows of the item, whose queries these are: their weighted sums of v to o. */
+QI_INLINE void walk_blocks(worker *t, const tile_item *item, const char *queries, two_rows *r,
+                           float *o)
+{
+    float s[NUM_SCORES], shrink[2];
+    u32 weights[NUM_WEIGHTS], second[NUM_WEIGHTS];
+    u32 *const other = WEIGHT_BUFFERS == 2 ? second : weights;
+    int first = item->first;
+#pragma unroll
+    for (int i = 0; i < NUM_SUMS; i++) o[i] = 0.f;
+    if (item->blocks == 0) {
+        pass_last_queries(t);
+        return;
+    }
+    mbarrier_wait(&t->b->k_full[t->keys.stage], t->keys.parity);
+    wgmma_fence();
+    multiply_keys(wgmma_tile(queries, 0), tile_of_keys(t), s);
+    pass_last_queries(t);
+    wgmma_wait_group(0);
+    hold_scores(s);
+    pass_keys(t);
+    finish_scores(&t->p->c, item, first, r, s);
+    if (SOFTMAX) follow_maxima(s, r, shrink);
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) weigh_part(r, s, part);
+    pack_weights(s, weights);
+#pragma unroll 1
+    for (int i = 1; i < item->blocks; i += WEIGHT_BUFFERS) {
+        walk_block(t, item, queries, first += KEYS, weights, r, s, other, o);
+        if (WEIGHT_BUFFERS == 1) continue;
+        if (i + 1 == item->blocks) {
+            walk_values(t, item, first, other, o);
+            return;
+        }
+        walk_block(t, item, queries, first += KEYS, other, r, s, weights, o);
+    }
+    walk_values(t, item, first, weights, o);
 }
 
 /* Of an item without rows of this warpgroup: blocks pass unused. */
 QI_INLINE void skip_blocks(worker *t, const tile_item *item)
 {
+    pass_last_queries(t);
 #pragma unroll 1
     for (int i = 0; i < item->blocks; i++) {
         mbarrier_wait(&t->b->k_full[t->keys.stage], t->keys.parity);
@@ -240,26 +301,41 @@ QI_INLINE void skip_blocks(worker *t, const tile_item *item)
 /* ---- results -------------------------------------------------------------------------------- */
 
 /* Completes the lane's two rows but for o: norm multiplies their weighted sums of v. The four lanes of a row do the
- * same; one writes lse. */
-QI_INLINE void finish_rows_of_lane(const attention_cuda_params *c, const tile_item *item,
-                                   const two_rows *r, float norm[2])
+ * same. */
+QI_INLINE void complete_rows_of_lane(const attention_cuda_params *c, const tile_item *item,
+                                     two_rows *r, float norm[2])
 {
     const qi_work *w = &item->notes->work;
+    const int whole = w->slot < 0;
+    const float v_scale = whole ? qi_scale_at(&c->v_scale, w->kv_head) : 1.f;
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2)
+#pragma unroll
+        for (int h = 0; h < 2; h++) r->sum[h] += __shfl_xor_sync(ALL_LANES, r->sum[h], step);
+    norm[0] = norm[1] = v_scale;
+    if (SOFTMAX && whole && (HAS_STATE || c->at.sink))
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+            norm[h] *= add_extra_logits(c, item->rows[r->m[h]].row, prefill_head(w, r->m[h]),
+                                        &r->max[h], &r->sum[h]);
+#pragma unroll
+    for (int h = 0; h < 2; h++) norm[h] *= norm_of(r->sum[h]);
+}
+
+/* The lse of complete rows or of partial ones, by one lane each. */
+QI_INLINE void store_lse_of_lane(const attention_params *p, const tile_item *item,
+                                 const two_rows *r)
+{
+    const qi_work *w = &item->notes->work;
+    if (tid_x() % 4 > 0 || (w->slot < 0 && (!SOFTMAX || !p->lse))) return;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        const int m = r->m[h], first = tid_x() % 4 == 0 && m < w->num_rows * GROUP_SIZE;
-        float total = r->sum[h];
-        total += __shfl_xor_sync(ALL_LANES, total, 1);
-        total += __shfl_xor_sync(ALL_LANES, total, 2);
-        if (w->slot < 0) {
-            norm[h] = finish_row(c, item->rows[m].row, prefill_head(w, m), r->max[h], total, first);
-            continue;
-        }
-        const int seen = total > 0.f || total != total;
-        norm[h] = !SOFTMAX ? 1.f : seen ? 1.f / total : 0.f;
-        if (first)
-            c->at.plan.lse_partial[(i64)w->slot + m] =
-                seen ? r->max[h] + log2f(total) : -QI_INFINITY;
+        const int m = r->m[h];
+        if (m >= w->num_rows * GROUP_SIZE) continue;
+        if (w->slot < 0)
+            store_lse(p, item->rows[m].row, prefill_head(w, m), r->max[h], r->sum[h]);
+        else
+            p->plan.lse_partial[(i64)w->slot + m] = lse_of(r->max[h], r->sum[h]);
     }
 }
 
@@ -287,6 +363,8 @@ QI_INLINE void store_plain_rows(const wgmma_params *params, const tile_item *ite
     const qi_work *w = &item->notes->work;
     const int lane = tid_x() % WARP, all = w->num_rows * GROUP_SIZE;
     const int boxed = params->o_by_tma && row_begin + 16 <= all;
+    const int token = (int)uniform((u32)item->rows[row_begin].row.token);
+    const int kv_head = (int)uniform((u32)w->kv_head);
 #pragma unroll
     for (int pass = 0; pass < COLUMNS; pass += PASS) {
         __syncwarp();
@@ -303,9 +381,9 @@ QI_INLINE void store_plain_rows(const wgmma_params *params, const tile_item *ite
         __syncwarp();
         if (boxed && lane == 0) {
             for (int i = 0; i < PASS / 64 && pass + 64 * i < COLUMNS; i++)
-                tma_store_4d(&params->o, stage + i * Q_CHUNK_BYTES, pass + 64 * i, 0, w->kv_head,
-                             item->rows[row_begin].row.token);
-            tma_await_reads();
+                tma_store_4d(&params->o, stage + i * Q_CHUNK_BYTES, pass + 64 * i, 0, kv_head,
+                             token);
+            if (PASS < COLUMNS) tma_await_reads();
         }
         if (boxed) continue;
 #pragma unroll 4
@@ -369,30 +447,33 @@ QI_INLINE void store_partial_rows(const attention_cuda_params *c, const qi_work 
 }
 
 /* The block that finishes a tile's last piece merges it. */
-QI_INLINE void finish_piece_of(worker *t, const qi_work *w)
+QI_INLINE void finish_piece_of(worker *t, i32 merge)
 {
     const attention_cuda_params *c = &t->p->c;
-    const qi_merge *tile = &c->at.plan.merge[w->merge];
+    const qi_merge *tile = &c->at.plan.merge[merge];
     const int tid = t->group * 128 + t->tid;
     bar_sync(BAR_CONSUMERS, CONSUMERS);
-    if (tid == 0) t->b->is_last = draw_ticket(&c->at, w->merge) == tile->num_pieces - 1;
+    if (tid == 0) t->b->is_last = draw_ticket(&c->at, merge) == tile->num_pieces - 1;
     bar_sync(BAR_CONSUMERS, CONSUMERS);
-    if (t->b->is_last) merge_tile(c, tile, w->merge, tid, CONSUMERS);
+    if (t->b->is_last) merge_tile(c, tile, merge, tid, CONSUMERS);
 }
 
 /* ---- items ---------------------------------------------------------------------------------- */
 
 /* Warpgroups take 64 rows each; items of no more, which are often short, in turn. */
-QI_INLINE void compute_item(worker *t, const prefill_item_notes *notes, u32 buffer, int turn)
+QI_INLINE void compute_item(worker *t, const prefill_item_notes *notes)
 {
     const attention_cuda_params *c = &t->p->c;
+    const u32 buffer = t->item % BUFFERS;
     char *queries = t->shared + buffer * Q_BYTES;
-    tile_item item = {notes, item_rows(t->shared, buffer), 0, 0};
+    tile_item item = {
+        notes, item_rows(t->shared, buffer), 0, 0, notes->plain_begin, notes->plain_end,
+    };
     const qi_work *w = &item.notes->work;
     item.first = first_key(t->p, w->kv_begin);
     item.blocks = num_blocks(item.first, w->kv_end);
     const int all = w->num_rows * GROUP_SIZE, part = all <= 64 ? 0 : t->group;
-    if (all <= 64 ? t->group != turn : all <= 64 * part) {
+    if (all <= 64 ? t->group != (int)(t->item % WARPGROUPS) : all <= 64 * part) {
         skip_blocks(t, &item);
         return;
     }
@@ -407,17 +488,20 @@ QI_INLINE void compute_item(worker *t, const prefill_item_notes *notes, u32 buff
         r.sum[h] = 0.f;
     }
     walk_blocks(t, &item, queries + part * 64 * 128, &r, o);
-    finish_rows_of_lane(c, &item, &r, norm);
+    complete_rows_of_lane(c, &item, &r, norm);
     if (w->slot >= 0) {
         store_partial_rows(c, w, o, norm, row_begin);
+        store_lse_of_lane(&c->at, &item, &r);
         return;
     }
     bar_sync(1 + t->group, 128); /* all of the warpgroup's products with its queries are done */
     const int aligned = outputs_aligned(&c->at);
+    char *const stage = queries + row_begin * 128;
     if (PLAIN_OUTPUTS && aligned && qi_scale_is_one(&c->o_scale))
-        store_plain_rows(t->p, &item, o, norm, queries + row_begin * 128, row_begin);
+        store_plain_rows(t->p, &item, o, norm, stage, row_begin);
     else
-        store_rows(c, &item, o, norm, queries + row_begin * 128, row_begin, aligned);
+        store_rows(c, &item, o, norm, stage, row_begin, aligned);
+    store_lse_of_lane(&c->at, &item, &r);
     fence_proxy_async();
 }
 
@@ -425,24 +509,22 @@ QI_INLINE void compute_items(const wgmma_params *p, char *shared)
 {
     const int tid = (int)threadIdx.x - (THREADS - CONSUMERS);
     const int one_level = p->c.at.plan.header->num_levels == 1;
-    worker t = {p,      shared, barriers_of(shared), (int)uniform((u32)tid / 128), tid % 128,
-                {0, 0}, {0, 0}};
-    ring note = {0, 0}, buffer = {0, 0};
-    int turn = 0;
+    worker t = {
+        p, shared, barriers_of(shared), (int)uniform((u32)tid / 128), tid % 128, {0, 0}, {0, 0}, 0};
 #pragma unroll 1
-    for (;; turn = (turn + 1) % WARPGROUPS) {
-        const prefill_item_notes *notes = item_notes(shared, note.stage);
-        mbarrier_wait(&t.b->noted[note.stage], note.parity);
-        if (notes->work.num_rows == 0) return;
-        mbarrier_wait(&t.b->rows_full[buffer.stage], buffer.parity);
-        compute_item(&t, notes, buffer.stage, turn);
-        const qi_work w = notes->work;
-        forget_item(t.b, note.stage);
-        if (t.tid % WARP == 0) mbarrier_arrive(&t.b->rows_empty[buffer.stage]);
-        if (w.slot >= 0 && one_level) finish_piece_of(&t, &w);
-        ring_next(&note, WGMMA_NOTES);
-        ring_next(&buffer, BUFFERS);
+    for (;; t.item++) {
+        const u32 place = t.item % WGMMA_NOTES, buffer = t.item % BUFFERS;
+        const prefill_item_notes *notes = item_notes(shared, place);
+        mbarrier_wait(&t.b->noted[place], t.item / WGMMA_NOTES & 1);
+        if (notes->work.num_rows == 0) break;
+        mbarrier_wait(&t.b->rows_full[buffer], t.item / BUFFERS & 1);
+        compute_item(&t, notes);
+        const i32 slot = notes->work.slot, merge = notes->work.merge;
+        forget_item(t.b, place);
+        if (BUFFERS == 1) pass_queries(&t, t.item);
+        if (slot >= 0 && one_level) finish_piece_of(&t, merge);
     }
+    pass_last_queries(&t);
 }
 
 #endif
