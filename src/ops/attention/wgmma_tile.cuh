@@ -87,6 +87,44 @@ QI_INLINE void take_sums(const int part, float *sums, float *o)
 #endif
 }
 
+/* ---- rows ------------------------------------------------------------------------------------ */
+
+/* The lane's two rows of the warp's, which begin at row_begin of the tile. */
+QI_INLINE two_rows open_rows(const tile_item *item, int row_begin)
+{
+    two_rows r;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        r.m[h] = row_begin + tid_x() % WARP / 4 + 8 * h;
+        r.scale[h] = GENERAL_SCORES || SOFT_CAP ? 1.f : fabsf(item->rows[r.m[h]].scale) * QI_LOG2E;
+        r.max[h] = PREFILL_LOWEST;
+        r.sum[h] = 0.f;
+    }
+    return r;
+}
+
+/* Completes the lane's two rows but for o: norm multiplies their weighted sums of v. The four lanes of a row do the
+ * same. */
+QI_INLINE void complete_rows_of_lane(const attention_cuda_params *c, const tile_item *item,
+                                     two_rows *r, float norm[2])
+{
+    const qi_work *w = &item->notes->work;
+    const int whole = w->slot < 0;
+    const float v_scale = whole ? qi_scale_at(&c->v_scale, w->kv_head) : 1.f;
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2)
+#pragma unroll
+        for (int h = 0; h < 2; h++) r->sum[h] += __shfl_xor_sync(ALL_LANES, r->sum[h], step);
+    norm[0] = norm[1] = v_scale;
+    if (SOFTMAX && whole && (HAS_STATE || c->at.sink))
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+            norm[h] *= add_extra_logits(c, item->rows[r->m[h]].row, prefill_head(w, r->m[h]),
+                                        &r->max[h], &r->sum[h]);
+#pragma unroll
+    for (int h = 0; h < 2; h++) norm[h] *= norm_of(r->sum[h]);
+}
+
 /* ---- blocks --------------------------------------------------------------------------------- */
 
 /* A warpgroup at its work. */
@@ -226,9 +264,9 @@ QI_INLINE void walk_block(worker *t, const tile_item *item, const char *queries,
     for (int i = 0; i < NUM_SUMS; i++) o[i] *= shrink[i / 2 % 2];
 }
 
-/* The values of an item's last block, at key `first`, to o. */
+/* The values of an item's last block, at key `first`, to o. Beside them rows are completed. */
 QI_INLINE void walk_values(worker *t, const tile_item *item, int first, const u32 *weights,
-                           float *o)
+                           two_rows *r, float *o, float norm[2])
 {
     float sums[PART_SUMS];
     await_values(t, item, first);
@@ -241,27 +279,26 @@ QI_INLINE void walk_values(worker *t, const tile_item *item, int first, const u3
         wgmma_wait_group(0);
         take_sums(part, sums, o);
     }
+    complete_rows_of_lane(&t->p->c, item, r, norm);
     end_values(t, sums, o);
 }
 
-/* 64 rows of the item, whose queries these are: their weighted sums of v to o. */
-QI_INLINE void walk_blocks(worker *t, const tile_item *item, const char *queries, two_rows *r,
-                           float *o)
+/* 64 rows of the item, of the warp those from row_begin on, whose queries these are: their weighted sums of v to o, which
+ * norm is to multiply. */
+QI_INLINE void walk_blocks(worker *t, const tile_item *item, const char *queries, int row_begin,
+                           two_rows *r, float *o, float norm[2])
 {
     float s[NUM_SCORES], shrink[2];
     u32 weights[NUM_WEIGHTS], second[NUM_WEIGHTS];
     u32 *const other = WEIGHT_BUFFERS == 2 ? second : weights;
     int first = item->first;
-#pragma unroll
-    for (int i = 0; i < NUM_SUMS; i++) o[i] = 0.f;
-    if (item->blocks == 0) {
-        pass_last_queries(t);
-        return;
-    }
     mbarrier_wait(&t->b->k_full[t->keys.stage], t->keys.parity);
     wgmma_fence();
     multiply_keys(wgmma_tile(queries, 0), tile_of_keys(t), s);
     pass_last_queries(t);
+    *r = open_rows(item, row_begin);
+#pragma unroll
+    for (int i = 0; i < NUM_SUMS; i++) o[i] = 0.f;
     wgmma_wait_group(0);
     hold_scores(s);
     pass_keys(t);
@@ -275,12 +312,23 @@ QI_INLINE void walk_blocks(worker *t, const tile_item *item, const char *queries
         walk_block(t, item, queries, first += KEYS, weights, r, s, other, o);
         if (WEIGHT_BUFFERS == 1) continue;
         if (i + 1 == item->blocks) {
-            walk_values(t, item, first, other, o);
+            walk_values(t, item, first, other, r, o, norm);
             return;
         }
         walk_block(t, item, queries, first += KEYS, other, r, s, weights, o);
     }
-    walk_values(t, item, first, weights, o);
+    walk_values(t, item, first, weights, r, o, norm);
+}
+
+/* Of an item without keys. */
+QI_INLINE void walk_nothing(worker *t, const tile_item *item, int row_begin, two_rows *r, float *o,
+                            float norm[2])
+{
+    pass_last_queries(t);
+    *r = open_rows(item, row_begin);
+#pragma unroll
+    for (int i = 0; i < NUM_SUMS; i++) o[i] = 0.f;
+    complete_rows_of_lane(&t->p->c, item, r, norm);
 }
 
 /* Of an item without rows of this warpgroup: blocks pass unused. */
@@ -299,28 +347,6 @@ QI_INLINE void skip_blocks(worker *t, const tile_item *item)
 }
 
 /* ---- results -------------------------------------------------------------------------------- */
-
-/* Completes the lane's two rows but for o: norm multiplies their weighted sums of v. The four lanes of a row do the
- * same. */
-QI_INLINE void complete_rows_of_lane(const attention_cuda_params *c, const tile_item *item,
-                                     two_rows *r, float norm[2])
-{
-    const qi_work *w = &item->notes->work;
-    const int whole = w->slot < 0;
-    const float v_scale = whole ? qi_scale_at(&c->v_scale, w->kv_head) : 1.f;
-#pragma unroll
-    for (int step = 1; step < 4; step *= 2)
-#pragma unroll
-        for (int h = 0; h < 2; h++) r->sum[h] += __shfl_xor_sync(ALL_LANES, r->sum[h], step);
-    norm[0] = norm[1] = v_scale;
-    if (SOFTMAX && whole && (HAS_STATE || c->at.sink))
-#pragma unroll
-        for (int h = 0; h < 2; h++)
-            norm[h] *= add_extra_logits(c, item->rows[r->m[h]].row, prefill_head(w, r->m[h]),
-                                        &r->max[h], &r->sum[h]);
-#pragma unroll
-    for (int h = 0; h < 2; h++) norm[h] *= norm_of(r->sum[h]);
-}
 
 /* The lse of complete rows or of partial ones, by one lane each. */
 QI_INLINE void store_lse_of_lane(const attention_params *p, const tile_item *item,
@@ -480,15 +506,10 @@ QI_INLINE void compute_item(worker *t, const prefill_item_notes *notes)
     const int row_begin = part * 64 + t->tid / WARP * 16;
     two_rows r;
     float o[NUM_SUMS], norm[2];
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        r.m[h] = row_begin + t->tid % WARP / 4 + 8 * h;
-        r.scale[h] = GENERAL_SCORES || SOFT_CAP ? 1.f : fabsf(item.rows[r.m[h]].scale) * QI_LOG2E;
-        r.max[h] = PREFILL_LOWEST;
-        r.sum[h] = 0.f;
-    }
-    walk_blocks(t, &item, queries + part * 64 * 128, &r, o);
-    complete_rows_of_lane(c, &item, &r, norm);
+    if (item.blocks > 0)
+        walk_blocks(t, &item, queries + part * 64 * 128, row_begin, &r, o, norm);
+    else
+        walk_nothing(t, &item, row_begin, &r, o, norm);
     if (w->slot >= 0) {
         store_partial_rows(c, w, o, norm, row_begin);
         store_lse_of_lane(&c->at, &item, &r);
@@ -508,7 +529,6 @@ QI_INLINE void compute_item(worker *t, const prefill_item_notes *notes)
 QI_INLINE void compute_items(const wgmma_params *p, char *shared)
 {
     const int tid = (int)threadIdx.x - (THREADS - CONSUMERS);
-    const int one_level = p->c.at.plan.header->num_levels == 1;
     worker t = {
         p, shared, barriers_of(shared), (int)uniform((u32)tid / 128), tid % 128, {0, 0}, {0, 0}, 0};
 #pragma unroll 1
@@ -522,7 +542,7 @@ QI_INLINE void compute_items(const wgmma_params *p, char *shared)
         const i32 slot = notes->work.slot, merge = notes->work.merge;
         forget_item(t.b, place);
         if (BUFFERS == 1) pass_queries(&t, t.item);
-        if (slot >= 0 && one_level) finish_piece_of(&t, merge);
+        if (slot >= 0 && p->c.at.plan.header->num_levels == 1) finish_piece_of(&t, merge);
     }
     pass_last_queries(&t);
 }
