@@ -45,13 +45,12 @@ enum { NOT_LISTED, LISTED_END, NO_END /* all is kept */ };
 
 /* What a block has for it in shared memory, beside the lists: they are where a finder has its own. */
 typedef struct listing {
-    /* This block's sample; that of all; then masses and counts as f32. */
-    __align__(16) u32 bins[2][BINS];
-    u64 few[WARP];       /* ranks, at the end of the search */
-    u64 room[SEARCHING]; /* sums of warps there */
-    u32 edges[2][WARPS]; /* keys of warps' largest and lowest values */
-    u32 listed;          /* tokens, which may be more than there is room for */
-    u32 counts[CLUSTER]; /* tokens in lists */
+    __align__(16) u32 bins[2][BINS]; /* of this block's sample, and of all */
+    u64 few[WARP];                   /* ranks, at the end of the search */
+    u64 room[SEARCHING];             /* sums of warps there */
+    u32 edges[2][WARPS];             /* keys of warps' largest and lowest values */
+    u32 listed;                      /* tokens, which may be more than there is room for */
+    u32 counts[CLUSTER];             /* tokens in lists */
     u32 num_few;
     float low, high; /* logits: the guess */
     /* What the search found: the mass of the row, of what is above those listed, and of the prefix; its last rank. */
@@ -217,22 +216,16 @@ QI_INLINE void add_samples(const row_view *r, const int s, const u64 *samples, l
     __syncthreads();
 }
 
-/* This lane's part of bins that have amounts, as bits of f32. */
-QI_INLINE float amount_in(const u32 *bins, u32 lane, u32 j)
-{
-    return float_of(bins[lane * BINS_OF + j]);
-}
-
-/* Where the sum of all bins' amounts comes to `sum`, in bins from the first edge, BINS if nowhere: in a bin at its share
- * of it, or, `whole`, at its edge. */
-QI_INLINE float reach(const u32 *bins, float before, float sum, const u32 lane, int whole)
+/* Where the sum of all bins' amounts, of which this lane has BINS_OF after those that sum to `before`, comes to `sum`, in
+ * bins from the first edge, BINS if nowhere: in a bin at its share of it, or, `whole`, at its edge. */
+QI_INLINE float reach(const float *amounts, float before, float sum, const u32 lane, int whole)
 {
     float bin = BINS, rest = 0.f, its = 1.f;
 #pragma unroll
     for (u32 j = 0; j < BINS_OF; j++) {
-        const float here = amount_in(bins, lane, j), up_to = before + here;
+        const float up_to = before + amounts[j];
         if (bin == BINS && up_to >= sum)
-            bin = (float)(lane * BINS_OF + j), rest = sum - before, its = here;
+            bin = (float)(lane * BINS_OF + j), rest = sum - before, its = amounts[j];
         before = up_to;
     }
     const float share = whole ? 0.f : rest / fmaxf(its, LEAST_NORMAL);
@@ -240,14 +233,16 @@ QI_INLINE float reach(const u32 *bins, float before, float sum, const u32 lane, 
     return float_of(__reduce_min_sync(ALL_LANES, bits_of(bin)));
 }
 
-/* The amount between two such places. */
-QI_INLINE float amount_between(const u32 *bins, float from, float to, const u32 lane)
+/* What bins count between two such places. */
+QI_INLINE float count_between(const u32 *bins, float from, float to, const u32 lane)
 {
+    u32 counts[BINS_OF];
     float sum = 0.f;
+    qi_load_words(counts, bins + lane * BINS_OF, QI_I32, BINS_OF);
 #pragma unroll
     for (u32 j = 0; j < BINS_OF; j++) {
         const float bin = (float)(lane * BINS_OF + j);
-        sum += amount_in(bins, lane, j) *
+        sum += (float)counts[j] *
                (fmaxf(fminf(to - bin, 1.f), 0.f) - fmaxf(fminf(from - bin, 1.f), 0.f));
     }
     return warp_sum(sum);
@@ -264,16 +259,17 @@ QI_INLINE void guess_range(const row_view *r, listing *l, float top, float width
     const float unit = 1.f / samples, ratio = ex2(width * -QI_LOG2E);
     const int whole = equals || 4.f * samples > pieces;
     float w = ex2(((float)(lane * BINS_OF) + .5f) * width * -QI_LOG2E);
-    u32 *const mass = l->bins[0], *const count = l->bins[1];
-    float counts = 0.f, masses = 0.f, squares = 0.f;
+    u32 counted[BINS_OF];
+    float bins[BINS_OF], counts = 0.f, masses = 0.f,
+                         squares = 0.f; /* tokens in bins, then masses */
+    qi_load_words(counted, l->bins[1] + lane * BINS_OF, QI_I32, BINS_OF);
 #pragma unroll
-    for (u32 j = 0; j < BINS_OF; j++, w *= ratio) {
-        u32 *const here = &count[lane * BINS_OF + j];
-        const float tokens = (float)*here * unit;
-        *here = bits_of(tokens), mass[lane * BINS_OF + j] = bits_of(tokens * w);
-        counts += tokens, masses += tokens * w, squares += tokens * w * w;
-    }
-    const float counts_to = warp_scan_f32(counts, lane), masses_to = warp_scan_f32(masses, lane);
+    for (u32 j = 0; j < BINS_OF; j++) counts += bins[j] = (float)counted[j] * unit;
+    const float counts_to = warp_scan_f32(counts, lane);
+    const float most = reach(bins, counts_to - counts, TOP, lane, 1);
+#pragma unroll
+    for (u32 j = 0; j < BINS_OF; j++, w *= ratio) masses += bins[j] *= w, squares += bins[j] * w;
+    const float masses_to = warp_scan_f32(masses, lane);
     const float all = __shfl_sync(ALL_LANES, counts_to, WARP - 1);
     const float wish = __shfl_sync(ALL_LANES, masses_to, WARP - 1) * p;
     /* An error is of tokens that are no thread's largest: few of those at the top. */
@@ -282,13 +278,13 @@ QI_INLINE void guess_range(const row_view *r, listing *l, float top, float width
                          : masses_to - masses >= wish ? p
                                                       : fmaxf(p, 1.f - p);
     const float variance = warp_sum(squares * weight * weight * unsure) * (pieces * unit - 1.f);
-    const float most = reach(count, counts_to - counts, TOP, lane, 1);
     float far = SURE * sqrtf(variance), first, last;
 #pragma unroll 1
     for (int again = 0; again < 3; again++) { /* what the lists have no room for is of no use */
-        first = reach(mass, masses_to - masses, wish - far, lane, whole);
-        last = reach(mass, masses_to - masses, wish + far, lane, whole) + (float)whole;
-        const float within = amount_between(count, first > most ? first : 0.f, last, lane);
+        first = reach(bins, masses_to - masses, wish - far, lane, whole);
+        last = reach(bins, masses_to - masses, wish + far, lane, whole) + (float)whole;
+        const float within =
+            unit * count_between(l->bins[1], first > most ? first : 0.f, last, lane);
         if (within <= WIDE) break;
         if (first <= most) last = 0.f;
         far *= WIDE / within;

@@ -130,7 +130,7 @@ QI_INLINE int find_listed(const row_view *r, finder *f, listing *l, bracket b, u
     } while (n > WARP);
     const u64 rank = lane < n ? l->few[lane] : 0, its = lane < n ? mass_of_rank(r, rank) : 0;
     u64 sum = above;
-#pragma unroll 1
+#pragma unroll 4
     for (u32 i = 0; i < n; i++) {
         const u64 other = __shfl_sync(ALL_LANES, its, (int)i);
         if (l->few[i] >= rank) sum += other;
