@@ -68,6 +68,7 @@ typedef struct case_kv {
     const case_view *view;
     int64_t page_stride, slot_stride, head_stride, first, dim;
     double size, bias; /* of the data as the formula sees them */
+    const double *rises;
     const qkv_scale *scale;
 } case_kv;
 
@@ -83,9 +84,10 @@ static inline void case_fill_list(const attn_case *a, const case_kv *kv, int32_t
             const int64_t at =
                 kv->first + page * kv->page_stride + slot * kv->slot_stride + h * kv->head_stride;
             const double scale = case_scale_of(kv->scale, h);
+            const double rise = kv->rises ? kv->rises[j / CASE_RISE % CASE_RISES] : 0;
             for (int64_t d = 0; d < kv->dim; d++)
                 test_put(case_data(kv->view), s->dtype_kv, at + d,
-                         (kv->bias + test_uniform(kv->size)) / scale);
+                         (kv->bias + rise + test_uniform(kv->size)) / scale);
         }
     }
 }
@@ -107,6 +109,7 @@ static inline void case_fill_kv(attn_case *a, bool values)
                         .dim = values ? s->head_dim_vo : s->head_dim_qk,
                         .size = values && c->v_scale > 0 ? c->v_scale : 1,
                         .bias = values ? 0 : c->k_bias,
+                        .rises = values ? NULL : c->k_rises,
                         .scale = values ? &a->io.v_scale : &a->io.k_scale};
     for (int32_t level = 0; level <= c->num_shared_levels; level++) {
         const case_level *l = case_level_at(a, level);

@@ -12,6 +12,7 @@ enum { CASE_CSR, CASE_TABLE, CASE_RAGGED };
 enum { CASE_MAX_REQUESTS = 512, CASE_MAX_LEVELS = 4 };
 enum { CASE_NO_SCALE, CASE_NUMBER, CASE_TENSOR, CASE_PER_HEAD };
 enum { CASE_Q, CASE_K, CASE_V, CASE_O, CASE_NUM_SCALES };
+enum { CASE_RISES = 8, CASE_RISE = 64 };
 
 /* How a scale is given; each head's is within a factor of two of `value`. */
 typedef struct case_scale {
@@ -41,6 +42,7 @@ typedef struct case_config {
     float io_sm_scale, io_soft_cap;
     int32_t set_window, io_window_left, io_window_right;
     double q_scale, k_bias, v_scale; /* of the data as the formula sees them; 0 = 1, 0, 1 */
+    const double *k_rises; /* [CASE_RISES]: added to k's bias, each for CASE_RISE keys; or NULL */
     case_scale scales[CASE_NUM_SCALES];
     double max_slope, max_sink; /* of ALiBi's slopes, and of sinks; some sinks are -inf */
     qkv_rope_spec rope;

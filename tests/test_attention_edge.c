@@ -30,7 +30,7 @@ static qkv_attention_spec spec_of_keys(int32_t num_qo_heads, int32_t num_kv_head
                                        int32_t dim_vo, int32_t page_size, int32_t window_left,
                                        DLDataType dtype_kv)
 {
-    const DLDataType dtype = dtype_kv.bits == 16 ? dtype_kv : QKV_BF16;
+    const DLDataType dtype = dtype_kv.bits >= 16 ? dtype_kv : QKV_BF16;
     qkv_attention_spec s = spec_of(num_qo_heads, num_kv_heads, dim_qk, page_size, dtype);
     s.head_dim_vo = dim_vo;
     s.dtype_kv = dtype_kv;
@@ -299,6 +299,34 @@ static void attention_takes_logits_far_from_zero(void **state)
     }
 }
 
+/* Logits of which the largest so far is passed again and again, by a little, by more than any type's weights hold, or by more
+ * than f32's do; other rows' fall as far. */
+static void attention_takes_logits_that_rise(void **state)
+{
+    (void)state;
+    static const double rises[CASE_RISES] = {0, 5, 8, 10, 40, 12, 300, 280};
+    const struct {
+        int32_t dim_qk, dim_vo, page_size;
+        DLDataType dtype_kv;
+    } rows[] = {
+        {128, 128, 16, QKV_BF16}, {128, 128, 0, QKV_F16},   {64, 64, 16, QKV_BF16},
+        {256, 256, 16, QKV_BF16}, {192, 128, 16, QKV_BF16}, {128, 128, 1, QKV_BF16},
+        {128, 128, 16, QKV_E4M3}, {128, 128, 16, QKV_F32},
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        qkv_attention_spec s = spec_of_keys(4, 2, rows[i].dim_qk, rows[i].dim_vo, rows[i].page_size,
+                                            -1, rows[i].dtype_kv);
+        case_config c = case_config_init(s);
+        if (s.page_size == 0) c.form = CASE_RAGGED;
+        c.k_rises = rises;
+        c.limits.max_workers = 3;
+        case_add(&c, 70, 700);
+        case_add(&c, 1, 600);
+        case_add(&c, 200, 200);
+        try_everywhere(&c, 2);
+    }
+}
+
 /* ---- strides ------------------------------------------------------------------------------ */
 
 /* A copy with one axis' stride set and the others packed. Only touched pages of the block count, so
@@ -466,6 +494,7 @@ int main(void)
         cmocka_unit_test(attention_takes_extreme_sizes),
         cmocka_unit_test(attention_computes_positions_without_overflow),
         cmocka_unit_test(attention_takes_logits_far_from_zero),
+        cmocka_unit_test(attention_takes_logits_that_rise),
         cmocka_unit_test(attention_honours_every_stride),
         cmocka_unit_test(attention_takes_broadcast_and_idle_strides),
     };
