@@ -144,17 +144,14 @@ static bool is_for(const char *row, const i32 *constants, const char *level)
 /* Bytes of registers that a kernel may spill; most promise none. */
 static int may_spill(const char *row, const i32 *constants)
 {
-    enum { ALIBI = 10, CUSTOM_MASK = 11, COLUMNS = 15, WARPGROUPS = 17, FP8 = 21 };
+    enum { COLUMNS = 15, WARPGROUPS = 17, FP8 = 21 };
     if (strcmp(row, "attention.cuda") == 0) return INT_MAX; /* the reference */
     /* decode over 8-bit keys of 256 dims, at 255 registers: a few words before its loop */
     if (strcmp(row, "attention.mma") == 0 && constants[0] == 256) return 12;
     if (strcmp(row, "attention.wgmma") != 0) return 0;
-    /* between tiles where a thread has 160 registers, or sums of e4m3 beside a wide o; where hooks are asked of each
-     * score */
-    return constants[WARPGROUPS] == 3 || (constants[FP8] && constants[COLUMNS] > 128) ||
-                   constants[ALIBI] || constants[CUSTOM_MASK]
-               ? 160
-               : 0;
+    /* between tiles where a thread has 160 registers; sums of e4m3 beside a wide o */
+    if (constants[WARPGROUPS] == 3) return 32;
+    return constants[FP8] && constants[COLUMNS] > 128 ? 112 : 0;
 }
 
 static const qi_kernel *find_row(const char *name)
