@@ -141,7 +141,6 @@ static void attention_decodes_from_pages_of_any_size(void **state)
                                                 rows[i].window_left, rows[i].dtype_kv);
             s.kv_layout = test_below(2) ? QKV_NHD : QKV_HND;
             case_config c = case_config_init(s);
-            if (s.page_size == 0) c.form = CASE_RAGGED;
             c.strided = strided;
             c.forgets = s.window_left >= 0;
             c.limits.max_qo_len = 1;
@@ -175,7 +174,6 @@ static void attention_hides_first_blocks_from_rows(void **state)
                          rows[i].page_size, rows[i].window_left, rows[i].dtype_kv);
         s.mask = rows[i].window_left < 0 ? QKV_MASK_CUSTOM : QKV_MASK_CAUSAL;
         case_config c = case_config_init(s);
-        if (s.page_size == 0) c.form = CASE_RAGGED;
         c.hides_first = true;
         c.limits.max_workers = 3;
         case_add(&c, 250, 250);
@@ -317,7 +315,6 @@ static void attention_takes_logits_that_rise(void **state)
         qkv_attention_spec s = spec_of_keys(4, 2, rows[i].dim_qk, rows[i].dim_vo, rows[i].page_size,
                                             -1, rows[i].dtype_kv);
         case_config c = case_config_init(s);
-        if (s.page_size == 0) c.form = CASE_RAGGED;
         c.k_rises = rises;
         c.limits.max_workers = 3;
         case_add(&c, 70, 700);
