@@ -84,6 +84,7 @@
     X(wgmma_items, "ops/attention/wgmma_items.cuh")                                                \
     X(wgmma_loads, "ops/attention/wgmma_loads.cuh")                                                \
     X(wgmma_scores, "ops/attention/wgmma_scores.cuh")                                              \
+    X(wgmma_store, "ops/attention/wgmma_store.cuh")                                                \
     X(wgmma_tile, "ops/attention/wgmma_tile.cuh")                                                  \
     X(wgmma_transpose, "ops/attention/wgmma_transpose.cuh")                                        \
     X(attention_wgmma, "ops/attention/attention_wgmma.cu")                                         \
