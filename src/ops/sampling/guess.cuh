@@ -260,15 +260,22 @@ QI_INLINE void guess_range(const row_view *r, listing *l, float top, float width
     const int whole = equals || 4.f * samples > pieces;
     float w = ex2(((float)(lane * BINS_OF) + .5f) * width * -QI_LOG2E);
     u32 counted[BINS_OF];
-    float bins[BINS_OF], counts = 0.f, masses = 0.f,
-                         squares = 0.f; /* tokens in bins, then masses */
+    float bins[BINS_OF]; /* tokens, then masses */
+    float counts = 0.f, masses = 0.f, squares = 0.f;
     qi_load_words(counted, l->bins[1] + lane * BINS_OF, QI_I32, BINS_OF);
 #pragma unroll
-    for (u32 j = 0; j < BINS_OF; j++) counts += bins[j] = (float)counted[j] * unit;
+    for (u32 j = 0; j < BINS_OF; j++) {
+        bins[j] = (float)counted[j] * unit;
+        counts += bins[j];
+    }
     const float counts_to = warp_scan_f32(counts, lane);
     const float most = reach(bins, counts_to - counts, TOP, lane, 1);
 #pragma unroll
-    for (u32 j = 0; j < BINS_OF; j++, w *= ratio) masses += bins[j] *= w, squares += bins[j] * w;
+    for (u32 j = 0; j < BINS_OF; j++, w *= ratio) {
+        bins[j] *= w;
+        masses += bins[j];
+        squares += bins[j] * w;
+    }
     const float masses_to = warp_scan_f32(masses, lane);
     const float all = __shfl_sync(ALL_LANES, counts_to, WARP - 1);
     const float wish = __shfl_sync(ALL_LANES, masses_to, WARP - 1) * p;

@@ -254,7 +254,7 @@ static cuda_shape shape_on_cuda(const qkv_context *ctx, const sampling_params *p
     /* Shared memory of a block is its part of the row, and up to 48 KB. From half of the largest block on one
      * block an SM is left: it is given the threads of two. Clusters of more than 8 blocks are for so few rows that half
      * of the SMs have none, and for rows that have no room in 8 blocks; what their warps exchange has no room if there
-     * are more of them. */
+     * are more of them. Of short rows an SM has more, by smaller blocks. */
     enum {
         MOST = 8,
         OTHER_BYTES = 48 * 1024,
