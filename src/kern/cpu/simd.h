@@ -390,8 +390,7 @@ QI_INLINE vu qi_round_8bit(vf v, const qi_dtype t)
     return (is_nan & 0x7f) | (~is_nan & code) | sign << 7;
 }
 
-/* Stores QI_VW values as t (a float type or i8), rounded to nearest even; 8-bit types saturate. The
- * instruction for bf16 stores subnormals as 0. */
+/* Stores QI_VW values as t (a float type or i8), rounded to nearest even; 8-bit types saturate. */
 QI_INLINE void qi_store(void *p, const qi_dtype t, vf v)
 {
     if (t == QI_F32) {
@@ -413,10 +412,12 @@ QI_INLINE void qi_store(void *p, const qi_dtype t, vf v)
         h = (vu16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
     else
 #if defined(__AVX512BF16__)
-        h = (vu16)_mm512_cvtneps_pbh((__m512)v);
-#else
-        h = (vu16)_mm512_cvtepi32_epi16((__m512i)qi_round_bf16(v));
+        /* The instruction for it makes 0 of subnormals, which class 0x20 is. */
+        if (!_mm512_fpclass_ps_mask((__m512)v, 0x20))
+            h = (vu16)_mm512_cvtneps_pbh((__m512)v);
+        else
 #endif
+            h = (vu16)_mm512_cvtepi32_epi16((__m512i)qi_round_bf16(v));
 #elif QI_VW == 8
     const vu16 h = t == QI_BF16 ? __builtin_convertvector(qi_round_bf16(v), vu16)
                                 : (vu16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
