@@ -231,18 +231,6 @@ QI_INLINE vf vf_floor(vf x)
 #endif
 }
 
-/* To the nearest integer, ties to even. */
-QI_INLINE vf vf_round(vf x)
-{
-#if QI_VW == 16
-    return (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#elif QI_VW == 8
-    return (vf)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
-    return (vf)vrndnq_f32((float32x4_t)x);
-#endif
-}
-
 /* A bit a lane of a mask, the lowest for lane 0. */
 QI_INLINE u32 vi_bits(vi mask)
 {

@@ -44,34 +44,33 @@ enum { WEIGHTS = 4 };
     QI_UNROLL(4)                                                                                   \
     for (int i = 0; i < WEIGHTS; i++)
 
-/* 2^y times 2^lift, for |y| of at most 100. */
-QI_INLINE void vf_powers(vf y[WEIGHTS], const int lift)
+/* exp(x) times 2^lift, for x from NO_WEIGHT to 0. */
+QI_INLINE void vf_powers(vf x[WEIGHTS], const int lift)
 {
     static const float coefficient[] = {1.339887456e-3f, 9.618437358e-3f, 5.550332471e-2f,
                                         2.402264791e-1f, 6.931472029e-1f, 1.f};
-    const float magic = ROUND_MAGIC + (float)lift;
+    const vf magic = vf_set1(ROUND_MAGIC + (float)lift), log2e = vf_set1(QI_LOG2E);
     vf shifted[WEIGHTS], p[WEIGHTS];
-    FOR_EACH(i) shifted[i] = y[i] + magic;
-    FOR_EACH(i) y[i] = y[i] - vf_round(y[i]); /* shifted less magic, sooner */
+    FOR_EACH(i) shifted[i] = vf_fma(x[i], log2e, magic);
+    FOR_EACH(i) x[i] = vf_fma(x[i], log2e, magic - shifted[i]);
     FOR_EACH(i) p[i] = vf_set1(1.535336206e-4f);
     QI_UNROLL(6)
-    for (int k = 0; k < 6; k++) FOR_EACH(i) p[i] = vf_fma(p[i], y[i], vf_set1(coefficient[k]));
-    FOR_EACH(i) y[i] = (vf)((vu)p[i] + ((vu)shifted[i] << 23));
+    for (int k = 0; k < 6; k++) FOR_EACH(i) p[i] = vf_fma(p[i], x[i], vf_set1(coefficient[k]));
+    FOR_EACH(i) x[i] = (vf)((vu)p[i] + ((vu)shifted[i] << 23));
 }
 
 QI_INLINE void vf_weigh(vf x[WEIGHTS], vf max)
 {
     vf power[WEIGHTS];
-    FOR_EACH(i) x[i] = (x[i] - max) * QI_LOG2E;
-    FOR_EACH(i) power[i] = x[i];
+    FOR_EACH(i) power[i] = x[i] = x[i] - max;
     vf_powers(power, 0);
-    FOR_EACH(i) x[i] = vf_where(x[i] >= -100.f, power[i]);
+    FOR_EACH(i) x[i] = vf_where(x[i] >= NO_WEIGHT, power[i]);
 }
 
 /* Weights for their masses alone, lifted: the mass is the whole part. That of 0 is something small instead. */
 QI_INLINE void vf_weigh_lifted(vf x[WEIGHTS], vf max)
 {
-    FOR_EACH(i) x[i] = vf_max_number((x[i] - max) * QI_LOG2E, vf_set1(-100.f));
+    FOR_EACH(i) x[i] = vf_max_number(x[i] - max, vf_set1(NO_WEIGHT));
     vf_powers(x, MASS_BITS);
 }
 

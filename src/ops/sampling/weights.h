@@ -167,13 +167,15 @@ QI_INLINE float sigma_threshold(float max, float range, float n_sigma, u64 n, u6
 
 /* ---- weights ------------------------------------------------------------------------------ */
 
-/* exp(l - max) in f32, exactly 1 for the largest, 0 below 2^-100: 2^f on [-1/2, 1/2] by a minimax
- * polynomial, times a power of 2. */
+/* So far from the largest, at about 2^-100 of its weight, a token has none. */
+#define NO_WEIGHT -69.3125f
+
+/* exp(l - max) in f32, exactly 1 for the largest: 2^f on [-1/2, 1/2] by a minimax polynomial, times a power of 2. */
 QI_INLINE float weight_of(float l, float max)
 {
-    const float y = rn_mul(rn_sub(l, max), QI_LOG2E);
-    const float shifted = rn_add(y, ROUND_MAGIC);
-    const float f = rn_sub(y, rn_sub(shifted, ROUND_MAGIC));
+    const float x = rn_sub(l, max);
+    const float shifted = rn_fma(x, QI_LOG2E, ROUND_MAGIC);
+    const float f = rn_fma(x, QI_LOG2E, rn_sub(ROUND_MAGIC, shifted));
     float p = 1.535336206e-4f;
     p = rn_fma(p, f, 1.339887456e-3f);
     p = rn_fma(p, f, 9.618437358e-3f);
@@ -181,7 +183,7 @@ QI_INLINE float weight_of(float l, float max)
     p = rn_fma(p, f, 2.402264791e-1f);
     p = rn_fma(p, f, 6.931472029e-1f);
     p = rn_fma(p, f, 1.f);
-    return y >= -100.f ? float_of(bits_of(p) + (bits_of(shifted) << 23)) : 0.f; /* 0 for NaN */
+    return x >= NO_WEIGHT ? float_of(bits_of(p) + (bits_of(shifted) << 23)) : 0.f; /* 0 for NaN */
 }
 
 /* A row's unit is the exponent field of its largest weight as it came into the row: EXPONENT_BIAS for what
