@@ -15,6 +15,11 @@ QI_INLINE void cluster_arrive()
     emulator->cluster_arrive();
 }
 
+QI_INLINE void cluster_arrive_relaxed()
+{
+    emulator->cluster_arrive();
+}
+
 QI_INLINE void cluster_wait()
 {
     emulator->cluster_wait();

@@ -22,6 +22,12 @@ QI_INLINE void cluster_arrive()
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
 
+/* The same where nothing but mbarriers was written, and mbarrier_fence_init() called: no fence of all memory. */
+QI_INLINE void cluster_arrive_relaxed()
+{
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
 QI_INLINE void cluster_wait()
 {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");

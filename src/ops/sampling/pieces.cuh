@@ -54,7 +54,7 @@ QI_INLINE void open_place(place *at, mailbox *box)
 #if CLUSTER > 1
     const u32 rank = cluster_rank();
     if (threadIdx.x == 0) open_mailbox(box);
-    cluster_arrive();
+    cluster_arrive_relaxed();
 #else
     const u32 rank = 0;
 #endif

@@ -215,10 +215,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     __shared__ finder f; /* not there where no stage finds */
     __shared__ listing l;
     row_view r;
-    if (FINDS && threadIdx.x == 0) f.gathered = 0;
+    if (FINDS && threadIdx.x == 0)
+        f.gathered = 0; /* others look at it when they have a message of this thread */
 #if CLUSTER > 1
     if (threadIdx.x == 0) open_mailbox(&box);
-    cluster_arrive();
+    cluster_arrive_relaxed();
     const u32 rank = cluster_rank();
 #else
     const u32 rank = 0;
