@@ -114,6 +114,7 @@ static void rows_of_every_size(void **state)
     check_of(QKV_F32, 1, 20000, 50, ROW_SMOOTH, true); /* a small GPU's block has no room for it */
     check(1, 9000, 8500, ROW_SMOOTH, true);            /* more than a block of a GPU sorts */
     check(2, 9001, 60, ROW_TIES, true);                /* so many reach the bound */
+    check(2, 9001, 60, ROW_ONE_HOT, true);             /* all do */
     check(1, sampling_vocab(32000), sampling_vocab(32000), ROW_HEAVY_TAIL, true);
     check(1, sampling_vocab(128256), sampling_vocab(128256), ROW_NEAR_TIES, false);
     check(test_is_emulated() ? 17 : 4096, 33, 4, ROW_SMOOTH, true);

@@ -111,6 +111,7 @@
     X(log_probs_params, "ops/sampling/log_probs_params.h")                                         \
     X(log_probs, "ops/sampling/log_probs.cu")                                                      \
     X(sampling_mass, "ops/sampling/mass.cuh")                                                      \
+    X(sampling_maxima, "ops/sampling/maxima.cuh")                                                  \
     X(verify_params, "ops/sampling/verify_params.h")                                               \
     X(verify_h, "ops/sampling/verify.h")                                                           \
     X(verify, "ops/sampling/verify.cu")

@@ -9,6 +9,7 @@
 #ifndef QI_SAMPLING_FIND_CUH
 #define QI_SAMPLING_FIND_CUH
 
+#include "ops/sampling/maxima.cuh"
 #include "ops/sampling/row.cuh"
 
 enum {
@@ -16,9 +17,7 @@ enum {
     SLICE = NUM_BINS / CLUSTER,           /* bins that a block adds up, one a thread */
     ROOM = MOST_LISTED,                   /* tokens that are sorted */
     OWN = (ROOM + THREADS - 1) / THREADS, /* of them, a thread's */
-    MAXIMA = WARP / CLUSTER,    /* that a warp contributes to a bound of top_k: THREADS in all */
-    MOST_GUESSED = THREADS / 2, /* the largest k that they bound */
-    FEW = THREADS / 4           /* tokens that are sorted by counting */
+    FEW = THREADS / 4                     /* tokens that are sorted by counting */
 };
 
 typedef struct histogram {
@@ -38,8 +37,8 @@ typedef struct finder {
         token_list list;
     };
     union {
-        u32 count[THREADS];      /* of the list's buckets */
-        u64 maxima[THREADS / 2]; /* keys, two in one */
+        u32 count[THREADS]; /* of the list's buckets */
+        maxima most_of_lanes;
     };
     u32 next[THREADS];
     u64 room[WARPS];
@@ -414,69 +413,13 @@ QI_INLINE int locate(row_view *r, const int s, bracket b, u64 target, const u64 
 
 /* ---- guesses -------------------------------------------------------------------------------- */
 
-/* Every warp's MAXIMA largest lanes' keys, in f->maxima of all blocks. */
-QI_INLINE void share_maxima(row_view *r, finder *f, u32 key)
-{
-#if CLUSTER > 1
-    const u32 lane = r->at.lane, pair = lane / CLUSTER;
-    u32 mine = 0;
-    for (u32 i = 0; i < MAXIMA; i++) {
-        const u32 most = __reduce_max_sync(ALL_LANES, key);
-        const u32 first = (u32)__ffs((int)__ballot_sync(ALL_LANES, key == most)) - 1;
-        if (lane == i) mine = most;
-        if (lane == first) key = 0;
-    }
-    const u64 upper = __shfl_sync(ALL_LANES, mine, (int)(2 * pair % MAXIMA));
-    const u64 both = upper << 32 | __shfl_sync(ALL_LANES, mine, (int)((2 * pair + 1) % MAXIMA));
-    const message m = next_message(&r->at);
-    expect(m.arrived, THREADS / 2);
-    if (pair < MAXIMA / 2)
-        send(&f->maxima[r->at.warp * (MAXIMA / 2) + pair], both, m.arrived, lane % CLUSTER);
-    await(m.arrived, m.parity);
-#else
-    ((u32 *)f->maxima)[threadIdx.x] = key;
-    __syncthreads();
-#endif
-}
-
-/* What at least k of the maxima reach, and few more. The bracket of the answer is cut into sections: each warp counts
- * what reaches the end of one. */
-QI_INLINE u32 bound_of_maxima(finder *f, u32 k)
-{
-    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    u32 keys[WARPS], low = ~0u, high = 0;
-    for (u32 i = 0; i < WARPS; i++) {
-        keys[i] = ((const u32 *)f->maxima)[i * WARP + lane];
-        low = min(low, keys[i]), high = max(high, keys[i]);
-    }
-    low = __reduce_min_sync(ALL_LANES, low);       /* at least k reach it */
-    high = __reduce_max_sync(ALL_LANES, high) + 1; /* fewer do */
-    u32 *counts = f->next, *other = f->next + WARPS;
-    for (u32 count = THREADS; count > k + k / 8 && high - low > 1;) {
-        const u32 step = max((high - low) / (WARPS + 1), 1u), end = low + step * (warp + 1);
-        u32 reach = 0;
-        for (u32 i = 0; i < WARPS; i++) reach += keys[i] >= end;
-        reach = __reduce_add_sync(ALL_LANES, reach);
-        if (lane == 0) counts[warp] = reach;
-        __syncthreads();
-        reach = lane < WARPS ? counts[lane] : 0;
-        const u32 ends = (u32)__popc(__ballot_sync(ALL_LANES, reach >= k)); /* reached by k */
-        if (ends > 0) count = __shfl_sync(ALL_LANES, reach, (int)ends - 1);
-        if (ends < WARPS) high = low + step * (ends + 1);
-        low += step * ends;
-        u32 *const swapped = counts;
-        counts = other, other = swapped;
-    }
-    return low;
-}
-
 /* A bracket for the k-th token: the k-th largest of some lanes' maxima is not above it. */
 QI_INLINE bracket guess_top_k(row_view *r, const int s, finder *f, u32 k)
 {
     bracket b = all_keys(s);
-    if (k > MOST_GUESSED) return b;
-    share_maxima(r, f, key_of(thread_largest(r, s)));
-    b.low = max(b.low, bound_of_maxima(f, k));
+    if (k > MOST_BOUNDED) return b;
+    share_maxima(&r->at, &f->most_of_lanes, key_of(thread_largest(r, s)));
+    b.low = max(b.low, bound_of_maxima(&f->most_of_lanes, k));
     return b;
 }
 

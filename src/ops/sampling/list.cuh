@@ -106,7 +106,7 @@ QI_INLINE int finish_list(row_view *r, const int s, finder *f, u32 n)
 QI_INLINE int run_top_k(row_view *r, const int s, finder *f, u32 k, int *left)
 {
     const bracket b = guess_top_k(r, s, f, k);
-    const measure m = {.count = k <= MOST_GUESSED ? gather_from(r, s, f, b.low) : ROOM + 1};
+    const measure m = {.count = k <= MOST_BOUNDED ? gather_from(r, s, f, b.low) : ROOM + 1};
     if (m.count > ROOM) {
         r->stages[s].last = find(r, s, f, b, k);
     } else if (ends_in_list(s)) {

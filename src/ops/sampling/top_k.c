@@ -53,16 +53,17 @@ static qkv_status check(DLTensor *values, DLTensor *indices, const DLTensor *row
     return QKV_OK;
 }
 
-/* Few tokens are found by streaming rows. */
+/* Few tokens are found by streaming rows; where each block has an SM, in rows that stay. */
 static qkv_status launch_on_cuda(const qkv_context *ctx, const qi_kernel *row,
                                  const top_k_params *p, void *stream)
 {
-    enum { THREADS = 512 };
-    if (p->k > MOST_STREAMED)
-        return qi_launch_pieces(ctx, row, p->rows, p->batch, p->vocab, p->rows_stride, p->dtype, p,
-                                stream);
+    enum { THREADS = 512, MOST_BOUNDED = QI_PIECES_THREADS / 2 };
     const i32 vec = QI_VECTOR(16 / (i32)qi_dtype_bytes(p->dtype), p->vocab, p->rows_stride,
                               QI_ADDRESS(p->rows, p->dtype));
+    const i64 blocks = p->batch * qi_pieces_cluster(ctx, p->vocab, vec);
+    if (p->k > MOST_STREAMED || (p->k <= MOST_BOUNDED && blocks <= ctx->cuda.num_sms))
+        return qi_launch_pieces(ctx, row, p->rows, p->batch, p->vocab, p->rows_stride, p->dtype, p,
+                                stream);
     const i32 cluster = qi_stream_cluster(ctx, p->batch, p->vocab, THREADS * vec, 2);
     const i32 constants[] = {(i32)p->dtype, vec, THREADS, cluster, 0};
     const qi_grid grid = {.x = (u32)(p->batch * cluster),

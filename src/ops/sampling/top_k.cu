@@ -1,12 +1,14 @@
 /* top_k.cu - a row's k largest values, by the blocks of a cluster or by one.
  *
- * For k up to MOST_K rows are streamed (stream.cuh), and the first block sorts what is left. Where k is larger a
- * histogram of keys is narrowed to the k-th's key, at most 4 times; the tokens kept are written by index, and sorted
- * where they are written.
+ * For k up to MOST_K rows are streamed (stream.cuh), and the first block sorts what is left. Few rows stay in shared
+ * memory for a k that maxima of lanes bound (maxima.cuh): what reaches the bound is sent to the first block. Where k is
+ * larger, or too much does, a histogram of keys is narrowed to the k-th's key, at most 4 times; the tokens kept are written
+ * by index, and sorted where they are written.
  *
  * JIT constants: DTYPE; VEC, elements of an access; THREADS; CLUSTER, blocks of a row; RESIDENT (pieces.cuh).
  * Bound: for few rows latency, of the barriers of the cluster; for many HBM, the row read once.
  * SPDX-License-Identifier: Apache-2.0 */
+#include "ops/sampling/maxima.cuh"
 #include "ops/sampling/pieces.cuh"
 #include "ops/sampling/top_k_params.h"
 
@@ -48,10 +50,13 @@ enum {
     ROOM = STREAM_ROOM, /* tokens that a block sorts in its memory */
     NUM_BINS = CLUSTER * THREADS < 2048 ? CLUSTER * THREADS : 2048,
     SLICE = NUM_BINS / CLUSTER, /* bins that a block adds up, one a thread */
+    FEW = THREADS / 4,          /* tokens that are sorted by counting */
 };
 
 typedef struct workplace {
     mailbox box;
+    maxima most;
+    u32 gathered; /* in the first block: tokens that it was sent */
     union {
         candidates streamed;
         u64 list[ROOM]; /* tokens by rank_of(), as streamed has them */
@@ -171,6 +176,79 @@ QI_INLINE void write_list(const top_k_params *p, i64 request, const char *row, u
     }
 }
 
+/* Brings the tokens whose values are at least that of a key into the first block's list. Returns how many there are; of more
+ * than ROOM some are missing. */
+QI_INLINE u32 gather_from(const pieces *r, place *at, workplace *w, u32 key)
+{
+    const float least = value_of(key);
+    u64 *const arrived = &at->box->listed;
+    u32 to = 0, claimed = 0, here = 0;
+    FOR_EACH_PIECE(r, token)
+    {
+        float x[VEC];
+        u32 count = 0;
+        piece(r, token, x);
+        for (int e = 0; e < VEC; e++) count += x[e] >= least;
+        here += count;
+        if (count == 0 || to >= ROOM) continue; /* no more room, and none is asked for */
+        to = atomicAdd((u32 *)at_block(&w->gathered, 0), count);
+        claimed += count;
+        for (int e = 0; e < VEC; e++)
+            if (x[e] >= least && to < ROOM)
+                send(&w->list[to++], rank_of(x[e], token + (u32)e), arrived, 0);
+    }
+    u64 all = (u64)__reduce_add_sync(ALL_LANES, claimed) << 32;
+    all |= __reduce_add_sync(ALL_LANES, here);
+    all = sum_sent(at, swap(at, &all, 1));
+    if (at->rank == 0) {
+        expect(arrived, min((u32)(all >> 32), (u32)ROOM));
+        await(arrived, 0);
+    }
+    return (u32)all;
+}
+
+/* write_list() of few tokens: several threads count how many are before one of them. */
+QI_INLINE void write_few(const top_k_params *p, i64 request, const char *row, const u64 *list,
+                         u32 n, u64 *last)
+{
+    const u32 t = threadIdx.x, k = (u32)p->k;
+    u32 each = THREADS / FEW, before = 0; /* threads, a power of 2 */
+    while (each < WARP && 2 * each * n <= THREADS) each *= 2;
+    const u32 i = t / each;
+    const u64 rank = i < n ? list[i] : 0;
+    for (u32 other = t % each; other < n; other += each) before += list[other] > rank;
+    for (u32 step = 1; step < each; step *= 2) before += __shfl_xor_sync(ALL_LANES, before, step);
+    const int kept = i < n && before < k;
+    if (!p->sorted) { /* by index: that of a lower index is the larger lower half */
+        if (before == k - 1 && i < n) *last = rank;
+        __syncthreads();
+        const u64 least = *last;
+        before = 0;
+        for (u32 other = t % each; other < n; other += each)
+            before += list[other] >= least && (u32)list[other] > (u32)rank;
+        for (u32 step = 1; step < each; step *= 2)
+            before += __shfl_xor_sync(ALL_LANES, before, step);
+    }
+    if (!kept || t % each != 0) return;
+    p->indices[request * p->indices_stride + before] = (i32)token_of(rank);
+    if (p->values) write_value(p, request, row, before, token_of(rank));
+}
+
+/* Whether that was all. */
+QI_INLINE int write_bounded(const top_k_params *p, i64 request, const pieces *r, place *at,
+                            workplace *w)
+{
+    share_maxima(at, &w->most, key_of(largest_of(r)));
+    const u32 n = gather_from(r, at, w, bound_of_maxima(&w->most, (u32)p->k));
+    if (n > ROOM) return 0;
+    if (at->rank != 0) return 1;
+    if (n <= FEW)
+        write_few(p, request, r->row, w->list, n, &w->most.keys[0]);
+    else
+        write_list(p, request, r->row, w->list, n);
+    return 1;
+}
+
 /* ---- many ----------------------------------------------------------------------------------------- */
 
 typedef struct last_kept {
@@ -278,6 +356,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT ? 1 : 1024 / THRE
     place at;
     const i64 request = blockIdx.x / CLUSTER;
     const char *const row = qi_at(p.rows, DTYPE, request * p.rows_stride);
+    if (threadIdx.x == 0)
+        w.gathered = 0; /* others look at it when they have a message of this thread */
     open_place(&at, &w.box);
     griddepcontrol_wait();
     if (!RESIDENT && p.k <= MOST_STREAMED) {
@@ -292,6 +372,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT ? 1 : 1024 / THRE
         pieces r;
         open_pieces(&r, &at, row, p.vocab);
         wait_for_row();
+        if (RESIDENT && p.k <= MOST_BOUNDED && write_bounded(&p, request, &r, &at, &w)) return;
         write_many(&p, request, &r, &at, &w);
     }
 }
