@@ -136,6 +136,11 @@ static bool is_for(const char *row, const i32 *constants, const char *level)
     enum { DECODE_PIECE = 16 };
     const int cluster = cluster_at(row);
     if (cluster >= 0 && constants[cluster] > 1) return strcmp(level, "sm_80") != 0;
+    /* top_p over rows that one block reads again: what GPUs with clusters have is shared by several, or stays */
+    enum { SAMPLING_EACH = 7, SAMPLING_STAGES, SOFTMAX_FIRST = QKV_STAGE_SOFTMAX + 1 };
+    if (strcmp(row, "sampling.cuda") == 0 && constants[SAMPLING_EACH] == 0 &&
+        constants[cluster] == 1 && constants[SAMPLING_STAGES] % 16 == SOFTMAX_FIRST)
+        return strcmp(level, "sm_80") == 0;
     const bool hopper = strcmp(row, "attention.wgmma") == 0 ||
                         (strcmp(row, "attention.mma") == 0 && constants[DECODE_PIECE] > 0);
     return !hopper || strcmp(level, "sm_90a") == 0;

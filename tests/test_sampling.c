@@ -166,6 +166,27 @@ static void random_rows(void **state)
     }
 }
 
+/* Few tokens hold the mass: on a GPU one block finds the prefix among those listed, and draws. */
+static void steep_rows_with_top_p(void **state)
+{
+    (void)state;
+    static const int64_t some[] = {40, 2000, 9000, 30000};
+    for (int v = 0; v < 4; v++)
+        for (int kind = 0; kind < 2; kind++) {
+            const sampling_spec spec = {
+                .batch = test_is_emulated() ? 6 : 40,
+                .vocab = some[v],
+                .dtype = test_below(3) ? QKV_F32 : float_dtypes[test_below(3)],
+                .kind = kind,
+                .given = STAGE(TOP_P),
+                .shape = ROW_STEEP,
+            };
+            sampling_case *c = case_new(&spec);
+            check_sample(c);
+            case_free(c);
+        }
+}
+
 static void batches_of_every_size(void **state)
 {
     (void)state;
@@ -356,6 +377,7 @@ int main(void)
         cmocka_unit_test(argmax_defines_nan_infinities_and_ties),
         cmocka_unit_test(rows_of_every_size),
         cmocka_unit_test(random_rows),
+        cmocka_unit_test(steep_rows_with_top_p),
         cmocka_unit_test(batches_of_every_size),
         cmocka_unit_test(masses_add_up_in_order_of_index),
         cmocka_unit_test(draws_follow_seed_and_offset),

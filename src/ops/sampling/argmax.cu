@@ -36,7 +36,7 @@ QI_KERNEL(argmax, argmax_params)
 #else
     const u32 block = 0;
 #endif
-    place at = {&box, block, block * WARPS + threadIdx.x / WARP, lane, 0, 0};
+    place at = {&box, block, block * WARPS + threadIdx.x / WARP, lane, 0};
     griddepcontrol_wait();
     for (u32 i = (at.warp * WARP + lane) * VEC; i < vocab; i += TIMES * STEP) {
         u32 words[TIMES][WORDS];

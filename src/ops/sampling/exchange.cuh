@@ -28,17 +28,18 @@ typedef struct notice {
 
 typedef struct mailbox {
     u64 partials[2][MOST_SENT];
+    notice notices[2];
     u64 arrived[2]; /* mbarriers of messages there */
     u64 listed;     /* and of lists */
-    notice notices[2];
 } mailbox;
+
+enum { LISTED_TURN = 2, PLACE }; /* bits of turns, behind those of arrived[2] */
 
 /* Where a thread stands: its block among those of the row, its warp among all of them. */
 typedef struct place {
     mailbox *box;
     u32 rank, warp, lane;
-    u32 turn;
-    u32 parities; /* a bit for each of box->arrived, and box->listed */
+    u32 turns; /* bits: the parities of box->arrived and box->listed; the next of two places */
 } place;
 
 #if CLUSTER > 1
@@ -65,8 +66,8 @@ QI_INLINE void *at_block(const void *p, u32 rank)
  * did when they had what was sent here before, and had read it. */
 QI_INLINE u64 *next_place(place *at)
 {
-    u64 *const to = at->box->partials[at->turn];
-    at->turn ^= 1;
+    u64 *const to = at->box->partials[at->turns >> PLACE & 1];
+    at->turns ^= 1u << PLACE;
     return to;
 }
 
@@ -124,9 +125,9 @@ QI_INLINE void await(u64 *arrived, u32 parity)
 
 QI_INLINE message next_message(place *at)
 {
-    const u32 turn = at->turn, parity = at->parities >> turn & 1;
-    at->parities ^= 1u << turn;
-    return {next_place(at), &at->box->arrived[turn], parity};
+    const u32 place = at->turns >> PLACE & 1, parity = at->turns >> place & 1;
+    at->turns ^= 1u << place;
+    return {next_place(at), &at->box->arrived[place], parity};
 }
 
 /* ---- warps ---------------------------------------------------------------------------------- */
@@ -233,8 +234,8 @@ QI_INLINE u64 max_row(place *at, u64 value)
 /* What the one thread of the row that is the sender has to say. */
 QI_INLINE notice announce(place *at, int sender, notice n)
 {
-    notice *const to = &at->box->notices[at->turn];
-    at->turn ^= 1;
+    notice *const to = &at->box->notices[at->turns >> PLACE & 1];
+    at->turns ^= 1u << PLACE;
     if (sender)
         for (u32 rank = 0; rank < CLUSTER; rank++) *(notice *)at_block(to, rank) = n;
     sync_row();

@@ -42,7 +42,7 @@ typedef struct finder {
     };
     u32 next[THREADS];
     u64 room[WARPS];
-    u32 gathered; /* in the first block: tokens that it was sent for lists since the kernel began */
+    u32 gathered; /* in the first block: tokens that it was sent for the list; 0 before the next */
     u32 most, least, end;
     u64 end_amount;
 } finder;
@@ -298,8 +298,8 @@ QI_INLINE void narrow(row_view *r, const int s, finder *f, bracket *b, measure *
     m->mine = ~0u;
 }
 
-/* Copies the n tokens of a bracket, at most ROOM, into the first block; count of them are this thread's, ~0: not known. */
-QI_INLINE void gather(row_view *r, const int s, finder *f, bracket b, u32 n, u32 count)
+/* Copies the tokens of a bracket, at most ROOM, into the first block; count of them are this thread's, ~0: not known. */
+QI_INLINE void gather(row_view *r, const int s, finder *f, bracket b, u32 count)
 {
     const range in = range_of(b);
     if (count == ~0u) {
@@ -315,7 +315,7 @@ QI_INLINE void gather(row_view *r, const int s, finder *f, bracket b, u32 n, u32
     const u32 all = __shfl_sync(ALL_LANES, up_to, WARP - 1);
     u32 to = 0;
     if (all > 0) {
-        if (lane == 0) to = atomicAdd((u32 *)at_block(&f->gathered, 0), all) - r->gathered;
+        if (lane == 0) to = atomicAdd((u32 *)at_block(&f->gathered, 0), all);
         to = __shfl_sync(ALL_LANES, to, 0) + up_to - count;
     }
     if (count > 0) {
@@ -333,7 +333,7 @@ QI_INLINE void gather(row_view *r, const int s, finder *f, bracket b, u32 n, u32
         }
     }
     sync_row();
-    r->gathered += n;
+    if (threadIdx.x == 0) f->gathered = 0;
 }
 
 /* Copies the tokens whose values are at least that of a key into the first block, in one pass. Returns how many there
@@ -352,7 +352,7 @@ QI_INLINE u32 gather_from(row_view *r, const int s, finder *f, u32 key)
         for (int e = 0; e < VEC; e++) count += x[e] >= least;
         here += count;
         if (count == 0 || to >= ROOM) continue; /* no more room, and none is asked for */
-        to = atomicAdd(gathered, count) - r->gathered;
+        to = atomicAdd(gathered, count);
         claimed += count;
         for (int e = 0; e < VEC; e++)
             if (x[e] >= least && to < ROOM)
@@ -366,13 +366,13 @@ QI_INLINE u32 gather_from(row_view *r, const int s, finder *f, u32 key)
     const u32 listed = min(claimed, (u32)ROOM);
     if (r->at.rank == 0) {
         expect(arrived, listed);
-        await(arrived, r->at.parities >> 2 & 1);
-        r->at.parities ^= 1u << 2;
+        await(arrived, r->at.turns >> LISTED_TURN & 1);
+        r->at.turns ^= 1u << LISTED_TURN;
         for (u32 i = threadIdx.x; i < listed; i += THREADS)
             f->list.values[i] = value_of((u32)(f->list.ranks[i] >> 32));
         __syncthreads();
     }
-    r->gathered += claimed;
+    if (threadIdx.x == 0) f->gathered = 0;
     return (u32)all;
 }
 
@@ -502,7 +502,7 @@ QI_INLINE cut find(row_view *r, const int s, finder *f, bracket b, u64 wish)
     measure m;
     if (!find_bracket(r, s, f, &b, &m, wish)) return KEEP_ALL;
     if (m.count <= ROOM) {
-        gather(r, s, f, b, (u32)m.count, m.mine);
+        gather(r, s, f, b, m.mine);
         return end_of_gathered(r, s, f, m, wish);
     }
     u64 mine = 0;

@@ -24,6 +24,7 @@ enum {
     FRONT = (FRONT_AT < MAX_STAGES),
     TOP_P_AT = FRONT_AT + (kind_of(FRONT_AT) == STAGE_SOFTMAX),
     TOP_P_IS_LAST = FRONT && TOP_P_AT == NUM_STAGES - 1,
+    DRAWS = TOP_P_IS_LAST && OUT == ROW_TOKENS, /* from what top_p keeps */
     /* pieces of a thread in the sample: where the row has no room in shared memory, as many as have */
     SAMPLES = EACH > 3   ? 2
               : EACH > 0 ? 1
@@ -35,26 +36,29 @@ enum {
     HEADS = CLUSTER * WORDS_OF,
     LISTED =
         sizeof(token_list) / sizeof(u64) / CLUSTER, /* tokens that a block's list has room for */
-    TOP = 256,                       /* tokens that are listed where few hold the mass, about */
+    TOP = 64,                        /* tokens that are listed where few hold the mass, about */
     WIDE = CLUSTER * LISTED * 3 / 4, /* and at most in all lists, where the sample has its say */
     SEARCHING = WARPS > 8 ? 8 : WARPS / 2, /* warps that look for the end among those listed */
 };
 
 /* What is known of the end of the prefix. */
-enum { NOT_LISTED, LISTED_END, NO_END /* all is kept */ };
+enum { NOT_LISTED, LISTED_END, FEW_LISTED, NO_END /* all is kept */ };
 
 /* What a block has for it in shared memory, beside the lists: they are where a finder has its own. */
 typedef struct listing {
-    __align__(16) u32 bins[2][BINS]; /* of this block's sample, and of all */
-    u64 few[WARP];                   /* ranks, at the end of the search */
-    u64 room[SEARCHING];             /* sums of warps there */
-    u32 edges[2][WARPS];             /* keys of warps' largest and lowest values */
-    u32 listed;                      /* tokens, which may be more than there is room for */
-    u32 counts[CLUSTER];             /* tokens in lists */
+    /* Bins of this block's sample, behind them what is in none, and of all blocks' samples. */
+    __align__(16) u32 mine[BINS + WARP];
+    __align__(16) u32 bins[BINS];
+    u64 few[WARP];       /* ranks, at the end of the search */
+    u64 room[SEARCHING]; /* sums of warps there */
+    u32 edges[2][WARPS]; /* keys of warps' largest and lowest values */
+    u32 listed;          /* tokens, which may be more than there is room for */
+    u32 counts[CLUSTER]; /* tokens in lists */
+    u32 ends[CLUSTER];   /* and in those up to each */
     u32 num_few;
     float low, high; /* logits: the guess */
-    /* What the search found: the mass of the row, of what is above those listed, and of the prefix; its last rank. */
-    u64 total, above, kept, end;
+    /* The mass of the row, of what is above those listed, of a prefix at least, and of the prefix; its last rank. */
+    u64 total, above, wish, kept, end;
     bracket b;       /* of the tokens that are listed */
     int found, fits; /* all lists have their tokens */
     u64 random;      /* of the draw */
@@ -131,20 +135,17 @@ QI_INLINE float top_of(float largest, float width)
     return ceilf(largest * inverse_of(width)) * width;
 }
 
-QI_INLINE u32 bin_of(float below)
+/* Counts a value, which is `below` bins from the first edge, so many times if it `counts` and is in one. */
+QI_INLINE void count_in(u32 *bins, float below, int counts, u32 times)
 {
-    return (u32)fminf(fmaxf(below, 0.f), (float)(BINS - 1));
-}
-
-/* Counts a value so many times that is `there`: one that is not, no times anywhere, which is no branch. */
-QI_INLINE void count_in(u32 *bins, float below, int there, u32 times)
-{
-    atomicAdd(&bins[there ? bin_of(below) : threadIdx.x % WARP], there ? times : 0u);
+    const int there = counts && below < BINS;
+    atomicAdd(&bins[there ? (u32)below : BINS + threadIdx.x % WARP], times);
 }
 
 /* Counts this block's sample and sends it to all. Each thread's largest value is known, so it counts once, and others of the
- * sample for as many as they stand for: in units of 1 / num_samples(). Returns all blocks' counts, [CLUSTER][WORDS_OF],
- * and from HEADS on the key of each one's largest value << 32 | the width of its bins | whether it saw equal values. */
+ * sample for as many as they stand for: in units of 1 / num_samples(). What is behind the last bin has no mass to speak of.
+ * Returns all blocks' counts, [CLUSTER][WORDS_OF], and from HEADS on the key of each one's largest value << 32 | the width
+ * of its bins | whether it saw equal values. */
 QI_INLINE const u64 *send_sample(row_view *r, const int s, listing *l)
 {
     const message m = next_message(&r->at);
@@ -159,7 +160,7 @@ QI_INLINE const u64 *send_sample(row_view *r, const int s, listing *l)
     u32 least = __reduce_min_sync(ALL_LANES, key_of(lowest));
     if (lane == 0)
         l->edges[0][warp] = most, l->edges[1][warp] = least < key_of(LARGEST) ? least : 0;
-    if (t < BINS) l->bins[0][t] = l->bins[1][t] = 0;
+    if (t < BINS) l->mine[t] = l->bins[t] = 0;
     if (t == 0) l->listed = 0;
     __syncthreads();
     most = __reduce_max_sync(ALL_LANES, lane < WARPS ? l->edges[0][lane] : 0);
@@ -169,21 +170,21 @@ QI_INLINE const u64 *send_sample(row_view *r, const int s, listing *l)
         const float largest = logit_at(r, s, value_of(most));
         width = width_of(largest, least > 0 ? logit_at(r, s, value_of(least)) : NO_LOGIT);
         const float per_nat = inverse_of(width), top = top_of(largest, width) * per_nat;
-        count_in(l->bins[0], top - logit_at(r, s, mine) * per_nat, mine > none, (u32)samples);
+        count_in(l->mine, top - logit_at(r, s, mine) * per_nat, mine > none, (u32)samples);
 #pragma unroll 2
         for (int n = 0; n < samples; n++) {
             sample(r, s, n, x);
+            equals |= x[0] > none && x[0] == x[VEC - 1];
             for (int e = 0; e < VEC; e++) {
                 const int another = x[e] > none && x[e] != mine;
-                if (e > 0) equals |= x[e] > none && x[e] == x[e - 1];
-                count_in(l->bins[0], top - logit_at(r, s, x[e]) * per_nat, another, (u32)r->pieces);
+                count_in(l->mine, top - logit_at(r, s, x[e]) * per_nat, another, (u32)r->pieces);
             }
         }
     }
     equals = __syncthreads_or(equals);
     expect(m.arrived, CLUSTER * (WORDS_OF + 1));
     for (u32 i = t; i < CLUSTER * WORDS_OF; i += THREADS) {
-        const u32 *const four = l->bins[0] + i % WORDS_OF * IN_WORD;
+        const u32 *const four = l->mine + i % WORDS_OF * IN_WORD;
         u64 word = 0;
 #pragma unroll
         for (u32 j = 0; j < IN_WORD; j++) word |= (u64)min(four[j], 0xffffu) << 16 * j;
@@ -209,43 +210,42 @@ QI_INLINE void add_samples(const row_view *r, const int s, const u64 *samples, l
 #pragma unroll
         for (u32 j = 0; j < IN_WORD; j++) {
             const u32 count = (u32)(word >> 16 * j) & 0xffff;
-            const float bin = (float)(i % WORDS_OF * IN_WORD + j) + .5f;
-            if (count) atomicAdd(&l->bins[1][bin_of(below + bin * ratio)], count);
+            const float bin = below + ((float)(i % WORDS_OF * IN_WORD + j) + .5f) * ratio;
+            if (count && bin < BINS) atomicAdd(&l->bins[(u32)bin], count);
         }
     }
     __syncthreads();
 }
 
-/* Where the sum of all bins' amounts, of which this lane has BINS_OF after those that sum to `before`, comes to `sum`, in
- * bins from the first edge, BINS if nowhere: in a bin at its share of it, or, `whole`, at its edge. */
-QI_INLINE float reach(const float *amounts, float before, float sum, const u32 lane, int whole)
+/* A place among the bins, from the first edge on, and how many tokens are before it. */
+typedef struct bin_place {
+    float at, tokens;
+} bin_place;
+
+enum { AT_SHARE, FIRST_EDGE, LAST_EDGE };
+
+/* Where a sum over bins comes to `sum`, behind the last one if nowhere: in a bin at its share of it, or at an edge. Before the
+ * first of this lane's BINS_OF bins it is `before`, of so many tokens. */
+QI_INLINE bin_place reach(const float *amounts, const float *tokens, float before,
+                          float tokens_before, float sum, const u32 lane, int edge)
 {
-    float bin = BINS, rest = 0.f, its = 1.f;
+    bin_place p = {BINS, tokens_before};
+    float rest = 0.f, its = 1.f, its_tokens = 0.f;
 #pragma unroll
     for (u32 j = 0; j < BINS_OF; j++) {
         const float up_to = before + amounts[j];
-        if (bin == BINS && up_to >= sum)
-            bin = (float)(lane * BINS_OF + j), rest = sum - before, its = amounts[j];
+        const int here = p.at == BINS && up_to >= sum;
+        if (here) p.at = (float)(lane * BINS_OF + j), rest = sum - before;
+        if (here) its = amounts[j], its_tokens = tokens[j];
+        if (p.at == BINS) p.tokens += tokens[j];
         before = up_to;
     }
-    const float share = whole ? 0.f : rest / fmaxf(its, LEAST_NORMAL);
-    bin = fminf(bin + fmaxf(fminf(share, 1.f), 0.f), BINS);
-    return float_of(__reduce_min_sync(ALL_LANES, bits_of(bin)));
-}
-
-/* What bins count between two such places. */
-QI_INLINE float count_between(const u32 *bins, float from, float to, const u32 lane)
-{
-    u32 counts[BINS_OF];
-    float sum = 0.f;
-    qi_load_words(counts, bins + lane * BINS_OF, QI_I32, BINS_OF);
-#pragma unroll
-    for (u32 j = 0; j < BINS_OF; j++) {
-        const float bin = (float)(lane * BINS_OF + j);
-        sum += (float)counts[j] *
-               (fmaxf(fminf(to - bin, 1.f), 0.f) - fmaxf(fminf(from - bin, 1.f), 0.f));
-    }
-    return warp_sum(sum);
+    const float part = fmaxf(fminf(rest * rcp(fmaxf(its, LEAST_NORMAL)), 1.f), 0.f);
+    const float share = edge == AT_SHARE ? part : (float)(edge == LAST_EDGE);
+    const u32 found = __ballot_sync(ALL_LANES, p.at < BINS);
+    const int source = found ? __ffs((int)found) - 1 : WARP - 1;
+    p = {fminf(p.at + share, BINS), p.tokens + share * its_tokens};
+    return {__shfl_sync(ALL_LANES, p.at, source), __shfl_sync(ALL_LANES, p.tokens, source)};
 }
 
 /* By one warp: the logits between which the prefix ends, or that and nothing above. Bins are taken whole where many tokens
@@ -253,53 +253,58 @@ QI_INLINE float count_between(const u32 *bins, float from, float to, const u32 l
 QI_INLINE void guess_range(const row_view *r, listing *l, float top, float width, float p,
                            int equals)
 {
-    enum { SURE = 2 }; /* times the error that is likely */
+    const float sure = 2.5f; /* times the error that is likely */
     const u32 lane = r->at.lane;
     const float samples = (float)num_samples(r), pieces = (float)r->pieces;
     const float unit = 1.f / samples, ratio = ex2(width * -QI_LOG2E);
     const int whole = equals || 4.f * samples > pieces;
     float w = ex2(((float)(lane * BINS_OF) + .5f) * width * -QI_LOG2E);
     u32 counted[BINS_OF];
-    float bins[BINS_OF]; /* tokens, then masses */
-    float counts = 0.f, masses = 0.f, squares = 0.f;
-    qi_load_words(counted, l->bins[1] + lane * BINS_OF, QI_I32, BINS_OF);
-#pragma unroll
-    for (u32 j = 0; j < BINS_OF; j++) {
-        bins[j] = (float)counted[j] * unit;
-        counts += bins[j];
-    }
-    const float counts_to = warp_scan_f32(counts, lane);
-    const float most = reach(bins, counts_to - counts, TOP, lane, 1);
+    float tokens[BINS_OF], masses[BINS_OF]; /* of bins */
+    float count = 0.f, mass = 0.f, squares = 0.f;
+    qi_load_words(counted, l->bins + lane * BINS_OF, QI_I32, BINS_OF);
 #pragma unroll
     for (u32 j = 0; j < BINS_OF; j++, w *= ratio) {
-        bins[j] *= w;
-        masses += bins[j];
-        squares += bins[j] * w;
+        tokens[j] = (float)counted[j] * unit;
+        masses[j] = tokens[j] * w;
+        count += tokens[j];
+        mass += masses[j];
+        squares += masses[j] * w;
     }
-    const float masses_to = warp_scan_f32(masses, lane);
-    const float all = __shfl_sync(ALL_LANES, counts_to, WARP - 1);
-    const float wish = __shfl_sync(ALL_LANES, masses_to, WARP - 1) * p;
+    float count_to = count, mass_to = mass; /* up to this lane's */
+#pragma unroll
+    for (u32 step = 1; step < WARP; step *= 2) {
+        const float c = __shfl_up_sync(ALL_LANES, count_to, step);
+        const float m = __shfl_up_sync(ALL_LANES, mass_to, step);
+        if (lane >= step) count_to += c, mass_to += m;
+    }
+    const float before = mass_to - mass, count_before = count_to - count;
+    const float all = (float)r->vocab;
+    const float wish = __shfl_sync(ALL_LANES, mass_to, WARP - 1) * p;
+    const float most = reach(tokens, tokens, count_before, count_before, TOP, lane, FIRST_EDGE).at;
     /* An error is of tokens that are no thread's largest: few of those at the top. */
-    const float unsure = fminf(pieces * VEC * counts_to, all) / all;
-    const float weight = masses_to <= wish            ? 1.f - p
-                         : masses_to - masses >= wish ? p
-                                                      : fmaxf(p, 1.f - p);
+    const float unsure = fminf(pieces * VEC * count_to, all);
+    const float weight = mass_to <= wish ? 1.f - p : before >= wish ? p : fmaxf(p, 1.f - p);
     const float variance = warp_sum(squares * weight * weight * unsure) * (pieces * unit - 1.f);
-    float far = SURE * sqrtf(variance), first, last;
+    float far = sure * ex2(.5f * (lg2(variance) - lg2(all)));
+    bin_place first, last;
+    int above = 0;
 #pragma unroll 1
     for (int again = 0; again < 3; again++) { /* what the lists have no room for is of no use */
-        first = reach(bins, masses_to - masses, wish - far, lane, whole);
-        last = reach(bins, masses_to - masses, wish + far, lane, whole) + (float)whole;
-        const float within =
-            unit * count_between(l->bins[1], first > most ? first : 0.f, last, lane);
+        first = reach(masses, tokens, before, count_before, wish - far, lane,
+                      whole ? FIRST_EDGE : AT_SHARE);
+        last = reach(masses, tokens, before, count_before, wish + far, lane,
+                     whole ? LAST_EDGE : AT_SHARE);
+        above = first.at > most;
+        const float within = last.tokens - (above ? first.tokens : 0.f);
         if (within <= WIDE) break;
-        if (first <= most) last = 0.f;
-        far *= WIDE / within;
+        if (!above) last.at = 0.f;
+        far *= WIDE * rcp(within);
     }
-    if (first <= most) last = fmaxf(last, most);
+    const float end = above ? last.at : fmaxf(last.at, most);
     if (lane == 0) { /* what is on an edge of a bin belongs to it, rounded or not */
-        l->high = first > most ? top - (first - (whole ? .0625f : 0.f)) * width : LARGEST;
-        l->low = last <= BINS - 1 ? top - last * width : NO_LOGIT;
+        l->high = above ? top - (first.at - (whole ? .0625f : 0.f)) * width : LARGEST;
+        l->low = end <= BINS - 1 ? top - end * width : NO_LOGIT;
     }
 }
 

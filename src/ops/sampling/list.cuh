@@ -4,17 +4,7 @@
 #ifndef QI_SAMPLING_LIST_CUH
 #define QI_SAMPLING_LIST_CUH
 
-#include "kern/philox.h"
 #include "ops/sampling/find.cuh"
-
-/* Can all stages after s go on with a list? */
-QI_INLINE constexpr int ends_in_list(const int s)
-{
-    if (OUT != ROW_TOKENS || (kind_of(s) != STAGE_TOP_K && kind_of(s) != STAGE_TOP_P)) return 0;
-    for (int i = s + 1; i < NUM_STAGES; i++)
-        if (!TAKES_LIST(kind_of(i))) return 0;
-    return 1;
-}
 
 /* Takes n sorted tokens through a stage that changes values, and sorts them again if it made some equal. */
 QI_INLINE void change_list(const row_view *r, const int s, finder *f, u32 n)
@@ -36,15 +26,14 @@ QI_INLINE void change_list(const row_view *r, const int s, finder *f, u32 n)
 QI_INLINE u32 run_list_stage(row_view *r, const int s, finder *f, u32 n)
 {
     const int kind = kind_of(s);
-    const request_values *const values = &r->p->stages[s].value;
-    const float value = request_f32(values, r->request), largest = f->list.values[0];
+    const float value = number_of(r, s), largest = f->list.values[0];
     if (kind == STAGE_TEMPERATURE && value == 0.f) return 1;
     if (kind == STAGE_TEMPERATURE || kind == STAGE_SOFTMAX) {
         r->stages[s].value = kind == STAGE_SOFTMAX ? largest : rn_div(1.f, value);
         __syncthreads(); /* all have read the largest */
         change_list(r, s, f, n);
     } else if (kind == STAGE_TOP_K) {
-        const i32 k = request_i32(values, r->request);
+        const i32 k = whole_of(r, s);
         return k > 0 && (u32)k < n ? (u32)k : n;
     } else if (kind == STAGE_TOP_P) {
         const list_scan scan = scan_list(r, f, n);
@@ -61,13 +50,6 @@ QI_INLINE u32 run_list_stage(row_view *r, const int s, finder *f, u32 n)
         return kept;
     }
     return n;
-}
-
-/* The draw's random number. */
-QI_INLINE u64 random_of(const row_view *r)
-{
-    return qi_philox_u64(request_u64(&r->p->seed, r->request),
-                         request_u64(&r->p->offset, r->request));
 }
 
 /* Draws one of n tokens. Returns their mass. */

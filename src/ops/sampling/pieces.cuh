@@ -58,7 +58,7 @@ QI_INLINE void open_place(place *at, mailbox *box)
 #else
     const u32 rank = 0;
 #endif
-    *at = {box, rank, rank * WARPS + threadIdx.x / WARP, threadIdx.x % WARP, 0, 0};
+    *at = {box, rank, rank * WARPS + threadIdx.x / WARP, threadIdx.x % WARP, 0};
 }
 
 QI_INLINE void wait_for_row()

@@ -10,6 +10,7 @@
 #ifndef QI_SAMPLING_ROW_CUH
 #define QI_SAMPLING_ROW_CUH
 
+#include "kern/philox.h"
 #include "kern/variant.h"
 #include "ops/sampling/exchange.cuh"
 #include "ops/sampling/mass.cuh"
@@ -44,9 +45,16 @@ typedef struct stage_view {
     double mean; /* of typical_p */
 } stage_view;
 
+/* The request's numbers, in shared memory: each wait for one would be as long as that for the row. */
+typedef struct request_numbers {
+    u32 values[MAX_STAGES]; /* of stages: f32, i32 of top_k */
+    u64 random;             /* of the draw */
+} request_numbers;
+
 typedef struct row_view {
     const sampling_params *p;
-    const char *from; /* 0: no row */
+    request_numbers *numbers; /* where ASKS */
+    const char *from;         /* 0: no row */
     i64 request;
     u32 vocab, begin; /* this lane's first token */
     int pieces;       /* of a warp */
@@ -57,7 +65,6 @@ typedef struct row_view {
     float largest;   /* of this thread, after the early stages */
     u64 mass;        /* of this thread, after softmax */
     u64 kept;        /* of the row, after top_p; 0: not known */
-    u32 gathered;    /* tokens that the first block was sent for lists that are done with */
     const u64 *sent; /* of each warp, after top_p at the end; 0: not known */
     stage_view stages[NUM_STAGES + 1];
 } row_view;
@@ -65,9 +72,11 @@ typedef struct row_view {
 #define FOR_EACH_PIECE(r, i)                                                                       \
     _Pragma("unroll UNROLL") for (int i = 0; i < (RESIDENT ? EACH : (r)->pieces); i++)
 
+/* Where a row stays this is less to keep than its begin. */
 QI_INLINE u32 token_at(const row_view *r, int i)
 {
-    return r->begin + (u32)i * PIECE;
+    const u32 begin = RESIDENT ? (r->at.warp * (EACH * WARP) + r->at.lane) * VEC : r->begin;
+    return begin + (u32)i * PIECE;
 }
 
 QI_INLINE float absent(const int kind)
@@ -329,6 +338,47 @@ QI_INLINE float row_largest(row_view *r, const int s)
     return value_of((u32)max_row(&r->at, key_of(mine)));
 }
 
+/* The number of stage s; top_k's. */
+QI_INLINE float number_of(const row_view *r, const int s)
+{
+    if (ASKS) return float_of(r->numbers->values[s]);
+    return request_f32(&r->p->stages[s].value, r->request);
+}
+
+QI_INLINE i32 whole_of(const row_view *r, const int s)
+{
+    if (ASKS) return (i32)r->numbers->values[s];
+    return request_i32(&r->p->stages[s].value, r->request);
+}
+
+/* The draw's random number. */
+QI_INLINE u64 random_of(const row_view *r)
+{
+    if (ASKS) return r->numbers->random;
+    return qi_philox_u64(request_u64(&r->p->seed, r->request),
+                         request_u64(&r->p->offset, r->request));
+}
+
+/* What the lanes of the last warp have of these numbers, asked for before the row: those of stages, seed, offset. */
+QI_INLINE u64 ask_numbers(const row_view *r)
+{
+    const u32 lane = r->at.lane;
+    if (!ASKS || threadIdx.x / WARP != WARPS - 1) return 0;
+    if (lane < NUM_STAGES) return (u32)request_i32(&r->p->stages[lane].value, r->request);
+    return request_u64(lane == WARP - 1 ? &r->p->offset : &r->p->seed, r->request);
+}
+
+/* By whole warps, when the row's first loads are under way, so that one wait is for all; a barrier follows. */
+QI_INLINE void keep_numbers(const row_view *r, u64 asked)
+{
+    const u32 lane = r->at.lane;
+    if (!ASKS || threadIdx.x / WARP != WARPS - 1) return;
+    const u64 seed = __shfl_sync(ALL_LANES, asked, WARP - 2);
+    const u64 random = qi_philox_u64(seed, __shfl_sync(ALL_LANES, asked, WARP - 1));
+    if (lane < NUM_STAGES) r->numbers->values[lane] = (u32)asked;
+    if (lane == 0) r->numbers->random = random;
+}
+
 QI_INLINE float early_value(const row_view *r, const int s)
 {
     const float value = request_f32(&r->p->stages[s].value, r->request);
@@ -336,9 +386,18 @@ QI_INLINE float early_value(const row_view *r, const int s)
     return value == 0.f ? 1.f : rn_div(1.f, value); /* 0 is for run_stage() */
 }
 
+/* The values of the stages before `end`, which are early ones. */
+QI_INLINE void read_values(row_view *r, const int end)
+{
+#define READ_VALUE(s)                                                                              \
+    if (s < NUM_STAGES && s < end) r->stages[s].value = early_value(r, s);
+    FOR_EACH_STAGE(READ_VALUE)
+#undef READ_VALUE
+}
+
 /* Brings a row that changes by products alone into its room, where the warp has VEC tokens at every place. 0: an element
  * or a product was NaN or +inf, which the largest tells, and the row is to be cleaned. */
-QI_INLINE int load_products(row_view *r)
+QI_INLINE int load_products(row_view *r, u64 asked)
 {
     float largest = NO_LOGIT;
 #pragma unroll 1
@@ -348,6 +407,10 @@ QI_INLINE int load_products(row_view *r)
         for (int n = 0; n < AHEAD; n++)
             if (first + n < r->pieces)
                 qi_load_words(words[n], qi_at(r->from, DTYPE, token_at(r, first + n)), DTYPE, VEC);
+        if (first == 0) {
+            read_values(r, NUM_EARLY);
+            keep_numbers(r, asked);
+        }
 #pragma unroll
         for (int n = 0; n < AHEAD; n++) {
             float x[VEC];
@@ -368,19 +431,20 @@ QI_INLINE int load_products(row_view *r)
     return 1;
 }
 
-QI_INLINE void open_row(row_view *r, const sampling_params *p, mailbox *box, u32 rank, float *room)
+QI_INLINE void open_row(row_view *r, const sampling_params *p, mailbox *box,
+                        request_numbers *numbers, u32 rank, float *room)
 {
     const u32 lane = threadIdx.x % WARP, warp = rank * WARPS + threadIdx.x / WARP;
     r->p = p;
+    r->numbers = numbers;
     r->request = blockIdx.x / CLUSTER;
     r->vocab = (u32)p->vocab;
-    r->at = {box, rank, warp, lane, 0, 0};
+    r->at = {box, rank, warp, lane, 0};
     r->pieces = RESIDENT ? EACH : (int)((r->vocab + ALL_WARPS * PIECE - 1) / (ALL_WARPS * PIECE));
     r->begin = (warp * (u32)r->pieces * WARP + lane) * VEC;
     r->unit = EXPONENT_BIAS;
     r->to_unit = 1.f;
     r->kept = 0;
-    r->gathered = 0;
     r->sent = 0;
     const i64 row = p->indices ? p->indices[r->request] : r->request;
     r->from = row >= 0 && row < p->num_rows ? qi_at(p->rows, DTYPE, row * p->rows_stride) : 0;
@@ -388,23 +452,18 @@ QI_INLINE void open_row(row_view *r, const sampling_params *p, mailbox *box, u32
     r->largest = absent(row_kind(NUM_EARLY));
 }
 
-/* The values of the stages before `end`, which are early ones. */
-QI_INLINE void read_values(row_view *r, const int end)
-{
-#define READ_VALUE(s)                                                                              \
-    if (s < NUM_STAGES && s < end) r->stages[s].value = early_value(r, s);
-    FOR_EACH_STAGE(READ_VALUE)
-#undef READ_VALUE
-}
-
 /* Brings a row into its room if it stays there, through the early stages. Whether a value in it makes it invalid. */
-QI_INLINE int read_row(row_view *r)
+QI_INLINE int read_row(row_view *r, u64 asked)
 {
     int bad = !r->from;
     if (!RESIDENT && !r->p->valid) return bad;
-    read_values(r, NUM_EARLY);
     const u32 end = (r->at.warp + 1) * (u32)r->pieces * PIECE;
-    if (PRODUCTS && r->from && end <= r->vocab && load_products(r)) return 0;
+    const int products = PRODUCTS && r->from && end <= r->vocab; /* the same for all lanes */
+    if (products && load_products(r, asked)) return 0;
+    if (!products) {
+        read_values(r, NUM_EARLY);
+        keep_numbers(r, asked);
+    }
 #pragma unroll 1
     for (int first = 0; first < r->pieces; first += AHEAD) {
         u32 words[AHEAD][WORDS];

@@ -101,9 +101,8 @@ QI_INLINE cut find_typical(row_view *r, const int s, finder *f, float p)
 QI_INLINE int run_stage(row_view *r, const int s, finder *f, listing *l, int *left)
 {
     const int kind = kind_of(s);
-    const request_values *const values = &r->p->stages[s].value;
     stage_view *const v = &r->stages[s];
-    const float value = request_f32(values, r->request);
+    const float value = number_of(r, s);
     if (s < NUM_EARLY && (kind != STAGE_TEMPERATURE || value != 0.f)) return 0;
     v->value = value;
     v->last = KEEP_ALL;
@@ -120,13 +119,13 @@ QI_INLINE int run_stage(row_view *r, const int s, finder *f, listing *l, int *le
     } else if (kind == STAGE_SOFTMAX) {
         v->value = row_largest(r, s);
     } else if (kind == STAGE_TOP_K) {
-        const i32 k = request_i32(values, r->request);
+        const i32 k = whole_of(r, s);
         if (k <= 0 || (u32)k >= r->vocab) return 0;
         if (run_top_k(r, s, f, (u32)k, left)) return 1;
     } else if (kind == STAGE_TOP_P) {
         if (FRONT && s == TOP_P_AT) {
             if (s == FRONT_AT) list_tokens(r, s, f, l);
-            if (end_listing(r, s, f, l, value, left)) return 1;
+            if (end_listing(r, s, f, l, left)) return 1;
         } else {
             const u64 mass = row_mass(r, s), wish = wish_of(mass, value);
             r->kept = mass;
@@ -214,6 +213,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     __shared__ mailbox box;
     __shared__ finder f; /* not there where no stage finds */
     __shared__ listing l;
+    __shared__ request_numbers numbers;
     row_view r;
     if (FINDS && threadIdx.x == 0)
         f.gathered = 0; /* others look at it when they have a message of this thread */
@@ -225,14 +225,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const u32 rank = 0;
 #endif
     griddepcontrol_wait();
-    open_row(&r, &p, &box, rank, values);
+    open_row(&r, &p, &box, &numbers, rank, values);
+    const u64 asked = ask_numbers(&r);
     const u32 k = stream_k(&r);
     const int streamed = STREAMS && k > 0;
     int bad = !r.from, left = 0, done = streamed;
     if (streamed) {
         left = run_streamed(&r, &f, k, &bad);
     } else {
-        bad = read_row(&r);
+        bad = read_row(&r, asked);
+        if (ASKS) __syncthreads();
 #if CLUSTER > 1
         cluster_wait();
 #endif

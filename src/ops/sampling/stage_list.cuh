@@ -108,6 +108,25 @@ QI_INLINE constexpr int row_kind(const int s)
     return s > SOFTMAX_AT ? ROW_WEIGHTS : IN;
 }
 
+/* Can all stages after s go on with a list? */
+QI_INLINE constexpr int ends_in_list(const int s)
+{
+    if (OUT != ROW_TOKENS || (kind_of(s) != STAGE_TOP_K && kind_of(s) != STAGE_TOP_P)) return 0;
+    for (int i = s + 1; i < NUM_STAGES; i++)
+        if (!TAKES_LIST(kind_of(i))) return 0;
+    return 1;
+}
+
+/* Does a row that stays end so after top_k? */
+QI_INLINE constexpr int ends_with_top_k()
+{
+    for (int s = 0; s < NUM_STAGES; s++)
+        if (EACH > 0 && kind_of(s) == STAGE_TOP_K && ends_in_list(s)) return 1;
+    return 0;
+}
+
+enum { ASKS = ends_with_top_k() }; /* for the request's numbers early */
+
 /* The number of user stages before s. */
 QI_INLINE constexpr int user_stages(const int s)
 {

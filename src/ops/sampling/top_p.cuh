@@ -4,7 +4,8 @@
  * A sample says beforehand (guess.cuh) between which weights the prefix ends, or, where few tokens hold the mass, above
  * which weight they are. The pass that makes the weights also adds up what is above that range, and lists the tokens in
  * it. Every block gets all lists, and finds the end among them by itself; so it has each warp's share of the mass
- * that is kept, too, and a draw needs no pass. Where the guess was wrong, find() looks at the row.
+ * that is kept, too, and a draw needs no pass. Of a short list the first block draws by itself. Where the guess was
+ * wrong, find() looks at the row.
  *
  * Blocks meet twice, both times by messages: samples with the largest values, then sums with lists. Lists go to a place
  * and an mbarrier that nobody has used before.
@@ -38,19 +39,23 @@ QI_INLINE u64 list_hits(const row_view *r, finder *f, listing *l, int first, u32
 
 /* ---- the search --------------------------------------------------------------------------------- */
 
-/* Sends to all blocks this warp's mass above the range and its mass, then how many tokens its block lists, and the list. */
-QI_INLINE void send_sums(const row_view *r, finder *f, listing *l, message m, u64 above, u64 total)
+/* What warps send to all blocks: the mass above the range, or, if nothing is there, in it; and all. Then how many tokens each
+ * block lists. */
+enum { EDGE, TOTAL, SUMS };
+
+/* Sends this warp's sums, and this block's list. */
+QI_INLINE void send_sums(const row_view *r, finder *f, listing *l, message m, u64 edge, u64 total)
 {
     const u32 t = threadIdx.x, lane = r->at.lane, rank = r->at.rank;
     u64 *const list = LISTS_OF(f) + rank * LISTED;
-    expect(m.arrived, 2 * ALL_WARPS + CLUSTER);
+    expect(m.arrived, SUMS * ALL_WARPS + CLUSTER);
     if (lane < CLUSTER) {
-        send(m.to + r->at.warp, above, m.arrived, lane);
-        send(m.to + ALL_WARPS + r->at.warp, total, m.arrived, lane);
+        send(m.to + EDGE * ALL_WARPS + r->at.warp, edge, m.arrived, lane);
+        send(m.to + TOTAL * ALL_WARPS + r->at.warp, total, m.arrived, lane);
     }
     __syncthreads();
     const u32 n = l->listed;
-    if (t < CLUSTER) send(m.to + 2 * ALL_WARPS + rank, n, m.arrived, t);
+    if (t < CLUSTER) send(m.to + SUMS * ALL_WARPS + rank, n, m.arrived, t);
     for (u32 other = 1; other < CLUSTER; other++)
 #pragma unroll 1
         for (u32 i = t; i < min(n, (u32)LISTED); i += THREADS)
@@ -142,46 +147,59 @@ QI_INLINE int find_listed(const row_view *r, finder *f, listing *l, bracket b, u
     return 1;
 }
 
-/* By the first warps of each block: all find the same. Where what is kept is drawn from, sums of warps have it added. */
-QI_INLINE void search(row_view *r, finder *f, listing *l, message m, bracket b, float p)
+/* What is known from the sums, by one warp of each block: all find the same. */
+QI_INLINE void judge(row_view *r, listing *l, const u64 *sent, bracket b, int some_above, float p)
 {
     const u32 lane = r->at.lane;
-    if (CLUSTER > 1) await(m.arrived, m.parity);
-    const u64 above = sum_sent(&r->at, m.to), total = sum_sent(&r->at, m.to + ALL_WARPS);
-    const u32 count = lane < CLUSTER ? (u32)m.to[2 * ALL_WARPS + lane] : 0;
-    const u32 there = min(count, (u32)LISTED);
+    const u32 count = lane < CLUSTER ? (u32)sent[SUMS * ALL_WARPS + lane] : 0;
+    const u32 there = min(count, (u32)LISTED), up_to = warp_scan(there, lane);
+    const u64 edge = sum_sent(&r->at, sent + EDGE * ALL_WARPS);
+    const u64 total = sum_sent(&r->at, sent + TOTAL * ALL_WARPS), wish = wish_of(total, p);
     const int fits = __reduce_max_sync(ALL_LANES, count) <= LISTED;
-    expect(&r->at.box->listed, __reduce_add_sync(ALL_LANES, lane == r->at.rank ? 0 : there));
-    if (threadIdx.x < CLUSTER) l->counts[lane] = there;
-    if (CLUSTER > 1) await(&r->at.box->listed, r->at.parities >> 2 & 1);
-    const u64 wish = wish_of(total, p);
-    u64 end = 0, mass = total;
-    int found = NOT_LISTED;
-    sync_searchers();
+    const u32 n = __shfl_sync(ALL_LANES, up_to, WARP - 1);
+    expect(&r->at.box->listed, n - __shfl_sync(ALL_LANES, there, (int)r->at.rank));
+    if (lane < CLUSTER) l->counts[lane] = there, l->ends[lane] = up_to;
+    if (lane > 0) return;
+    l->total = total, l->above = some_above ? edge : 0, l->wish = wish, l->b = b, l->fits = fits;
     if (p >= 1.f || total == 0)
-        found = NO_END;
-    else if (fits && above < wish && find_listed(r, f, l, b, above, wish, &end, &mass))
-        found = LISTED_END;
+        l->found = NO_END;
+    else if (!fits || (some_above ? edge >= wish : edge < wish))
+        l->found = NOT_LISTED;
+    else
+        l->found = DRAWS && !some_above && n <= FEW ? FEW_LISTED : LISTED_END;
+}
+
+/* By the first warps of each block, if the end may be among those listed: all find the same. Where what is kept is drawn
+ * from, sums of warps have it added. */
+QI_INLINE void search(row_view *r, finder *f, listing *l, u64 *sent)
+{
+    u64 end = 0, mass = 0;
+    const int found = find_listed(r, f, l, l->b, l->above, l->wish, &end, &mass);
     if (threadIdx.x == 0) {
-        l->total = total, l->above = above, l->kept = mass, l->end = end;
-        l->found = found, l->fits = fits, l->b = b;
+        l->kept = mass, l->end = end;
+        if (!found) l->found = NOT_LISTED;
     }
-    if (!TOP_P_IS_LAST || OUT != ROW_TOKENS || found != LISTED_END) return;
+    if (!DRAWS || !found) return;
     const u32 run = (u32)r->pieces * PIECE; /* tokens of a warp */
+    if (l->above == 0) {                    /* what was sent is of all that is listed, or nothing */
+        for (u32 i = threadIdx.x; i < ALL_WARPS; i += SEARCHERS) sent[EDGE * ALL_WARPS + i] = 0;
+        sync_searchers();
+    }
     FOR_EACH_LISTED(l, of, i)
     {
         const u64 rank = rank_listed(f, of, i);
-        if (rank >= end) add_shared(&m.to[~(u32)rank / run], mass_of_rank(r, rank));
+        if (rank >= end)
+            add_shared(&sent[EDGE * ALL_WARPS + ~(u32)rank / run], mass_of_rank(r, rank));
     }
 }
 
-/* Makes stage s of the row, if that is softmax, and lists the tokens in the range. *above: the mass of those above it, of
- * which there are some, or 0. */
+/* Makes stage s of the row, if that is softmax, and lists the tokens in the range. *edge: the mass of those above it, of
+ * which there are some, or of those listed. */
 QI_INLINE void look_through(const row_view *r, const int s, finder *f, listing *l, range in,
-                            float largest, const int some_above, u64 *total, u64 *above)
+                            float largest, const int some_above, u64 *total, u64 *edge)
 {
     const int makes = kind_of(s) == STAGE_SOFTMAX;
-    *total = *above = 0;
+    *total = *edge = 0;
 #pragma unroll 1
     for (int first = 0; first < r->pieces; first += GROUP) {
         const int group = min((int)GROUP, r->pieces - first);
@@ -205,7 +223,7 @@ QI_INLINE void look_through(const row_view *r, const int s, finder *f, listing *
         }
         *total += whole_mass(all, (u32)(group * VEC));
         const u64 listed = list_hits(r, f, l, first, hits);
-        if (some_above) *above += whole_mass(kept, (u32)(group * VEC)) - listed;
+        *edge += some_above ? whole_mass(kept, (u32)(group * VEC)) - listed : listed;
     }
 }
 
@@ -215,22 +233,75 @@ QI_INLINE void list_tokens(row_view *r, const int s, finder *f, listing *l)
     const int makes = kind_of(s) == STAGE_SOFTMAX;
     const float p = request_f32(&r->p->stages[TOP_P_AT].value, r->request);
     float largest;
-    u64 total, above;
+    u64 total, edge;
     const range in = guess(r, s, l, p, &largest);
+    const int some_above = in.high < ABOVE_ALL;
     if (makes) r->stages[s].value = largest;
-    if (in.high < ABOVE_ALL)
-        look_through(r, s, f, l, in, largest, 1, &total, &above);
+    if (some_above)
+        look_through(r, s, f, l, in, largest, 1, &total, &edge);
     else
-        look_through(r, s, f, l, in, largest, 0, &total, &above);
+        look_through(r, s, f, l, in, largest, 0, &total, &edge);
     const message m = next_message(&r->at);
-    send_sums(r, f, l, m, warp_sum_u64(above), warp_sum_u64(total));
-    const bracket b = {key_of(in.low), min(key_of(in.high) - 1, key_of(makes ? 1.f : largest))};
+    send_sums(r, f, l, m, warp_sum_u64(edge), warp_sum_u64(total));
     r->sent = m.to;
-    if (threadIdx.x < SEARCHERS) search(r, f, l, m, b, p);
-    r->at.parities ^= 1u << 2;                                /* of box->listed */
-    if (OUT == ROW_TOKENS && threadIdx.x / WARP == SEARCHING) /* which has nothing to do */
+    if (threadIdx.x < WARP) {
+        const bracket b = {key_of(in.low), min(key_of(in.high) - 1, key_of(makes ? 1.f : largest))};
+        if (CLUSTER > 1) await(m.arrived, m.parity);
+        judge(r, l, m.to, b, some_above, p);
+    }
+    if (OUT == ROW_TOKENS && threadIdx.x / WARP == WARPS - 1) /* which has nothing to do */
         l->random = random_of(r);
     __syncthreads();
+    if (CLUSTER > 1) await(&r->at.box->listed, r->at.turns >> LISTED_TURN & 1);
+    r->at.turns ^= 1u << LISTED_TURN; /* of box->listed */
+    if (l->found != LISTED_END) return;
+    if (threadIdx.x < SEARCHERS) search(r, f, l, m.to);
+    __syncthreads();
+}
+
+/* ---- what follows --------------------------------------------------------------------------------- */
+
+typedef struct listed_token {
+    u64 rank, mass;
+} listed_token;
+
+/* The masses of those of n tokens whose ranks are at least `least`, and their lower halves, which are of lower indices the
+ * larger, at least `low`. Of `each` lanes with the same bounds this is that number `part`. */
+QI_INLINE u64 add_few(const listed_token *tokens, u32 n, u64 least, u32 low, u32 part, u32 each)
+{
+    u64 sum = 0;
+#pragma unroll 4
+    for (u32 i = part; i < n; i += each) {
+        const listed_token it = tokens[i];
+        if (it.rank >= least && (u32)it.rank >= low) sum += it.mass;
+    }
+    for (u32 step = 1; step < each; step *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, step);
+    return sum;
+}
+
+/* Finds the end among the few tokens that are listed, and draws: several threads add up what comes before one token. */
+QI_INLINE void draw_few(const row_view *r, finder *f, listing *l)
+{
+    const u32 t = threadIdx.x, n = l->ends[CLUSTER - 1];
+    listed_token *const tokens = (listed_token *)f->count;
+    u32 each = THREADS / FEW;
+    while (each < WARP && 2 * each * n <= THREADS) each *= 2;
+    if (t < n) {
+        u32 of = 0;
+        while (t >= l->ends[of]) of++;
+        const u64 rank = LISTS_OF(f)[of * LISTED + t - (l->ends[of] - l->counts[of])];
+        tokens[t] = {rank, mass_of_rank(r, rank)};
+    }
+    __syncthreads();
+    const u32 part = t % each, i = t / each;
+    const listed_token mine = tokens[min(i, n - 1)];
+    u64 sum = add_few(tokens, n, mine.rank, 0, part, each);
+    if (sum >= l->wish && sum - mine.mass < l->wish) l->end = mine.rank, l->kept = sum;
+    __syncthreads();
+    const u64 target = high_product(l->random, l->kept);
+    sum = add_few(tokens, n, l->end, (u32)mine.rank, part, each);
+    if (mine.rank >= l->end && sum > target && sum - mine.mass <= target)
+        ((i32 *)r->p->out)[r->request] = (i32) ~(u32)mine.rank;
 }
 
 /* All stages after s on the tokens listed down to the end, the only ones left, if they are few enough: *left as of
@@ -266,23 +337,29 @@ QI_INLINE int finish_listed(row_view *r, const int s, finder *f, listing *l, int
 }
 
 /* Stage s, top_p, after the pass. Returns whether all that follows is done too: *left as of finish(). */
-QI_INLINE int end_listing(row_view *r, const int s, finder *f, listing *l, float p, int *left)
+QI_INLINE int end_listing(row_view *r, const int s, finder *f, listing *l, int *left)
 {
-    r->kept = l->kept;
     if (l->found == NO_END) {
-        r->sent += ALL_WARPS;
+        r->kept = l->total;
+        r->sent += TOTAL * ALL_WARPS;
         return 0;
     }
+    if (l->found == FEW_LISTED) {
+        *left = 1;
+        if (r->at.rank == 0) draw_few(r, f, l);
+        return 1;
+    }
     if (l->found == LISTED_END) {
+        r->kept = l->kept;
         r->stages[s].last = {value_of((u32)(l->end >> 32)), ~(u32)l->end};
         if (TOP_P_IS_LAST) return 0;
         if (ends_in_list(s) && l->above == 0 && finish_listed(r, s, f, l, left)) return 1;
     }
     sync_row(); /* nobody looks at lists any more */
     if (l->found == LISTED_END) return 0;
-    const u64 wish = wish_of(l->total, p);
-    const bracket b = !l->fits && l->above < wish ? l->b : guess_mass(r, s, f, l->total, wish);
-    r->stages[s].last = find(r, s, f, b, wish);
+    const bracket b =
+        !l->fits && l->above < l->wish ? l->b : guess_mass(r, s, f, l->total, l->wish);
+    r->stages[s].last = find(r, s, f, b, l->wish);
     r->sent = 0;
     return 0;
 }

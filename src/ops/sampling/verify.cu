@@ -264,7 +264,7 @@ QI_INLINE void draw(const verify_params *p, const walk *w, u64 mass, i32 *token)
 QI_INLINE void begin_walk(walk *w, shared_room *room, u32 vocab)
 {
     const u32 rank = blockIdx.x % CLUSTER;
-    w->at = {&room->box, rank, rank * WARPS + threadIdx.x / WARP, threadIdx.x % WARP, 0, 0};
+    w->at = {&room->box, rank, rank * WARPS + threadIdx.x / WARP, threadIdx.x % WARP, 0};
     w->rejected = room->rejected;
     w->request = blockIdx.x / CLUSTER;
     w->run = (vocab + ALL_WARPS * SPAN - 1) / (ALL_WARPS * SPAN) * SPAN;
