@@ -17,8 +17,17 @@ enum {
     FROM_BLOCK = 65, /* of a block: its sample (guess.cuh) */
     BY_WARPS = PARTIALS * ALL_WARPS,
     BY_BLOCKS = FROM_BLOCK * CLUSTER,
-    MOST_SENT = BY_WARPS > BY_BLOCKS ? BY_WARPS : BY_BLOCKS
+    MOST_SENT = BY_WARPS > BY_BLOCKS ? BY_WARPS : BY_BLOCKS,
+    FEW = THREADS / 4 /* tokens of which a block's threads compare each with all others */
 };
+
+/* Threads of a warp that share one of n tokens, at most FEW: a power of 2. */
+QI_INLINE u32 threads_of_few(u32 n)
+{
+    u32 each = THREADS / FEW;
+    while (each < WARP && 2 * each * n <= THREADS) each *= 2;
+    return each;
+}
 
 /* What one thread has to say to all. */
 typedef struct notice {

@@ -14,10 +14,9 @@
 
 enum {
     NUM_BINS = CLUSTER * THREADS < 1024 ? CLUSTER * THREADS : 1024,
-    SLICE = NUM_BINS / CLUSTER,           /* bins that a block adds up, one a thread */
-    ROOM = MOST_LISTED,                   /* tokens that are sorted */
-    OWN = (ROOM + THREADS - 1) / THREADS, /* of them, a thread's */
-    FEW = THREADS / 4                     /* tokens that are sorted by counting */
+    SLICE = NUM_BINS / CLUSTER,          /* bins that a block adds up, one a thread */
+    ROOM = MOST_LISTED,                  /* tokens that are sorted */
+    OWN = (ROOM + THREADS - 1) / THREADS /* of them, a thread's */
 };
 
 typedef struct histogram {
@@ -96,10 +95,8 @@ QI_INLINE u64 scan_block(u64 value, u64 *room, u64 *all)
 /* Sorts n tokens up to FEW: several threads count how many are before one of them. */
 QI_INLINE void sort_few(finder *f, u32 n)
 {
-    const u32 t = threadIdx.x;
-    u32 each = THREADS / FEW, before = 0; /* threads, a power of 2 */
-    while (each < WARP && 2 * each * n <= THREADS) each *= 2;
-    const u32 i = t / each;
+    const u32 t = threadIdx.x, each = threads_of_few(n), i = t / each;
+    u32 before = 0;
     const u64 rank = i < n ? f->list.ranks[i] : 0;
     const float value = i < n ? f->list.values[i] : 0.f;
     for (u32 other = t % each; i < n && other < n; other += each)

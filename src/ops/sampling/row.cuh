@@ -338,7 +338,7 @@ QI_INLINE float row_largest(row_view *r, const int s)
     return value_of((u32)max_row(&r->at, key_of(mine)));
 }
 
-/* The number of stage s; top_k's. */
+/* The number of stage s, and that of a top_k, which is whole. */
 QI_INLINE float number_of(const row_view *r, const int s)
 {
     if (ASKS) return float_of(r->numbers->values[s]);

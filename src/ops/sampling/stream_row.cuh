@@ -78,8 +78,8 @@ _Static_assert(sizeof(candidates) <= sizeof(token_list), "candidates are where t
 QI_INLINE u32 stream_k(const row_view *r)
 {
     if (!STREAMS) return 0;
-    if (HEATED && request_f32(&r->p->stages[STREAM_AT - 1].value, r->request) == 0.f) return 1;
-    const i32 k = request_i32(&r->p->stages[STREAM_AT].value, r->request);
+    if (HEATED && number_of(r, STREAM_AT - 1) == 0.f) return 1;
+    const i32 k = whole_of(r, STREAM_AT);
     return k > 0 && k <= MOST_LISTED && (u32)k < r->vocab ? (u32)k : 0;
 }
 

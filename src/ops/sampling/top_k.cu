@@ -50,7 +50,6 @@ enum {
     ROOM = STREAM_ROOM, /* tokens that a block sorts in its memory */
     NUM_BINS = CLUSTER * THREADS < 2048 ? CLUSTER * THREADS : 2048,
     SLICE = NUM_BINS / CLUSTER, /* bins that a block adds up, one a thread */
-    FEW = THREADS / 4,          /* tokens that are sorted by counting */
 };
 
 typedef struct workplace {
@@ -211,10 +210,8 @@ QI_INLINE u32 gather_from(const pieces *r, place *at, workplace *w, u32 key)
 QI_INLINE void write_few(const top_k_params *p, i64 request, const char *row, const u64 *list,
                          u32 n, u64 *last)
 {
-    const u32 t = threadIdx.x, k = (u32)p->k;
-    u32 each = THREADS / FEW, before = 0; /* threads, a power of 2 */
-    while (each < WARP && 2 * each * n <= THREADS) each *= 2;
-    const u32 i = t / each;
+    const u32 t = threadIdx.x, k = (u32)p->k, each = threads_of_few(n), i = t / each;
+    u32 before = 0;
     const u64 rank = i < n ? list[i] : 0;
     for (u32 other = t % each; other < n; other += each) before += list[other] > rank;
     for (u32 step = 1; step < each; step *= 2) before += __shfl_xor_sync(ALL_LANES, before, step);

@@ -231,7 +231,7 @@ QI_INLINE void look_through(const row_view *r, const int s, finder *f, listing *
 QI_INLINE void list_tokens(row_view *r, const int s, finder *f, listing *l)
 {
     const int makes = kind_of(s) == STAGE_SOFTMAX;
-    const float p = request_f32(&r->p->stages[TOP_P_AT].value, r->request);
+    const float p = number_of(r, TOP_P_AT);
     float largest;
     u64 total, edge;
     const range in = guess(r, s, l, p, &largest);
@@ -264,6 +264,8 @@ QI_INLINE void list_tokens(row_view *r, const int s, finder *f, listing *l)
 typedef struct listed_token {
     u64 rank, mass;
 } listed_token;
+_Static_assert(FEW * sizeof(listed_token) <= THREADS * sizeof(u32),
+               "they are where a finder counts");
 
 /* The masses of those of n tokens whose ranks are at least `least`, and their lower halves, which are of lower indices the
  * larger, at least `low`. Of `each` lanes with the same bounds this is that number `part`. */
@@ -282,10 +284,8 @@ QI_INLINE u64 add_few(const listed_token *tokens, u32 n, u64 least, u32 low, u32
 /* Finds the end among the few tokens that are listed, and draws: several threads add up what comes before one token. */
 QI_INLINE void draw_few(const row_view *r, finder *f, listing *l)
 {
-    const u32 t = threadIdx.x, n = l->ends[CLUSTER - 1];
+    const u32 t = threadIdx.x, n = l->ends[CLUSTER - 1], each = threads_of_few(n);
     listed_token *const tokens = (listed_token *)f->count;
-    u32 each = THREADS / FEW;
-    while (each < WARP && 2 * each * n <= THREADS) each *= 2;
     if (t < n) {
         u32 of = 0;
         while (t >= l->ends[of]) of++;
