@@ -48,6 +48,24 @@ QI_INLINE float group_sum(float x, int warps, float *room)
     return sum;
 }
 
+/* A block meets its parameters a line at a time, each after a wait of its own. Those in [begin, end), which it is sure to
+ * need, are asked for at once, by `threads`, all of the block's, while the launch before may still run. A warp's lanes
+ * ask for one line, since those of several would be brought one after another. What comes is put into shared memory
+ * that is free, an int a line, so that it is not left out. */
+QI_INLINE void touch_parameters(const void *begin, const void *end, const int threads,
+                                volatile int *free)
+{
+    enum { LINE_OF_CONSTANTS = 64 };
+    const int lines =
+        (int)((const char *)end - (const char *)begin + LINE_OF_CONSTANTS - 1) / LINE_OF_CONSTANTS;
+#pragma unroll
+    for (int i = 0; i < lines; i += threads / WARP) {
+        const int line = i + (int)threadIdx.x / WARP;
+        if (line < lines)
+            free[line] = *(const int *)((const char *)begin + line * LINE_OF_CONSTANTS);
+    }
+}
+
 /* ---- element types ------------------------------------------------------------------------ */
 
 QI_INLINE constexpr int qi_size_of(const int t)

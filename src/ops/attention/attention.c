@@ -308,10 +308,11 @@ static i32 near_keys(const qkv_attention_spec *spec)
 }
 
 /* What starting a tile costs a strip on a GPU: instructions alone where a strip has one, as it has with few tiles; else
- * the wait between two, as measured (NOTES.md). */
+ * the wait between two, as measured (NOTES.md), which is longest where no other block of the SM uses it. */
 static i32 cuda_cost_visit(const qkv_attention *a, const qkv_attention_limits *limits)
 {
     if (a->cuda.prefill) return 40000;
+    if (a->cuda.tile_a_sm) return 150000;
     return (i64)limits->max_requests * a->spec.num_kv_heads <= limits->max_workers ? 5000 : 30000;
 }
 

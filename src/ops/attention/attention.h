@@ -18,6 +18,7 @@ typedef struct attention_cuda {
     i32 decode_piece;               /* keys that one copy brings; 0: they come 16 bytes at a time */
     i32 prefill;                    /* 0: no tile has many */
     i32 threads, blocks_per_sm;
+    i32 tile_a_sm;            /* decodes have about a tile for each SM, which one block takes */
     i32 is_reference;         /* the row is attention.cuda */
     u32 shared_bytes;         /* of a block; more than there is: the kernel declines */
     char *block;              /* [workspace size's plan_bytes] */

@@ -43,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     decode_shared *decode = (decode_shared *)(shared + RINGS_BYTES);
     decode_guess guess;
     decode_guess_nothing(&guess);
-    touch_parameters(&p, decode);
+    touch_parameters(&p.kv_by_tma, END_OF_PARAMETERS(&p.c), THREADS, (int *)decode->q);
     decode_ring ring = decode_ring_open(&p, shared, decode);
     decode_stream stream;
 #endif
@@ -52,8 +52,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 #if MAY_BE_EARLY
     if (early) {
         begin = a->plan.work_indptr[blockIdx.x], end = a->plan.work_indptr[blockIdx.x + 1];
-        /* One block waits for the launch before, whatever there is to do: this launch must not end before that one. */
-        if (begin == end && blockIdx.x > 0) return;
         if (begin < end)
             decode_early(&p, begin, min(end - begin, DECODE_ITEMS), &stream, &ring, decode);
     }

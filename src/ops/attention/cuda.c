@@ -71,6 +71,7 @@ void qi_attention_cuda_configure(qkv_attention *a)
         has_tile_a_sm(a) && DECODE_SHARED_ROOM(qk, c->decode_rows, WIDE) + 2 * WIDE * slot <= room;
     const i32 warps = wide ? WIDE : THREADS / 32, slots = warps * slot;
     const i32 shared = DECODE_SHARED_ROOM(qk, c->decode_rows, warps);
+    c->tile_a_sm = wide;
     c->threads = 32 * warps;
     const i32 prefill = c->prefill ? PREFILL_SHARED_ROOM + PREFILL_SHARED_BYTES(qk, vo, bytes) : 0;
     const i32 needed = max32(c->decode_rows ? shared + 2 * slots : 0, prefill);

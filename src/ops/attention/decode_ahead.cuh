@@ -167,13 +167,13 @@ QI_INLINE void decode_early(const mma_params *m, int begin, int count, decode_st
     decode_guess_nothing(&none);
     decode_read_items(p, begin, count, t);
     const decode_item *i = &t->items[0];
+    prefetch_query(p, i->row_begin, i->count, i->kv_head);
     decode_open(p, t->items, count, &none, s);
 #pragma unroll 1
     while (s->asked < DECODE_STAGES - 1 && decode_is_old(t->items, s)) {
         decode_load(m, t->items, s, ring, s->asked, aligned);
         s->asked++;
     }
-    prefetch_query(p, i->row_begin, i->count, i->kv_head);
 }
 
 #endif

@@ -10,8 +10,8 @@
  * a ring of DECODE_STAGES tiles of its own in shared memory, filled by Hopper's copy engine or by cp.async,
  * so no warp waits for another but at the end of an item, where the warps' results are added up. The ring
  * runs on through the items of the strip: the next item's keys are under way while one is finished, as is its
- * q, and what the plan says of the items is in shared memory before any is begun. Of a cut tile the ticket is
- * drawn while the next item is computed.
+ * q, and what the plan says of the items is in shared memory before any is begun. Tickets of cut tiles are drawn when
+ * all of these are done.
  *
  * 8-bit keys and values stay 8 bits in shared memory and become f16 on the way to the products, exactly. A
  * register of ldmatrix then has four neighbouring dims of a key, so the columns of a product stand for dims
@@ -75,15 +75,25 @@ QI_INLINE int decode_dim(int step, int half)
     return KV_BYTES == 1 ? 16 * step + 4 * c + 2 * half : 16 * step + 2 * c + 8 * half;
 }
 
+/* Row m of an item, which a warp has noted where rows are looked up. */
+QI_INLINE tile_row decode_noted_row(const attention_params *p, const decode_item *i,
+                                    const tile_row *row, int m)
+{
+    return MIXED ? row[m] : decode_row(p, i, m);
+}
+
 /* Which keys all rows see: those in between need no mask but the custom ones. */
 QI_INLINE void decode_find_bounds(const attention_params *p, const decode_item *i,
                                   const tile_row *row, decode_state *r)
 {
     const int lane = threadIdx.x % WARP;
-    int first = row[lane < i->count ? lane : 0].position, last = first;
-    for (int step = WARP / 2; step > 0; step /= 2) {
-        first = min(first, __shfl_xor_sync(ALL_LANES, first, step));
-        last = max(last, __shfl_xor_sync(ALL_LANES, last, step));
+    int first = i->position, last = first + (i->count - 1) / GROUP_SIZE;
+    if (MIXED && (i->flags & QI_GROUP_MIXED)) {
+        first = last = row[lane < i->count ? lane : 0].position;
+        for (int step = WARP / 2; step > 0; step /= 2) {
+            first = min(first, __shfl_xor_sync(ALL_LANES, first, step));
+            last = max(last, __shfl_xor_sync(ALL_LANES, last, step));
+        }
     }
     i64 low = i->kv_begin, high = i->kv_end;
     const i64 offset = i->kv_offset;
@@ -103,8 +113,10 @@ QI_INLINE void decode_begin(const attention_cuda_params *c, const decode_item *i
     r->item = i;
     r->count = i->count;
     r->kv_end = i->kv_end;
-    if (lane < i->count) row[lane] = decode_row(p, i, lane);
-    __syncwarp();
+    if (MIXED) {
+        if (lane < i->count) row[lane] = decode_row(p, i, lane);
+        __syncwarp();
+    }
     decode_find_bounds(p, i, row, r);
 #pragma unroll
     for (int n = 0; n < NQ; n++) {
@@ -119,7 +131,7 @@ QI_INLINE void decode_begin(const attention_cuda_params *c, const decode_item *i
             r->max[n][h] = -QI_INFINITY;
             r->sum[n][h] = 0.f;
             r->scale[n][h] = query_scale(c, i->kv_head * GROUP_SIZE + m % GROUP_SIZE);
-            r->position[n][h] = row[m < i->count ? m : 0].position;
+            r->position[n][h] = decode_noted_row(p, i, row, m < i->count ? m : 0).position;
         }
 #pragma unroll
         for (int step = 0; step < STEPS_VO; step++)
@@ -210,7 +222,7 @@ QI_INLINE void decode_mask(const attention_cuda_params *c, const decode_state *r
             const int there = key < r->kv_end && m < r->count;
             const float none = SOFTMAX ? -QI_INFINITY : 0.f;
             const int head = of->kv_head * GROUP_SIZE + m % GROUP_SIZE;
-            s[i] = there ? score(c, of->group, row[m], head, key,
+            s[i] = there ? score(c, of->group, decode_noted_row(p, of, row, m), head, key,
                                  key_at(p, of->group, key).position, s[i], r->scale[n][i % 2])
                          : none;
             continue;
@@ -318,7 +330,7 @@ QI_INLINE void decode_put(decode_state *r, int place, char *slot, decode_shared 
             }
         }
     }
-    if (lane == 0) t->sums[place] = sums;
+    if (lane == 0) t->sums[place] = (int)((char *)sums - (char *)t);
     decode_fence();
 }
 
@@ -330,20 +342,30 @@ QI_INLINE void decode_finish(const attention_cuda_params *c, const decode_item *
     enum { QUADS = HEAD_DIM_VO / 4 };
     for (int e = (int)threadIdx.x; e < of->count * QUADS; e += THREADS) {
         const int m = e / QUADS, d = e % QUADS * 4;
-        float max = -QI_INFINITY, sum = 0.f, o[4] = {};
-        for (int i = 0; i < places; i++) max = fmaxf(max, t->max[i][m]);
-        for (int i = 0; i < places; i++) {
-            const float lse = t->max[i][m];
-            const float weight = !SOFTMAX ? 1.f : lse == -QI_INFINITY ? 0.f : ex2(lse - max);
-            const float4 v = *(const float4 *)(t->sums[i] + decode_sum_at(m, d));
-            sum += weight * t->sum[i][m];
+        float max = -QI_INFINITY, sum = 0.f, o[4] = {}, lse[DECODE_WARPS];
+#pragma unroll
+        for (int i = 0; i < DECODE_WARPS; i++) {
+            lse[i] = i < places ? t->max[i][m] : -QI_INFINITY;
+            max = fmaxf(max, lse[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < DECODE_WARPS; i++) {
+            const int there =
+                i < places ? i : 0; /* no branch, so that no place waits for another */
+            const float *sums = (const float *)((const char *)t + t->sums[there]);
+            const float4 v = *(const float4 *)(sums + decode_sum_at(m, d));
+            const float part = t->sum[there][m];
+            const float weight = !SOFTMAX ? 1.f : lse[i] == -QI_INFINITY ? 0.f : ex2(lse[i] - max);
+            if (i >= places) continue;
+            sum += weight * part;
             o[0] += weight * v.x, o[1] += weight * v.y, o[2] += weight * v.z, o[3] += weight * v.w;
         }
         if (of->slot < 0) {
             const int head = of->kv_head * GROUP_SIZE + m % GROUP_SIZE;
-            const float norm = finish_row(c, row[m], head, max, sum, d == 0);
+            const tile_row to = decode_noted_row(p, of, row, m);
+            const float norm = finish_row(c, to, head, max, sum, d == 0);
             for (int i = 0; i < 4; i++) o[i] *= norm;
-            store_outputs(c, row[m], head, d, o);
+            store_outputs(c, to, head, d, o);
             continue;
         }
         const float norm = norm_of(sum);
@@ -352,6 +374,30 @@ QI_INLINE void decode_finish(const attention_cuda_params *c, const decode_item *
             make_float4(o[0] * norm, o[1] * norm, o[2] * norm, o[3] * norm);
         if (d == 0) p->plan.lse_partial[slot] = lse_of(max, sum);
     }
+}
+
+/* Counts the pieces among the items in shared memory, whose partial rows stand before a barrier, and merges the tiles
+ * of which they are the last. Only once all items are done: the tickets' fence waits for whatever the SM has asked for,
+ * so that of an item among others it would wait for the rings, 4 us. */
+QI_INLINE void decode_merge(const attention_cuda_params *c, int count, decode_shared *t)
+{
+    const int lane = threadIdx.x % WARP;
+    const decode_item *of = &t->items[min(lane, count - 1)];
+    const int is_piece = lane < count && of->count > 0 && of->slot >= 0;
+    if (!__any_sync(ALL_LANES, is_piece)) return; /* the same in all warps */
+    if (threadIdx.x < WARP) {
+        const int is_last = is_piece && draw_ticket(&c->at, of->merge) == of->cut.num_pieces - 1;
+        const u32 last = __ballot_sync(ALL_LANES, is_last);
+        if (lane == 0) t->last = last;
+    }
+    __syncthreads();
+    int warp = (int)threadIdx.x / WARP; /* tiles begin with the warp behind the one before's last */
+    for (u32 last = t->last; last != 0; last &= last - 1) {
+        const decode_item *i = &t->items[__ffs((int)last) - 1];
+        merge_tile(c, &i->cut, i->merge, warp * WARP + lane, THREADS);
+        warp = (int)((u32)(warp + DECODE_WARPS * DECODE_ROWS - i->count) % DECODE_WARPS);
+    }
+    __syncthreads();
 }
 
 /* ---- a strip -------------------------------------------------------------------------------- */
@@ -370,14 +416,15 @@ QI_INLINE void decode_chunk(const mma_params *params, int count, int one_level, 
     for (int i = s->asked; i < DECODE_STAGES - 1; i++)
         decode_load(params, t->items, s, ring, (ring->now + i) % DECODE_STAGES, aligned);
     decode_put_query(q, t);
+    if (threadIdx.x == 0)
+        t->sums[0] = -RINGS_BYTES; /* decode_finish() reads there even of no keys */
     __syncthreads();
-    int ticket = 0; /* that thread 0 has drawn for the item before */
-    int first = 0, drawn = 0;
+    int first = 0;
 #pragma unroll 1
-    for (int n = 0; n <= count; n++) { /* after the last item its ticket is left */
-        const decode_item *of = &t->items[min(n, count - 1)], *before = &t->items[max(n - 1, 0)];
-        const int tiles = n < count ? decode_tiles(of) : 0, place = decode_place(first);
-        if (n < count) decode_begin(c, of, t, &state);
+    for (int n = 0; n < count; n++) {
+        const decode_item *of = &t->items[n];
+        const int tiles = decode_tiles(of), place = decode_place(first);
+        decode_begin(c, of, t, &state);
         if (n + 1 < count) decode_load_query(c, of + 1, q);
 #pragma unroll 1
         for (int i = place; i < tiles; i += DECODE_WARPS) {
@@ -389,18 +436,14 @@ QI_INLINE void decode_chunk(const mma_params *params, int count, int one_level, 
             decode_ring_next(ring);
         }
         if (place < tiles) decode_put(&state, place, ring->slots + ring->used * SLOT_BYTES, t);
-        if (threadIdx.x == 0) t->ticket = ticket;
         __syncthreads();
-        if (n < count) decode_finish(c, of, t->row[warp], min(tiles, DECODE_WARPS), t);
+        decode_finish(c, of, t->row[warp], min(tiles, DECODE_WARPS), t);
         if (n + 1 < count) decode_put_query(q, t);
-        if (drawn && t->ticket == before->cut.num_pieces - 1)
-            merge_tile(c, &before->cut, before->merge, (int)threadIdx.x, THREADS);
         __syncthreads();
-        drawn = n < count && of->count > 0 && of->slot >= 0 && one_level;
-        if (drawn && threadIdx.x == 0) ticket = draw_ticket(p, of->merge);
         first = (first + tiles) % DECODE_WARPS;
     }
     cp_async_wait_group(0);
+    if (one_level) decode_merge(c, count, t);
 }
 
 /* The decode items among work items [begin, end), by all threads. is_open: the first are in shared memory, and their

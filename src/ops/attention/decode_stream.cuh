@@ -43,10 +43,11 @@ typedef struct decode_item {
 
 /* What the warps of a block share beside the rings. */
 typedef struct decode_shared {
-    int ticket; /* how many pieces of a tile were done */
+    u32 last; /* bits: of the items, those that were the last pieces of their tiles */
     tile_row row[DECODE_WARPS][DECODE_ROWS];
     float max[DECODE_WARPS][DECODE_ROWS], sum[DECODE_WARPS][DECODE_ROWS];
-    const float *sums[DECODE_WARPS]; /* [DECODE_ROWS][SUM_PITCH] sums of v, in key order of tiles */
+    int sums
+        [DECODE_WARPS]; /* bytes from here to [DECODE_ROWS][SUM_PITCH] sums of v, in key order of tiles */
     u64 full[DECODE_WARPS][DECODE_STAGES]; /* of the rings' slots, where DECODE_PIECE > 0 */
     decode_item items[DECODE_ITEMS];
     __align__(
@@ -54,16 +55,6 @@ typedef struct decode_shared {
 } decode_shared;
 _Static_assert(sizeof(decode_shared) <= DECODE_SHARED_ROOM(HEAD_DIM_QK, DECODE_ROWS, DECODE_WARPS),
                "as launched");
-
-/* A block meets its parameters a line at a time, each after a wait of its own: they are asked for at once,
- * while the launch before may still run. What comes is put where q will be, so that it is not left out. */
-QI_INLINE void touch_parameters(const mma_params *m, decode_shared *t)
-{
-    enum { WORDS_OF_LINE = 16 };
-    const int at = (int)threadIdx.x * WORDS_OF_LINE;
-    if (at < (int)(sizeof *m / sizeof(int)))
-        ((volatile int *)t->q)[threadIdx.x] = ((const int *)m)[at];
-}
 
 /* Where what a strip begins with was before this launch's turn; begin -1: not known. */
 typedef struct decode_guess {
@@ -154,8 +145,7 @@ QI_INLINE tile_row decode_row(const attention_params *p, const decode_item *i, i
     const int r = m / GROUP_SIZE;
     if (MIXED && (i->flags & QI_GROUP_MIXED)) return row_at(p, i->row_begin + r);
     tile_row row;
-    row.token = i->row_begin + r;
-    if (MIXED && p->plan.header->num_levels > 1) row.token = p->plan.rows[row.token];
+    row.token = token_at(p, i->row_begin + r);
     row.request = i->request;
     row.position = i->position + r;
     return row;

@@ -11,7 +11,10 @@
 
 #ifdef QI_VARIANT
 #include "qi_variant.h"
-#define VARIANT_ARGS(c) ((const variant_params *)(c)->args)
+#define VARIANT_ARGS(c)      ((const variant_params *)(c)->args)
+#define END_OF_PARAMETERS(c) ((const char *)(c)->args + sizeof(variant_params))
+#else
+#define END_OF_PARAMETERS(c) ((const char *)(c)->args)
 #endif
 
 #ifdef VARIANT_NO_SOFTMAX

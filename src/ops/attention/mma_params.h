@@ -13,9 +13,9 @@
  * of a head. */
 typedef struct mma_params {
     qi_tensor_map k, v;
-    attention_cuda_params c;
     i32 kv_by_tma; /* 0: there are no maps, since the kernel or the addresses are not for the copy engine */
     i32 early; /* the plan, and keys that are not of its rows, may be read before the launch's turn */
+    attention_cuda_params c;
 } mma_params;
 _Static_assert(sizeof(mma_params) <= 4096, "a kernel's parameters");
 

@@ -68,7 +68,7 @@ QI_INLINE prefill_row make_prefill_row(const attention_cuda_params *c, const qi_
     if (MIXED && g->flags & QI_GROUP_MIXED) {
         r.row = row_at(&c->at, row);
     } else {
-        r.row.token = MIXED ? token_at(&c->at, row) : row;
+        r.row.token = token_at(&c->at, row);
         r.row.request = g->request;
         r.row.position = (int)g->pos_first + row - g->row_begin;
     }

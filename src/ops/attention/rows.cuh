@@ -12,12 +12,16 @@ typedef struct tile_row {
     int position, token, request;
 } tile_row;
 
+/* The token of the row that stands at `row` in the plan's order. */
 QI_INLINE int token_at(const attention_params *p, int row)
 {
+#if defined(MIXED) && !MIXED /* for one level, and nothing is to be looked up */
+    return row;
+#else
     return p->plan.header->num_levels > 1 ? p->plan.rows[row] : row;
+#endif
 }
 
-/* The row of q that stands at `row` in the plan's order. */
 QI_INLINE tile_row row_at(const attention_params *p, int row)
 {
     tile_row r;
