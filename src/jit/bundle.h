@@ -82,6 +82,7 @@
     X(prefill_mma, "ops/attention/prefill_mma.cuh")                                                \
     X(wgmma_params, "ops/attention/wgmma_params.h")                                                \
     X(wgmma_items, "ops/attention/wgmma_items.cuh")                                                \
+    X(wgmma_ahead, "ops/attention/wgmma_ahead.cuh")                                                \
     X(wgmma_loads, "ops/attention/wgmma_loads.cuh")                                                \
     X(wgmma_scores, "ops/attention/wgmma_scores.cuh")                                              \
     X(wgmma_store, "ops/attention/wgmma_store.cuh")                                                \

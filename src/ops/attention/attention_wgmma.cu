@@ -9,6 +9,7 @@
  * queries; THREADS: one or two warpgroups load; FP8: products are of e4m3, as q, k and v; QI_VARIANT.
  * SPDX-License-Identifier: Apache-2.0 */
 #include "kern/cuda/prelude.cuh"
+#include "ops/attention/wgmma_ahead.cuh"
 #include "ops/attention/wgmma_loads.cuh"
 #include "ops/attention/wgmma_tile.cuh"
 #include "ops/attention/wgmma_transpose.cuh"
@@ -36,11 +37,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attention(const __grid_constant__ wgmma_params p)
 {
     extern __shared__ __align__(1024) char shared[];
+    const int warp = (int)uniform(threadIdx.x / WARP);
+    touch_parameters(&p.q_by_tma, END_OF_PARAMETERS(&p.c), THREADS,
+                     (int *)item_notes(shared, WGMMA_NOTES - 1));
     if (threadIdx.x == 0) init_barriers(barriers_of(shared));
     __syncthreads();
+    if (warp >= 4 * LOADING_GROUPS) look_ahead(&p, (int)threadIdx.x - (THREADS - CONSUMERS));
     griddepcontrol_wait();
     griddepcontrol_launch_dependents();
-    const int warp = (int)uniform(threadIdx.x / WARP);
     if (warp < 4 * LOADING_GROUPS) {
         setmaxnreg_dec(LOADING_REGISTERS);
         if (warp < LOADERS)

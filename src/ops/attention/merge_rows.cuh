@@ -23,7 +23,7 @@ typedef struct pieces {
 
 QI_INLINE pieces pieces_of(const attention_params *p, const qi_merge *m, int row, int qo_head)
 {
-    const int group = p->num_qo_heads / p->num_kv_heads, head = qo_head / group - m->kv_head;
+    const int group = HEADS_OF_GROUP(p), head = qo_head / group - m->kv_head;
     pieces of;
     of.slot = m->slot + ((i64)head * m->num_rows + (row - m->row_begin)) * group + qo_head % group;
     of.step = m->rows_per_piece;
@@ -110,7 +110,7 @@ QI_INLINE void merge_tile(const attention_cuda_params *c, const qi_merge *tile, 
 {
     const attention_params *p = &c->at;
     const qi_merge m = *tile;
-    const int group = p->num_qo_heads / p->num_kv_heads, heads = m.num_kv_heads * group;
+    const int group = HEADS_OF_GROUP(p), heads = m.num_kv_heads * group;
     for (int i = tid / WARP; i < m.num_rows * heads; i += threads / WARP) {
         const int row = m.row_begin + i / heads, head = m.kv_head * group + i % heads;
         const pieces of = pieces_of(p, &m, row, head);
@@ -130,8 +130,16 @@ QI_INLINE void finish_piece(const attention_cuda_params *c, const qi_work *w, in
     __syncthreads();
 }
 
-/* Several levels: all rows that have partial ones, a warp a (row, query head). By the whole grid; a block has
- * MERGE_THREADS has as many heads as warps, and rows and heads are counted on without a division of 64 bits. */
+QI_INLINE void begin_turn()
+{
+    griddepcontrol_wait();
+    griddepcontrol_launch_dependents();
+}
+
+/* Several levels: all rows that have partial ones, a warp a (row, query head). By the whole grid; a block of
+ * MERGE_THREADS has as many heads as warps, and rows and heads are counted on without a division of 64 bits. The launch
+ * before, whose partial rows these are, has begun once its own turn had come, so that the plan stands, and what it says
+ * of a block's first row is looked up before this launch's turn. */
 QI_INLINE void merge_levels(const attention_cuda_params *c, char *shared)
 {
     const attention_params *p = &c->at;
@@ -140,11 +148,10 @@ QI_INLINE void merge_levels(const attention_cuda_params *c, char *shared)
     _Static_assert(WARPS_OF_BLOCK * sizeof *lists <= MERGE_SHARED_BYTES, "as launched");
     const int levels = p->plan.header->num_levels, tokens = p->plan.header->num_tokens;
     const int lane = threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
-    const int group = p->num_qo_heads / p->num_kv_heads;
+    const int group = HEADS_OF_GROUP(p);
     const int parts = (p->num_qo_heads + WARPS_OF_BLOCK - 1) / WARPS_OF_BLOCK; /* of a row */
-    if (levels == 1) return;
-    int row = (int)blockIdx.x / parts, part = (int)blockIdx.x % parts;
-    while (row < tokens) {
+    int row = (int)blockIdx.x / parts, part = (int)blockIdx.x % parts, waited = 0;
+    while (levels > 1 && row < tokens) {
         const int head = part * WARPS_OF_BLOCK + warp;
         pieces of = {};
         if (lane < levels && head < p->num_qo_heads) {
@@ -152,15 +159,19 @@ QI_INLINE void merge_levels(const attention_cuda_params *c, char *shared)
             const int merge = p->plan.row_merge[at];
             if (merge >= 0) of = pieces_of(p, &p->plan.merge[merge], row, head);
         }
+        const tile_row to = row_at(p, row);
         __syncwarp(); /* the row before has been merged */
         if (lane < levels) lists[warp][lane] = of;
         const int any = __any_sync(ALL_LANES, of.count > 0);
         __syncwarp();
-        if (any) merge_row(c, lists[warp], levels, row_at(p, row), head);
+        if (!waited) begin_turn();
+        waited = 1;
+        if (any) merge_row(c, lists[warp], levels, to, head);
         part += (int)gridDim.x % parts;
         row += (int)gridDim.x / parts + (part >= parts);
         if (part >= parts) part -= parts;
     }
+    if (!waited) begin_turn();
 }
 
 #if !defined(MIXED) || MIXED /* else there is one level */
@@ -168,8 +179,6 @@ extern "C" __global__ void __launch_bounds__(MERGE_THREADS, 4)
     attention_levels(const __grid_constant__ attention_cuda_params p)
 {
     extern __shared__ __align__(16) char lists[];
-    griddepcontrol_wait();
-    griddepcontrol_launch_dependents();
     merge_levels(&p, lists);
 }
 #endif

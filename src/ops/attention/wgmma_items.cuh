@@ -267,6 +267,16 @@ QI_INLINE item_source find_items(const qi_plan *plan)
     return s;
 }
 
+/* The n-th that is taken of all `count`, of which num_shared from shared_begin on are of shared levels; -1: there is
+ * none. */
+QI_INLINE int nth_item(int n, int count, int shared_begin, int num_shared)
+{
+    if (n < num_shared) return shared_begin + n;
+    if (n >= count) return -1;
+    const int past = shared_begin > 0 ? shared_begin : count; /* of the others */
+    return past - 1 - (n - num_shared);
+}
+
 /* The next item, -1: no more. */
 QI_INLINE int take_item(const qi_plan *plan, item_source *s)
 {
@@ -275,10 +285,7 @@ QI_INLINE int take_item(const qi_plan *plan, item_source *s)
     /* The first without a wait for the count, which is then of the others. */
     const int n =
         s->claimed++ == 1 ? (int)blockIdx.x : (int)gridDim.x + atomicAdd(&plan->claims[0], 1);
-    if (n < h->num_shared) return h->shared_begin + n;
-    if (n >= h->num_work) return -1;
-    const int past = h->shared_begin > 0 ? h->shared_begin : h->num_work; /* of the others */
-    return past - 1 - (n - h->num_shared);
+    return nth_item(n, h->num_work, h->shared_begin, h->num_shared);
 }
 
 /* After a block's last: the last block to come here leaves the counts as they were found. */
@@ -358,8 +365,6 @@ QI_INLINE void prepare_items(const wgmma_params *p, char *shared, int tid)
     tile_barriers *b = barriers_of(shared);
     item_queue queue = {find_items(plan), -1, NOT_YET, 0};
     ring note = {0, 0}, buffer = {0, 0};
-    if (tid == 0 && p->q_by_tma) tma_prefetch_map(&p->q);
-    if (tid == 0 && p->o_by_tma) tma_prefetch_map(&p->o);
     if (tid < WARP) advance(plan, &queue, tid, 0);
 #pragma unroll 1
     for (;;) {

@@ -281,7 +281,6 @@ QI_INLINE void load_items(const wgmma_params *p, char *shared, const int is_v)
                 (int)threadIdx.x % WARP};
     ring note = {0, 0};
     const int aligned = keys_aligned(&p->c.at);
-    if (l.lane == 0 && p->kv_by_tma) tma_prefetch_map(is_v ? &p->v : &p->k);
 #pragma unroll 1
     for (;; ring_next(&note, WGMMA_NOTES)) {
         const prefill_item_notes *n = item_notes(shared, note.stage);

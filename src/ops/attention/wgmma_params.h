@@ -13,8 +13,8 @@ typedef struct wgmma_params {
     qi_tensor_map o; /* [tokens, kv heads, group, head_dim_vo]: 16 rows, a warp's */
     qi_tensor_map k; /* [pages, heads, tokens of a page, head_dim_qk]: PIECE tokens */
     qi_tensor_map v; /* the same, head_dim_vo */
-    attention_cuda_params c;
     i32 q_by_tma, kv_by_tma, o_by_tma; /* 0: not as the copy engine takes it */
+    attention_cuda_params c;
 } wgmma_params;
 _Static_assert(sizeof(wgmma_params) <= 4096, "a kernel's parameters");
 
