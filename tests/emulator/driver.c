@@ -492,7 +492,11 @@ EXPORT CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned gr
 static void fill(const work *w)
 {
     char *to = w->to;
-    for (size_t i = 0; i < w->bytes; i += w->size) memcpy(to + i, &w->value, w->size);
+    for (size_t done = 0, n = w->size; done < w->bytes;
+         done += n, n = done) { /* twice as many each time */
+        if (n > w->bytes - done) n = w->bytes - done;
+        memcpy(to + done, done == 0 ? (const char *)&w->value : to, n);
+    }
 }
 
 /* Every word of the parameters that is an address is taken for a pointer, but for what looks like a small number beside
