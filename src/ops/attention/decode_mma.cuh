@@ -376,17 +376,23 @@ QI_INLINE void decode_finish(const attention_cuda_params *c, const decode_item *
     }
 }
 
-/* Counts the pieces among the items in shared memory, whose partial rows stand before a barrier, and merges the tiles
- * of which they are the last. Only once all items are done: the tickets' fence waits for whatever the SM has asked for,
- * so that of an item among others it would wait for the rings, 4 us. */
+/* Is item `lane` of the `count` in shared memory a piece of a cut tile? */
+QI_INLINE int decode_is_piece(int count, const decode_shared *t)
+{
+    const int lane = threadIdx.x % WARP;
+    return lane < count && t->items[lane].count > 0 && t->items[lane].slot >= 0;
+}
+
+/* Counts these pieces, whose partial rows stand before a barrier, and merges the tiles of which they are the last. Only
+ * once all items are done: the tickets' fence waits for whatever the SM has asked for, so that of an item among others it
+ * would wait for the rings, 4 us. By all threads; between the barriers nobody writes to the items. */
 QI_INLINE void decode_merge(const attention_cuda_params *c, int count, decode_shared *t)
 {
     const int lane = threadIdx.x % WARP;
-    const decode_item *of = &t->items[min(lane, count - 1)];
-    const int is_piece = lane < count && of->count > 0 && of->slot >= 0;
-    if (!__any_sync(ALL_LANES, is_piece)) return; /* the same in all warps */
-    if (threadIdx.x < WARP) {
-        const int is_last = is_piece && draw_ticket(&c->at, of->merge) == of->cut.num_pieces - 1;
+    if (threadIdx.x < WARP) { /* of this warp are the threads that read the items that follow */
+        const decode_item *of = &t->items[min(lane, count - 1)];
+        const int is_last =
+            decode_is_piece(count, t) && draw_ticket(&c->at, of->merge) == of->cut.num_pieces - 1;
         const u32 last = __ballot_sync(ALL_LANES, is_last);
         if (lane == 0) t->last = last;
     }
@@ -419,6 +425,8 @@ QI_INLINE void decode_chunk(const mma_params *params, int count, int one_level, 
     if (threadIdx.x == 0)
         t->sums[0] = -RINGS_BYTES; /* decode_finish() reads there even of no keys */
     __syncthreads();
+    /* The same in all warps; asked here, since after the last item's barrier the next ones may be read already. */
+    const int merges = one_level && __any_sync(ALL_LANES, decode_is_piece(count, t));
     int first = 0;
 #pragma unroll 1
     for (int n = 0; n < count; n++) {
@@ -443,7 +451,7 @@ QI_INLINE void decode_chunk(const mma_params *params, int count, int one_level, 
         first = (first + tiles) % DECODE_WARPS;
     }
     cp_async_wait_group(0);
-    if (one_level) decode_merge(c, count, t);
+    if (merges) decode_merge(c, count, t);
 }
 
 /* The decode items among work items [begin, end), by all threads. is_open: the first are in shared memory, and their
