@@ -20,7 +20,6 @@
 
 enum {
     KEYS_AHEAD = DECODE_WARPS * (DECODE_STAGES - 1) * TILE, /* as many as the rings load at once */
-    LINE = 128,                                             /* bytes that a prefetch brings */
 };
 
 /* Of a work item what leads to its first rows. */
@@ -57,25 +56,6 @@ QI_INLINE void read_ahead(const attention_params *p, int at, item_ahead *to, dec
     prefetch_l2(&p->plan.ticket[merge]);
 }
 
-/* Where a key of an item and its value are; left as they are if that is not known to be in k and v. */
-QI_INLINE void find_ahead(const attention_params *p, const item_ahead *i, int key, const char **k,
-                          const char **v)
-{
-    i64 page = 0, slot = i->list + key;
-    if (PAGE_SIZE > 0) {
-        const i64 entry = i->list + key / (PAGE_SIZE | !PAGE_SIZE);
-        if (entry < 0 || entry >= p->max_pages) return;
-        page = __ldcg(&p->plan.pages[entry]);
-        slot = key % (PAGE_SIZE | !PAGE_SIZE);
-    }
-    const i64 at = PAGE_SIZE > 0 ? page : slot;
-    if (at < 0 || at >= p->kv_extent) return;
-    *k = (const char *)p->k +
-         (page * p->k_stride[0] + slot * p->k_stride[1] + i->kv_head * p->k_stride[2]) * KV_BYTES;
-    *v = (const char *)p->v +
-         (page * p->v_stride[0] + slot * p->v_stride[1] + i->kv_head * p->v_stride[2]) * KV_BYTES;
-}
-
 /* Rows of so many bytes, where each lane says; 0: none. */
 QI_INLINE void prefetch_rows(const char *row, const int bytes)
 {
@@ -95,7 +75,8 @@ QI_INLINE void prefetch_keys(const attention_params *p, const ahead_shared *t)
         const char *k = 0, *v = 0;
         int n = 0, key = i;
         while (n < t->count && key >= t->items[n].num_keys) key -= t->items[n++].num_keys;
-        if (n < t->count) find_ahead(p, &t->items[n], t->items[n].kv_begin + key, &k, &v);
+        const item_ahead *at = &t->items[n];
+        if (n < t->count) find_ahead(p, at->list, at->kv_begin + key, at->kv_head, &k, &v);
         prefetch_rows(k, HEAD_DIM_QK * KV_BYTES);
         prefetch_rows(v, HEAD_DIM_VO * KV_BYTES);
     }

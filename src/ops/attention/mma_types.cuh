@@ -42,6 +42,30 @@ QI_INLINE u32 widen(u32 bits)
     return i8x2_to_f16x2(bits);
 }
 
+/* ---- before the launch's turn --------------------------------------------------------------- */
+
+enum { LINE = 128 }; /* bytes that a prefetch brings */
+
+/* Where key `key` of a list is, and its value, by a plan that may be about to change; left as they are if that is not
+ * known to be in k and v. Page tables that a device plan left with the caller are not looked at. */
+QI_INLINE void find_ahead(const attention_params *p, i64 list, int key, int kv_head, const char **k,
+                          const char **v)
+{
+    i64 page = 0, slot = list + key;
+    if (PAGE_SIZE > 0) {
+        const i64 entry = list + key / (PAGE_SIZE | !PAGE_SIZE);
+        if (entry < 0 || entry >= p->max_pages) return;
+        page = __ldcg(&p->plan.pages[entry]);
+        slot = key % (PAGE_SIZE | !PAGE_SIZE);
+    }
+    const i64 at = PAGE_SIZE > 0 ? page : slot;
+    if (at < 0 || at >= p->kv_extent) return;
+    *k = (const char *)p->k +
+         (page * p->k_stride[0] + slot * p->k_stride[1] + kv_head * p->k_stride[2]) * KV_BYTES;
+    *v = (const char *)p->v +
+         (page * p->v_stride[0] + slot * p->v_stride[1] + kv_head * p->v_stride[2]) * KV_BYTES;
+}
+
 /* ---- loads -------------------------------------------------------------------------------- */
 
 /* Do all rows of keys and values begin at multiples of 16 bytes? */

@@ -11,7 +11,6 @@
 /* Of `bytes` in a row. */
 QI_INLINE void prefetch_row(const char *row, const int bytes)
 {
-    enum { LINE = 128 }; /* that a prefetch brings */
 #pragma unroll
     for (int i = 0; i < bytes; i += LINE) prefetch_l2(row + i);
 }
@@ -24,6 +23,7 @@ QI_INLINE void prefetch_queries(const attention_params *p, const qi_work *w, int
     for (int m = tid; m < num_rows * GROUP_SIZE; m += CONSUMERS) {
         int token = row_begin + m / GROUP_SIZE;
         if (MIXED && __ldcg(&p->plan.header->num_levels) > 1) {
+            if (token >= p->plan.max_tokens) continue; /* parts of an item may be of two plans */
             token = __ldcg(&p->plan.rows[token]);
             const int request = __ldcg(&p->plan.token_request[token]);
             prefetch_l2(&p->plan.qo_pos[request]);
@@ -35,26 +35,16 @@ QI_INLINE void prefetch_queries(const attention_params *p, const qi_work *w, int
     }
 }
 
-/* A key and a value of the item's first block. Page tables that a device plan left with the caller are not looked at. */
+/* A key and a value of the item's first block. */
 QI_INLINE void prefetch_block(const attention_params *p, const qi_work *w, const qi_group *g,
                               int tid)
 {
-    const int key = __ldcg(&w->kv_begin) + tid, head = __ldcg(&w->kv_head);
+    const int key = __ldcg(&w->kv_begin) + tid;
+    const char *k = 0, *v = 0;
     if (tid >= KEYS || key >= __ldcg(&w->kv_end)) return;
-    const i64 list = __ldcg(&g->kv_begin);
-    i64 page = 0, slot = list + key;
-    if (PAGE_SIZE > 0) {
-        const i64 entry = list + key / (PAGE_SIZE | !PAGE_SIZE);
-        if (entry < 0 || entry >= p->max_pages) return;
-        page = __ldcg(&p->plan.pages[entry]);
-        slot = key % (PAGE_SIZE | !PAGE_SIZE);
-    }
-    const i64 at = PAGE_SIZE > 0 ? page : slot;
-    if (at < 0 || at >= p->kv_extent) return;
-    const i64 k = page * p->k_stride[0] + slot * p->k_stride[1] + head * p->k_stride[2];
-    const i64 v = page * p->v_stride[0] + slot * p->v_stride[1] + head * p->v_stride[2];
-    prefetch_row(qi_at(p->k, DTYPE_KV, k), HEAD_DIM_QK * KV_BYTES);
-    prefetch_row(qi_at(p->v, DTYPE_KV, v), HEAD_DIM_VO * KV_BYTES);
+    find_ahead(p, __ldcg(&g->kv_begin), key, __ldcg(&w->kv_head), &k, &v);
+    if (k) prefetch_row(k, HEAD_DIM_QK * KV_BYTES);
+    if (v) prefetch_row(v, HEAD_DIM_VO * KV_BYTES);
 }
 
 /* By the CONSUMERS threads that compute. */
