@@ -492,10 +492,11 @@ EXPORT CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned gr
 static void fill(const work *w)
 {
     char *to = w->to;
-    for (size_t done = 0, n = w->size; done < w->bytes;
-         done += n, n = done) { /* twice as many each time */
-        if (n > w->bytes - done) n = w->bytes - done;
-        memcpy(to + done, done == 0 ? (const char *)&w->value : to, n);
+    if (w->bytes == 0) return;
+    memcpy(to, &w->value, w->size);
+    for (size_t done = w->size, n; done < w->bytes; done += n) { /* twice as many each time */
+        n = done < w->bytes - done ? done : w->bytes - done;
+        memcpy(to + done, to, n);
     }
 }
 
