@@ -103,15 +103,18 @@ static const struct {
     {"verify.cuda", {F32, 1, 4, 512, 8}},
     {"verify.cuda", {F16, 0, 1, 512, 1}},
     {"verify.cuda", {F16, 1, 8, 512, 1}},
-    {"sampling.cuda", {F32, QI_I32, 0, 3, 4, 512, 1, 0, 0, 0, 0}},
-    {"sampling.cuda", {F32, QI_I32, 0, 3, 4, 512, 8, 8, 0xeb9a7, 0, 0}}, /* top_k, top_p */
-    {"sampling.cuda", {F32, QI_I32, 0, 3, 4, 512, 8, 0, 0xeb9a7, 0, 0}}, /* streamed */
-    {"sampling.cuda", {BF16, QI_I32, 0, 3, 8, 512, 8, 4, 0xeb9, 0, 0}},  /* top_p */
-    {"sampling.cuda", {F32, F32, 0, 1, 4, 512, 8, 10, 0xb9, 0, 0}},      /* top_p to rows */
-    {"sampling.cuda", {F32, QI_I32, 0, 3, 4, 512, 16, 16, 0xecb97, 0, 0}},
-    {"sampling.cuda", {BF16, QI_I32, 0, 3, 8, 512, 1, 0, 0xeb9, 0, 0}},
-    {"sampling.cuda", {F32, QI_I32, 0, 3, 4, 512, 8, 8, 0xec97, 0, 0}}, /* min_p */
-    {"sampling.cuda", {F16, F16, 0, 1, 8, 512, 1, 0, 0xdcba987, 0, 0}},
+    {"sampling.cuda", {F32, QI_I32, 0, 3, 4, 512, 1, 0, 0, 0, 0, 0}},
+    {"sampling.cuda", {F32, QI_I32, 0, 3, 4, 512, 8, 8, 0, 0xeb9a7, 0, 0}}, /* top_k, top_p */
+    {"sampling.cuda", {F32, QI_I32, 0, 3, 4, 512, 8, 0, 0, 0xeb9a7, 0, 0}}, /* streamed */
+    {"sampling.cuda", {BF16, QI_I32, 0, 3, 8, 512, 8, 4, 0, 0xeb9, 0, 0}},  /* top_p */
+    {"sampling.cuda", {F32, QI_I32, 0, 3, 4, 512, 8, 8, 1, 0xeb97, 0, 0}},  /* of many rows */
+    {"sampling.cuda", {BF16, QI_I32, 0, 3, 8, 512, 8, 4, 1, 0xeb9, 0, 0}},
+    {"sampling.cuda", {F32, QI_I32, 1, 3, 1, 512, 8, 32, 1, 0xeb, 0, 0}},
+    {"sampling.cuda", {F32, F32, 0, 1, 4, 512, 8, 10, 0, 0xb9, 0, 0}}, /* top_p to rows */
+    {"sampling.cuda", {F32, QI_I32, 0, 3, 4, 512, 16, 16, 0, 0xecb97, 0, 0}},
+    {"sampling.cuda", {BF16, QI_I32, 0, 3, 8, 512, 1, 0, 0, 0xeb9, 0, 0}},
+    {"sampling.cuda", {F32, QI_I32, 0, 3, 4, 512, 8, 8, 0, 0xec97, 0, 0}}, /* min_p */
+    {"sampling.cuda", {F16, F16, 0, 1, 8, 512, 1, 0, 0, 0xdcba987, 0, 0}},
 };
 
 /* Where a row's constants say how many blocks a cluster has; -1: it has none. */
@@ -137,7 +140,7 @@ static bool is_for(const char *row, const i32 *constants, const char *level)
     const int cluster = cluster_at(row);
     if (cluster >= 0 && constants[cluster] > 1) return strcmp(level, "sm_80") != 0;
     /* top_p over rows that one block reads again: what GPUs with clusters have is shared by several, or stays */
-    enum { SAMPLING_EACH = 7, SAMPLING_STAGES, SOFTMAX_FIRST = QKV_STAGE_SOFTMAX + 1 };
+    enum { SAMPLING_EACH = 7, SAMPLING_STAGES = 9, SOFTMAX_FIRST = QKV_STAGE_SOFTMAX + 1 };
     if (strcmp(row, "sampling.cuda") == 0 && constants[SAMPLING_EACH] == 0 &&
         constants[cluster] == 1 && constants[SAMPLING_STAGES] % 16 == SOFTMAX_FIRST)
         return strcmp(level, "sm_80") == 0;
@@ -149,8 +152,10 @@ static bool is_for(const char *row, const i32 *constants, const char *level)
 /* Bytes of registers that a kernel may spill; most promise none. */
 static int may_spill(const char *row, const i32 *constants)
 {
-    enum { COLUMNS = 15, WARPGROUPS = 17, FP8 = 21 };
+    enum { COLUMNS = 15, WARPGROUPS = 17, FP8 = 21, CROWDED = 8 };
     if (strcmp(row, "attention.cuda") == 0) return INT_MAX; /* the reference */
+    /* 40 registers a thread: around the loops */
+    if (strcmp(row, "sampling.cuda") == 0 && constants[CROWDED]) return 256;
     /* decode over 8-bit keys of 256 dims, at 255 registers: a few words before its loop */
     if (strcmp(row, "attention.mma") == 0 && constants[0] == 256) return 12;
     if (strcmp(row, "attention.wgmma") != 0) return 0;

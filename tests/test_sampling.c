@@ -187,6 +187,38 @@ static void steep_rows_with_top_p(void **state)
         }
 }
 
+/* So many rows that a GPU has no room for their blocks at once: the first of a row ends it alone, while others make room, and
+ * where nobody asks for `valid` they are gone by then. */
+static void crowds_of_rows_with_top_p(void **state)
+{
+    (void)state;
+    enum { MOST = 48 };
+    static const int64_t some[] = {40000, 70001, 131072};
+    for (int n = 0; n < (test_is_emulated() ? 2 : 3) * ROW_NUM_SHAPES; n++) {
+        const int v = n / ROW_NUM_SHAPES, kind = v == 1 ? QKV_PROBS : QKV_LOGITS;
+        const sampling_spec spec = {
+            .batch = test_is_emulated() || !sampling_compiles() ? 3 : MOST,
+            .vocab = some[v],
+            .dtype = v == 1 ? QKV_BF16 : QKV_F32,
+            .kind = kind,
+            .given = STAGE(TOP_P) | (kind == QKV_LOGITS ? STAGE(TEMPERATURE) : 0),
+            .shape = n % ROW_NUM_SHAPES,
+        };
+        sampling_case *c = case_new(&spec);
+        check_sample(c);
+        static int32_t tokens[MOST];
+        int32_t *const expected = check_draw(c);
+        c->params.valid = NULL;
+        for (int k = 0; k < contexts.n; k++) {
+            EXPECT_OK(qkv_sample(contexts.ctx[k], TENSOR(tokens, QKV_I32, spec.batch), &c->rows.t,
+                                 &c->params, NULL));
+            check_same(c, 1, tokens, expected, (size_t)spec.batch * sizeof *tokens);
+        }
+        free(expected);
+        case_free(c);
+    }
+}
+
 static void batches_of_every_size(void **state)
 {
     (void)state;
@@ -378,6 +410,7 @@ int main(void)
         cmocka_unit_test(rows_of_every_size),
         cmocka_unit_test(random_rows),
         cmocka_unit_test(steep_rows_with_top_p),
+        cmocka_unit_test(crowds_of_rows_with_top_p),
         cmocka_unit_test(batches_of_every_size),
         cmocka_unit_test(masses_add_up_in_order_of_index),
         cmocka_unit_test(draws_follow_seed_and_offset),

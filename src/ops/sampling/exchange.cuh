@@ -10,11 +10,15 @@
 #include "kern/cuda/tma.cuh"
 #include "ops/sampling/weights.h"
 
+/* The includer says how much a block sends, if more than its warps do. */
+#ifndef FROM_BLOCK
+#define FROM_BLOCK 1
+#endif
+
 enum {
     WARPS = THREADS / WARP,
     ALL_WARPS = CLUSTER * WARPS,
-    PARTIALS = 3,    /* of a warp */
-    FROM_BLOCK = 65, /* of a block: its sample (guess.cuh) */
+    PARTIALS = 3, /* of a warp */
     BY_WARPS = PARTIALS * ALL_WARPS,
     BY_BLOCKS = FROM_BLOCK * CLUSTER,
     MOST_SENT = BY_WARPS > BY_BLOCKS ? BY_WARPS : BY_BLOCKS,

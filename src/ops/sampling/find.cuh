@@ -9,14 +9,19 @@
 #ifndef QI_SAMPLING_FIND_CUH
 #define QI_SAMPLING_FIND_CUH
 
-#include "ops/sampling/maxima.cuh"
 #include "ops/sampling/row.cuh"
 
+#define SHARES_MAXIMA !LEAN
+#include "ops/sampling/maxima.cuh"
+
 enum {
-    NUM_BINS = CLUSTER * THREADS < 1024 ? CLUSTER * THREADS : 1024,
-    SLICE = NUM_BINS / CLUSTER,          /* bins that a block adds up, one a thread */
-    ROOM = MOST_LISTED,                  /* tokens that are sorted */
-    OWN = (ROOM + THREADS - 1) / THREADS /* of them, a thread's */
+    ALL_BINS = CLUSTER * THREADS < 1024 ? CLUSTER * THREADS : 1024,
+    NUM_BINS = LEAN ? 128 : ALL_BINS,
+    SLICE = NUM_BINS / CLUSTER,           /* bins that a block adds up, one a thread */
+    ROOM = LEAN ? FEW : MOST_LISTED,      /* tokens that are sorted */
+    OWN = (ROOM + THREADS - 1) / THREADS, /* of them, a thread's */
+    SCATTERED = ROOM > FEW ? ROOM : 1,    /* to sort them, and buckets */
+    BUCKETS = ROOM > FEW ? THREADS : 1
 };
 
 typedef struct histogram {
@@ -26,8 +31,8 @@ typedef struct histogram {
 
 /* Tokens: key << 32 | ~index, which puts them in order, largest first, and values. */
 typedef struct token_list {
-    u64 ranks[ROOM], scattered_ranks[ROOM];
-    float values[ROOM], scattered_values[ROOM];
+    u64 ranks[ROOM], scattered_ranks[SCATTERED];
+    float values[ROOM], scattered_values[SCATTERED];
 } token_list;
 
 typedef struct finder {
@@ -36,10 +41,10 @@ typedef struct finder {
         token_list list;
     };
     union {
-        u32 count[THREADS]; /* of the list's buckets */
+        u32 count[BUCKETS]; /* of the list's */
         maxima most_of_lanes;
     };
-    u32 next[THREADS];
+    u32 next[BUCKETS];
     u64 room[WARPS];
     u32 gathered; /* in the first block: tokens that it was sent for the list; 0 before the next */
     u32 most, least, end;
@@ -111,7 +116,7 @@ QI_INLINE void sort_few(finder *f, u32 n)
  * any order, in a bucket of their own. */
 static __device__ __noinline__ void sort_list(finder *f, u32 n)
 {
-    if (n <= FEW) {
+    if (ROOM <= FEW || n <= FEW) {
         sort_few(f, n);
         return;
     }
@@ -424,7 +429,7 @@ QI_INLINE bracket guess_top_k(row_view *r, const int s, finder *f, u32 k)
  * mass of what is not kept varies least, so each block estimates that. */
 QI_INLINE bracket guess_mass(row_view *r, const int s, finder *f, u64 total, u64 wish)
 {
-    if (CLUSTER < 4) return all_keys(s);
+    if (CLUSTER < 4 || LEAN) return all_keys(s); /* no room for samples */
     const u32 t = threadIdx.x, to = r->at.rank * (THREADS / CLUSTER) + t / CLUSTER;
     float x[VEC];
     piece(r, s, (int)((t + r->at.warp) % (u32)r->pieces), x);

@@ -9,33 +9,16 @@
 
 #include "ops/sampling/list.cuh"
 
-/* The stage whose pass lists tokens; MAX_STAGES: none. */
-QI_INLINE constexpr int find_front()
-{
-    int s = 0;
-    while (kind_of(s) >= 0 && kind_of(s) < STAGE_SOFTMAX) s++;
-    const int softmax = kind_of(s) == STAGE_SOFTMAX;
-    if (kind_of(s + softmax) != STAGE_TOP_P || (!softmax && IN == ROW_LOGITS)) return MAX_STAGES;
-    return EACH == 0 || s == NUM_EARLY ? s : MAX_STAGES; /* filters before it wait for softmax */
-}
-
 enum {
-    FRONT_AT = find_front(),
-    FRONT = (FRONT_AT < MAX_STAGES),
-    TOP_P_AT = FRONT_AT + (kind_of(FRONT_AT) == STAGE_SOFTMAX),
-    TOP_P_IS_LAST = FRONT && TOP_P_AT == NUM_STAGES - 1,
-    DRAWS = TOP_P_IS_LAST && OUT == ROW_TOKENS, /* from what top_p keeps */
     /* pieces of a thread in the sample: where the row has no room in shared memory, as many as have */
-    SAMPLES = EACH > 3   ? 2
+    SAMPLES = EACH > 7   ? 3
+              : EACH > 3 ? 2
               : EACH > 0 ? 1
                          : MOST_SAMPLED / VEC,
-    BINS = 256,            /* of the sample */
     BINS_OF = BINS / WARP, /* a lane's */
-    IN_WORD = 4,           /* counts of them, 16 bits each, as they are sent */
-    WORDS_OF = BINS / IN_WORD,
     HEADS = CLUSTER * WORDS_OF,
-    LISTED =
-        sizeof(token_list) / sizeof(u64) / CLUSTER, /* tokens that a block's list has room for */
+    /* tokens that a block's list has room for */
+    LISTED = LEAN ? 304 : sizeof(token_list) / sizeof(u64) / CLUSTER,
     TOP = 64,                        /* tokens that are listed where few hold the mass, about */
     WIDE = CLUSTER * LISTED * 3 / 4, /* and at most in all lists, where the sample has its say */
     SEARCHING = WARPS > 8 ? 8 : WARPS / 2, /* warps that look for the end among those listed */
@@ -46,9 +29,14 @@ enum { NOT_LISTED, LISTED_END, FEW_LISTED, NO_END /* all is kept */ };
 
 /* What a block has for it in shared memory, beside the lists: they are where a finder has its own. */
 typedef struct listing {
-    /* Bins of this block's sample, behind them what is in none, and of all blocks' samples. */
-    __align__(16) u32 mine[BINS + WARP];
-    __align__(16) u32 bins[BINS];
+    union {
+        struct {
+            /* Bins of this block's sample, behind them what is in none, and of all blocks' samples. */
+            __align__(16) u32 mine[BINS + WARP];
+            __align__(16) u32 bins[BINS];
+        };
+        u64 own[LEAN ? LISTED : 1]; /* then this block's list, ranks */
+    };
     u64 few[WARP];       /* ranks, at the end of the search */
     u64 room[SEARCHING]; /* sums of warps there */
     u32 edges[2][WARPS]; /* keys of warps' largest and lowest values */
@@ -57,6 +45,7 @@ typedef struct listing {
     u32 ends[CLUSTER];   /* and in those up to each */
     u32 num_few;
     float low, high; /* logits: the guess */
+    u64 within;      /* the mass of this block's list, where LEAN */
     /* The mass of the row, of what is above those listed, of a prefix at least, and of the prefix; its last rank. */
     u64 total, above, wish, kept, end;
     bracket b;       /* of the tokens that are listed */
@@ -64,8 +53,21 @@ typedef struct listing {
     u64 random;      /* of the draw */
 } listing;
 
-#define LISTS_OF(f) ((u64 *)&(f)->list) /* of blocks, [CLUSTER][LISTED], ranks */
+/* Lists of blocks, ranks, [CLUSTER][LISTED]: where the finder's is, or, in the first block of a LEAN row, where its part of
+ * that was. What is summed up to find an end among them. */
+QI_INLINE u64 *lists_of(const row_view *r, finder *f)
+{
+    return LEAN ? (u64 *)(r->x - threadIdx.x * VEC) : (u64 *)&f->list;
+}
+
+QI_INLINE void *sums_of(const row_view *r, finder *f)
+{
+    return LEAN ? lists_of(r, f) + CLUSTER * LISTED : (void *)f->count;
+}
 _Static_assert(HEADS + CLUSTER <= MOST_SENT, "samples go by the mailbox");
+_Static_assert(!LEAN || (CLUSTER * LISTED + SEARCHING * WARP) * (int)sizeof(u64) <=
+                            EACH * VEC * THREADS * (int)sizeof(float),
+               "lists and sums are where a part of the row was");
 _Static_assert(THREADS >= BINS, "a thread or more for each");
 
 /* No weight is that large: +inf. */
@@ -161,7 +163,7 @@ QI_INLINE const u64 *send_sample(row_view *r, const int s, listing *l)
     if (lane == 0)
         l->edges[0][warp] = most, l->edges[1][warp] = least < key_of(LARGEST) ? least : 0;
     if (t < BINS) l->mine[t] = l->bins[t] = 0;
-    if (t == 0) l->listed = 0;
+    if (t == 0) l->listed = 0, l->within = 0;
     __syncthreads();
     most = __reduce_max_sync(ALL_LANES, lane < WARPS ? l->edges[0][lane] : 0);
     /* the highest of the warps' lowest: no outlier */
@@ -253,19 +255,17 @@ QI_INLINE bin_place reach(const float *amounts, const float *tokens, float befor
 QI_INLINE void guess_range(const row_view *r, listing *l, float top, float width, float p,
                            int equals)
 {
-    const float sure = 2.5f; /* times the error that is likely */
+    const float sure = 4.f; /* times the error that is likely */
     const u32 lane = r->at.lane;
     const float samples = (float)num_samples(r), pieces = (float)r->pieces;
     const float unit = 1.f / samples, ratio = ex2(width * -QI_LOG2E);
-    const int whole = equals || 4.f * samples > pieces;
+    const int whole = equals || 2.f * samples >= pieces;
     float w = ex2(((float)(lane * BINS_OF) + .5f) * width * -QI_LOG2E);
-    u32 counted[BINS_OF];
     float tokens[BINS_OF], masses[BINS_OF]; /* of bins */
     float count = 0.f, mass = 0.f, squares = 0.f;
-    qi_load_words(counted, l->bins + lane * BINS_OF, QI_I32, BINS_OF);
 #pragma unroll
     for (u32 j = 0; j < BINS_OF; j++, w *= ratio) {
-        tokens[j] = (float)counted[j] * unit;
+        tokens[j] = (float)l->bins[lane * BINS_OF + j] * unit;
         masses[j] = tokens[j] * w;
         count += tokens[j];
         mass += masses[j];

@@ -11,9 +11,14 @@ enum {
     MOST_BOUNDED = THREADS / 2 /* the largest k that they bound */
 };
 
+/* The includer says if none are to be kept. */
+#ifndef SHARES_MAXIMA
+#define SHARES_MAXIMA 1
+#endif
+
 typedef struct maxima {
-    u64 keys[THREADS / 2]; /* two in one */
-    u32 reach[2][WARPS];   /* by how many keys a guess of each warp is reached */
+    u64 keys[SHARES_MAXIMA ? THREADS / 2 : 1]; /* two in one */
+    u32 reach[2][WARPS]; /* by how many keys a guess of each warp is reached */
 } maxima;
 
 /* Every warp's MAXIMA largest lanes' keys, in m->keys of all blocks. */

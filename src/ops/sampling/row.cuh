@@ -12,9 +12,11 @@
 
 #include "kern/philox.h"
 #include "kern/variant.h"
+#include "ops/sampling/stage_list.cuh"
+
+#define FROM_BLOCK (WORDS_OF + 1) /* a sample and its head */
 #include "ops/sampling/exchange.cuh"
 #include "ops/sampling/mass.cuh"
-#include "ops/sampling/stage_list.cuh"
 
 #ifdef QI_VARIANT
 #include "qi_variant.h"

@@ -5,8 +5,8 @@
  * JIT constants: DTYPE, OUT_DTYPE (of rows); IN, OUT: ROW_...; VEC, elements of an access to rows, out and
  * tensors of stages; THREADS; CLUSTER, blocks of a row, a power of 2 up to 16, 1 before sm_90; EACH, pieces of VEC
  * values that a thread keeps in shared memory (EACH * VEC * THREADS * 4 bytes, dynamic), ceil(vocab / (VEC THREADS
- * CLUSTER)), or 0 for rows that are streamed (stream_row.cuh) or read again (then MOST_SAMPLED values); STAGES_0, STAGES_1, STAGES_2: the list,
- * 4 bits a stage, its kind + 1.
+ * CLUSTER)), or 0 for rows that are streamed (stream_row.cuh) or read again (then MOST_SAMPLED values); CROWDED, whether top_p at
+ * the end leaves room for three blocks an SM; STAGES_0, STAGES_1, STAGES_2: the list, 4 bits a stage, its kind + 1.
  * Bound: HBM, one read of the rows; between 6 (streamed to top_k) and 50 (top_p) instructions a token beside it.
  * SPDX-License-Identifier: Apache-2.0 */
 #include "ops/sampling/stream_row.cuh"
@@ -145,12 +145,16 @@ QI_INLINE int run_stage(row_view *r, const int s, finder *f, listing *l, int *le
 /* ---- results -------------------------------------------------------------------------------- */
 
 /* Draws a token from a row of weights or probabilities. Returns the mass that it is drawn from. */
-QI_INLINE u64 draw(row_view *r, const int s, const listing *l)
+QI_INLINE u64 draw(row_view *r, const int s, finder *f, const listing *l)
 {
     i32 *const tokens = (i32 *)r->p->out;
     const u64 *sent = TOP_P_IS_LAST ? r->sent : 0;
     u64 mine, mass = r->kept;
     u32 token;
+    if (LEAN && sent && mass > 0) {
+        draw_alone(r, f, l);
+        return mass;
+    }
     if (sent) {
         mine = sent[r->at.warp];
     } else {
@@ -184,9 +188,9 @@ QI_INLINE void store_row(const row_view *r, const int s, float scale)
 }
 
 /* Whether anything is left of the row. */
-QI_INLINE int finish(row_view *r, const int s, const listing *l)
+QI_INLINE int finish(row_view *r, const int s, finder *f, const listing *l)
 {
-    if (OUT == ROW_TOKENS) return draw(r, s, l) > 0;
+    if (OUT == ROW_TOKENS) return draw(r, s, f, l) > 0;
     if (OUT == ROW_PROBS) {
         const int known = NUM_STAGES > 0 && kind_of(NUM_STAGES - 1) == STAGE_TOP_P && r->kept > 0;
         const u64 mass = known ? r->kept : row_mass(r, s);
@@ -202,6 +206,7 @@ QI_INLINE int finish(row_view *r, const int s, const listing *l)
 enum {
     ALONE = EACH * VEC * THREADS > 18 * 1024,
     BLOCKS = ALONE                    ? 1
+             : LEAN                   ? 3
              : FINDS || THREADS > 512 ? 1024 / THREADS
                                       : 1536 / THREADS
 };
@@ -244,7 +249,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     if (s < NUM_STAGES && !done) done = run_stage(&r, s, &f, &l, &left);
     FOR_EACH_STAGE(RUN)
 #undef RUN
-    if (!done) left = finish(&r, NUM_STAGES, &l);
+    if (!done) left = finish(&r, NUM_STAGES, &f, &l);
     if (streamed) wait_for_lists();
     if (p.valid) {
         const u64 any = max_row(&r.at, (u64)bad);

@@ -135,4 +135,26 @@ QI_INLINE constexpr int user_stages(const int s)
     return n;
 }
 
+/* The stage whose pass lists tokens; MAX_STAGES: none. */
+QI_INLINE constexpr int find_front()
+{
+    int s = 0;
+    while (kind_of(s) >= 0 && kind_of(s) < STAGE_SOFTMAX) s++;
+    const int softmax = kind_of(s) == STAGE_SOFTMAX;
+    if (kind_of(s + softmax) != STAGE_TOP_P || (!softmax && IN == ROW_LOGITS)) return MAX_STAGES;
+    return EACH == 0 || s == NUM_EARLY ? s : MAX_STAGES; /* filters before it wait for softmax */
+}
+
+enum {
+    FRONT_AT = find_front(),
+    FRONT = (FRONT_AT < MAX_STAGES),
+    TOP_P_AT = FRONT_AT + (kind_of(FRONT_AT) == STAGE_SOFTMAX),
+    TOP_P_IS_LAST = FRONT && TOP_P_AT == NUM_STAGES - 1,
+    DRAWS = TOP_P_IS_LAST && OUT == ROW_TOKENS, /* from what top_p keeps */
+    LEAN = CROWDED && DRAWS, /* three blocks an SM, of which the first of a row ends it alone */
+    BINS = LEAN ? 192 : 256, /* of top_p's sample (guess.cuh) */
+    IN_WORD = 4,             /* counts of them, 16 bits each, as they are sent */
+    WORDS_OF = BINS / IN_WORD,
+};
+
 #endif

@@ -14,7 +14,8 @@ QI_CPU_DECLARE(sampling);
 const qi_kernel qi_sampling_kernels[] = {
     QI_CPU_ROW("sampling.any", NULL, sampling),
     QI_CUDA_ROW("sampling.cuda", NULL, "ops/sampling/sampling.cu", "sampling",
-                "DTYPE OUT_DTYPE IN OUT VEC THREADS CLUSTER EACH STAGES_0 STAGES_1 STAGES_2"),
+                "DTYPE OUT_DTYPE IN OUT VEC THREADS CLUSTER EACH CROWDED "
+                "STAGES_0 STAGES_1 STAGES_2"),
     {0},
 };
 
@@ -211,7 +212,7 @@ qkv_status qi_stages_out(sampling_params *p, const DLTensor *rows, DLTensor *out
 
 /* A launch on a GPU: the constants of its kernel, and how many threads run it. */
 typedef struct cuda_shape {
-    i32 constants[11];
+    i32 constants[12];
     qi_grid grid;
 } cuda_shape;
 
@@ -249,6 +250,17 @@ static const request_values *find_stream(const sampling_params *p)
     return k;
 }
 
+/* Do the blocks of these rows, of such a part of one each, have to wait for others, so that top_p at the end is to leave room
+ * for three an SM (LEAN, top_p.cuh)? */
+static i32 is_crowded(const qkv_context *ctx, const sampling_params *p, i32 cluster, i64 bytes)
+{
+    enum { CLUSTER = 8, LEAST_BYTES = 24 * 1024, MOST_BYTES = 64 * 1024 };
+    const i32 last = p->num_stages - 1;
+    return cluster == CLUSTER && bytes >= LEAST_BYTES && bytes <= MOST_BYTES && last > 0 &&
+           p->stages[last].kind == STAGE_SAMPLE && p->stages[last - 1].kind == STAGE_TOP_P &&
+           p->batch * cluster > 2 * ctx->cuda.num_sms;
+}
+
 static cuda_shape shape_on_cuda(const qkv_context *ctx, const sampling_params *p)
 {
     /* Shared memory of a block is its part of the row, and up to 48 KB. From half of the largest block on one
@@ -284,15 +296,16 @@ static cuda_shape shape_on_cuda(const qkv_context *ctx, const sampling_params *p
         threads = 512, each = kept = 0;
         cluster = qi_stream_cluster(ctx, p->batch, p->vocab, threads * vec, 2);
     }
+    const i32 crowded = each > 0 && is_crowded(ctx, p, cluster, 4ll * each * vec * threads);
     cuda_shape shape = {.constants = {(i32)p->dtype, (i32)p->out_dtype, p->in, p->out_kind, vec,
-                                      threads, cluster, each},
+                                      threads, cluster, each, crowded},
                         .grid = {.x = (u32)(p->batch * cluster),
                                  .threads = (u32)threads,
                                  .shared_bytes = (u32)(4 * kept * threads),
                                  .overlaps_before = 1,
                                  .cluster = (u32)cluster}};
     for (i32 s = 0; s < p->num_stages; s++)
-        shape.constants[8 + s / 7] |= (p->stages[s].kind + 1) << s % 7 * 4;
+        shape.constants[9 + s / 7] |= (p->stages[s].kind + 1) << s % 7 * 4;
     return shape;
 }
 

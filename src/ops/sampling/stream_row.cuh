@@ -72,7 +72,8 @@ QI_INLINE void load_values(const row_view *r, u32 i, float *x)
 
 #include "ops/sampling/stream.cuh"
 
-_Static_assert(sizeof(candidates) <= sizeof(token_list), "candidates are where the list will be");
+_Static_assert(!STREAMS || sizeof(candidates) <= sizeof(token_list),
+               "candidates are where the list will be");
 
 /* How many tokens a row is streamed to; 0: it is not. */
 QI_INLINE u32 stream_k(const row_view *r)

@@ -9,6 +9,10 @@
  *
  * Blocks meet twice, both times by messages: samples with the largest values, then sums with lists. Lists go to a place
  * and an mbarrier that nobody has used before.
+ *
+ * Where rows wait for room (CROWDED) and are drawn from, a block has only what three of them an SM can have (LEAN). Its list
+ * stays with it until all have the sums, which say for sure whether the end is listed; then the first block takes the lists to
+ * where its part of the row was, ends the row and draws alone, and the others leave.
  * SPDX-License-Identifier: Apache-2.0 */
 #ifndef QI_SAMPLING_TOP_P_CUH
 #define QI_SAMPLING_TOP_P_CUH
@@ -22,7 +26,7 @@ enum { GROUP = 32 / VEC }; /* pieces of a thread whose hits are in one word */
 /* Lists this thread's hits: a bit for each token from piece `first` on. Returns their mass. */
 QI_INLINE u64 list_hits(const row_view *r, finder *f, listing *l, int first, u32 hits)
 {
-    u64 *const list = LISTS_OF(f) + r->at.rank * LISTED;
+    u64 *const list = LEAN ? l->own : lists_of(r, f) + r->at.rank * LISTED;
     u64 mass = 0;
     for (; hits; hits &= hits - 1) {
         const u32 at = (u32)__ffs((int)hits) - 1;
@@ -40,15 +44,15 @@ QI_INLINE u64 list_hits(const row_view *r, finder *f, listing *l, int first, u32
 /* ---- the search --------------------------------------------------------------------------------- */
 
 /* What warps send to all blocks: the mass above the range, or, if nothing is there, in it; and all. Then how many tokens each
- * block lists. */
+ * block lists, and of what mass where LEAN. */
 enum { EDGE, TOTAL, SUMS };
 
-/* Sends this warp's sums, and this block's list. */
+/* Sends this warp's sums, and this block's list, unless LEAN. */
 QI_INLINE void send_sums(const row_view *r, finder *f, listing *l, message m, u64 edge, u64 total)
 {
     const u32 t = threadIdx.x, lane = r->at.lane, rank = r->at.rank;
-    u64 *const list = LISTS_OF(f) + rank * LISTED;
-    expect(m.arrived, SUMS * ALL_WARPS + CLUSTER);
+    u64 *const list = lists_of(r, f) + rank * LISTED;
+    expect(m.arrived, SUMS * ALL_WARPS + (1 + LEAN) * CLUSTER);
     if (lane < CLUSTER) {
         send(m.to + EDGE * ALL_WARPS + r->at.warp, edge, m.arrived, lane);
         send(m.to + TOTAL * ALL_WARPS + r->at.warp, total, m.arrived, lane);
@@ -56,7 +60,9 @@ QI_INLINE void send_sums(const row_view *r, finder *f, listing *l, message m, u6
     __syncthreads();
     const u32 n = l->listed;
     if (t < CLUSTER) send(m.to + SUMS * ALL_WARPS + rank, n, m.arrived, t);
-    for (u32 other = 1; other < CLUSTER; other++)
+    if (LEAN && t < CLUSTER)
+        send(m.to + SUMS * ALL_WARPS + CLUSTER + rank, l->within, m.arrived, t);
+    for (u32 other = 1; !LEAN && other < CLUSTER; other++)
 #pragma unroll 1
         for (u32 i = t; i < min(n, (u32)LISTED); i += THREADS)
             send(list + i, list[i], &r->at.box->listed, (rank + other) % CLUSTER);
@@ -73,9 +79,9 @@ enum {
     _Pragma("unroll 1") for (u32 i = threadIdx.x / WARP / CLUSTER * WARP + threadIdx.x % WARP;     \
                              i < (l)->counts[of]; i += OF_LIST * WARP)
 
-QI_INLINE u64 rank_listed(finder *f, u32 of, u32 i)
+QI_INLINE u64 rank_listed(const row_view *r, finder *f, u32 of, u32 i)
 {
-    return LISTS_OF(f)[of * LISTED + i];
+    return lists_of(r, f)[of * LISTED + i];
 }
 
 QI_INLINE u64 mass_of_rank(const row_view *r, u64 rank)
@@ -94,7 +100,7 @@ QI_INLINE int find_listed(const row_view *r, finder *f, listing *l, bracket b, u
                           u64 *end, u64 *mass)
 {
     const u32 t = threadIdx.x, lane = r->at.lane, warp = t / WARP;
-    u64 *const sums = (u64 *)f->count;
+    u64 *const sums = (u64 *)sums_of(r, f);
     u64 high = (u64)b.high << 32 | ~0u, width = high - ((u64)b.low << 32);
     u32 n;
     do {
@@ -103,7 +109,7 @@ QI_INLINE int find_listed(const row_view *r, finder *f, listing *l, bracket b, u
         sync_searchers();
         FOR_EACH_LISTED(l, of, i)
         {
-            const u64 rank = rank_listed(f, of, i), below = high - rank;
+            const u64 rank = rank_listed(r, f, of, i), below = high - rank;
             if (below <= width) add_shared(&sums[below >> shift], mass_of_rank(r, rank));
         }
         sync_searchers();
@@ -125,7 +131,7 @@ QI_INLINE int find_listed(const row_view *r, finder *f, listing *l, bracket b, u
         width = min(width - skipped, ((u64)1 << shift) - 1);
         FOR_EACH_LISTED(l, of, i)
         {
-            const u64 rank = rank_listed(f, of, i);
+            const u64 rank = rank_listed(r, f, of, i);
             if (high - rank > width) continue;
             const u32 to = atomicAdd(&l->num_few, 1u);
             if (to < WARP) l->few[to] = rank;
@@ -157,16 +163,21 @@ QI_INLINE void judge(row_view *r, listing *l, const u64 *sent, bracket b, int so
     const u64 total = sum_sent(&r->at, sent + TOTAL * ALL_WARPS), wish = wish_of(total, p);
     const int fits = __reduce_max_sync(ALL_LANES, count) <= LISTED;
     const u32 n = __shfl_sync(ALL_LANES, up_to, WARP - 1);
-    expect(&r->at.box->listed, n - __shfl_sync(ALL_LANES, there, (int)r->at.rank));
+    u64 reached = edge; /* by what is listed */
+    if (LEAN && some_above)
+        reached += warp_sum_u64(lane < CLUSTER ? sent[SUMS * ALL_WARPS + CLUSTER + lane] : 0);
+    if (!LEAN) expect(&r->at.box->listed, n - __shfl_sync(ALL_LANES, there, (int)r->at.rank));
     if (lane < CLUSTER) l->counts[lane] = there, l->ends[lane] = up_to;
     if (lane > 0) return;
     l->total = total, l->above = some_above ? edge : 0, l->wish = wish, l->b = b, l->fits = fits;
     if (p >= 1.f || total == 0)
         l->found = NO_END;
-    else if (!fits || (some_above ? edge >= wish : edge < wish))
+    else if (!fits || (some_above ? edge >= wish || (LEAN && reached < wish) : edge < wish))
         l->found = NOT_LISTED;
     else
         l->found = DRAWS && !some_above && n <= FEW ? FEW_LISTED : LISTED_END;
+    if (LEAN && r->at.rank == 0 && l->found != NOT_LISTED && l->found != NO_END)
+        expect(&r->at.box->listed, n - there);
 }
 
 /* By the first warps of each block, if the end may be among those listed: all find the same. Where what is kept is drawn
@@ -187,7 +198,7 @@ QI_INLINE void search(row_view *r, finder *f, listing *l, u64 *sent)
     }
     FOR_EACH_LISTED(l, of, i)
     {
-        const u64 rank = rank_listed(f, of, i);
+        const u64 rank = rank_listed(r, f, of, i);
         if (rank >= end)
             add_shared(&sent[EDGE * ALL_WARPS + ~(u32)rank / run], mass_of_rank(r, rank));
     }
@@ -199,6 +210,7 @@ QI_INLINE void look_through(const row_view *r, const int s, finder *f, listing *
                             float largest, const int some_above, u64 *total, u64 *edge)
 {
     const int makes = kind_of(s) == STAGE_SOFTMAX;
+    u64 within = 0;
     *total = *edge = 0;
 #pragma unroll 1
     for (int first = 0; first < r->pieces; first += GROUP) {
@@ -224,7 +236,24 @@ QI_INLINE void look_through(const row_view *r, const int s, finder *f, listing *
         *total += whole_mass(all, (u32)(group * VEC));
         const u64 listed = list_hits(r, f, l, first, hits);
         *edge += some_above ? whole_mass(kept, (u32)(group * VEC)) - listed : listed;
+        within += listed;
     }
+    if (LEAN && some_above && within > 0) add_shared(&l->within, within);
+}
+
+/* The first block takes what all have listed to where its part of the row was, and goes on alone: others make room. Whether
+ * this is it. */
+QI_INLINE int hand_over(const row_view *r, finder *f, const listing *l)
+{
+    const u32 rank = r->at.rank;
+    u64 *const list = lists_of(r, f) + rank * LISTED;
+    for (u32 i = threadIdx.x; i < l->counts[rank]; i += THREADS) {
+        if (rank == 0)
+            list[i] = l->own[i];
+        else
+            send(list + i, l->own[i], &r->at.box->listed, 0);
+    }
+    return rank == 0;
 }
 
 /* The pass, and the search: stage s is a softmax before top_p, or top_p itself, which this goes before. */
@@ -252,6 +281,8 @@ QI_INLINE void list_tokens(row_view *r, const int s, finder *f, listing *l)
     if (OUT == ROW_TOKENS && threadIdx.x / WARP == WARPS - 1) /* which has nothing to do */
         l->random = random_of(r);
     __syncthreads();
+    if (LEAN && (l->found == NOT_LISTED || l->found == NO_END || !hand_over(r, f, l))) return;
+    if (LEAN) __syncthreads();
     if (CLUSTER > 1) await(&r->at.box->listed, r->at.turns >> LISTED_TURN & 1);
     r->at.turns ^= 1u << LISTED_TURN; /* of box->listed */
     if (l->found != LISTED_END) return;
@@ -285,11 +316,11 @@ QI_INLINE u64 add_few(const listed_token *tokens, u32 n, u64 least, u32 low, u32
 QI_INLINE void draw_few(const row_view *r, finder *f, listing *l)
 {
     const u32 t = threadIdx.x, n = l->ends[CLUSTER - 1], each = threads_of_few(n);
-    listed_token *const tokens = (listed_token *)f->count;
+    listed_token *const tokens = (listed_token *)sums_of(r, f);
     if (t < n) {
         u32 of = 0;
         while (t >= l->ends[of]) of++;
-        const u64 rank = LISTS_OF(f)[of * LISTED + t - (l->ends[of] - l->counts[of])];
+        const u64 rank = lists_of(r, f)[of * LISTED + t - (l->ends[of] - l->counts[of])];
         tokens[t] = {rank, mass_of_rank(r, rank)};
     }
     __syncthreads();
@@ -314,7 +345,7 @@ QI_INLINE int finish_listed(row_view *r, const int s, finder *f, listing *l, int
 #pragma unroll
     for (u32 n = 0; n < MINE; n++) {
         const u32 i = t + n * THREADS;
-        const u64 rank = i % LISTED < l->counts[i / LISTED] ? LISTS_OF(f)[i] : 0;
+        const u64 rank = i % LISTED < l->counts[i / LISTED] ? lists_of(r, f)[i] : 0;
         mine[n] = rank >= l->end ? rank : 0;
     }
     if (t == 0) l->listed = 0;
@@ -336,9 +367,51 @@ QI_INLINE int finish_listed(row_view *r, const int s, finder *f, listing *l, int
     return 1;
 }
 
+/* Draws, in the first block of a LEAN row alone, from what is kept: a warp's run of tokens is read again. */
+QI_INLINE void draw_alone(const row_view *r, finder *f, const listing *l)
+{
+    enum { OF_LANE = ALL_WARPS / WARP };
+    const u32 lane = r->at.lane;
+    const u64 target = high_product(l->random, r->kept), *const sent = r->sent + lane * OF_LANE;
+    row_view run = *r;
+    u64 mine = 0, rest = 0;
+    i32 found = -1;
+    for (u32 j = 0; j < OF_LANE; j++) mine += sent[j];
+    u64 before = warp_scan_u64(mine, lane) - mine;
+    for (u32 j = 0; j < OF_LANE; j++) {
+        if (target >= before && target - before < sent[j])
+            found = (i32)(lane * OF_LANE + j), rest = target - before;
+        before += sent[j];
+    }
+    const int source = __ffs((int)__ballot_sync(ALL_LANES, found >= 0)) - 1;
+    rest = __shfl_sync(ALL_LANES, rest, source);
+    run.at.warp = (u32)__shfl_sync(ALL_LANES, found, source);
+    for (int first = 0; first < EACH; first += WARPS) {
+        const int i = first + (int)(threadIdx.x / WARP);
+        float x[VEC] = {};
+        u32 words[WORDS] = {};
+        int bad = 0;
+        if (i < EACH) {
+            load_piece(&run, i, words);
+            open_piece(&run, i, words, x, &bad);
+            apply_all(&run, 0, NUM_STAGES, i, x);
+        }
+        u64 all, sum = scan_block(piece_mass(r, NUM_STAGES, x), f->room, &all);
+        for (int e = 0; e < VEC; e++) {
+            const u64 its = mass_of(x[e], r->unit);
+            if (rest >= sum && rest - sum < its)
+                ((i32 *)r->p->out)[r->request] = (i32)(token_at(&run, i) + (u32)e);
+            sum += its;
+        }
+        if (rest < all) return;
+        rest -= all;
+    }
+}
+
 /* Stage s, top_p, after the pass. Returns whether all that follows is done too: *left as of finish(). */
 QI_INLINE int end_listing(row_view *r, const int s, finder *f, listing *l, int *left)
 {
+    if (LEAN && r->at.rank > 0 && l->found != NOT_LISTED) return 1;
     if (l->found == NO_END) {
         r->kept = l->total;
         r->sent += TOTAL * ALL_WARPS;
