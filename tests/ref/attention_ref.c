@@ -6,7 +6,12 @@
 
 #include "support.h"
 
-enum { MAX_DIM = 512 };
+enum { MAX_DIM = 512, LANES = 8 };
+
+/* Vectors of keys and values are filled up with zeros to whole `lanes`: sanitizers check each access, so eight elements
+ * with one are several times as fast. */
+typedef double lanes __attribute__((vector_size(LANES * sizeof(double)), aligned(8), may_alias));
+typedef int64_t lane_bits __attribute__((vector_size(LANES * sizeof(int64_t))));
 
 /* The batch, and the layer's parameters after the overrides. */
 typedef struct layer {
@@ -24,7 +29,9 @@ typedef struct request {
     int64_t number, row_begin, qo_len, first_position;
     int64_t num_keys, num_shared; /* over all levels; in all but the last */
     int64_t first_block;          /* BSR: the number of its first row block */
-    double *k, *v;                /* [kv_head][key][dim] */
+    double *k, *v;                /* [kv_head][key][filled(dim)] */
+    double *k_lengths;            /* as k, of rotated pairs; NULL without a rotation */
+    double *v_max;                /* [kv_head][key], of sizes of the key's values */
 } request;
 
 static void *allocate(int64_t n, size_t bytes)
@@ -32,6 +39,11 @@ static void *allocate(int64_t n, size_t bytes)
     void *p = calloc((size_t)(n > 0 ? n : 1), bytes);
     if (!p) abort();
     return p;
+}
+
+static int64_t filled(int64_t dim)
+{
+    return (dim + LANES - 1) / LANES * LANES;
 }
 
 /* ---- tensors ------------------------------------------------------------------------------ */
@@ -124,7 +136,7 @@ static int64_t key_offset(const qkv_attention_spec *spec, const DLTensor *t, boo
            head * stride_of(t, nhd ? first + 1 : first);
 }
 
-/* All keys or values of a request, [kv_head][key][dim], level after level. */
+/* All keys or values of a request, [kv_head][key][filled(dim)], level after level. */
 static double *gather(const layer *l, const request *r, bool values)
 {
     const qkv_attention_spec *s = l->spec;
@@ -132,7 +144,7 @@ static double *gather(const layer *l, const request *r, bool values)
     const DLTensor *t = values && !combined ? l->io->v : l->io->k;
     const qkv_scale *scale = values ? &l->io->v_scale : &l->io->k_scale;
     const int64_t dim = values ? s->head_dim_vo : s->head_dim_qk;
-    double *out = allocate(r->num_keys * s->num_kv_heads * dim, sizeof *out);
+    double *out = allocate(r->num_keys * s->num_kv_heads * filled(dim), sizeof *out);
     int64_t first = 0;
     for (int64_t level = 0; level < l->batch->num_levels; level++) {
         const qkv_kv_index *index = level_at(l->batch, level);
@@ -145,7 +157,7 @@ static double *gather(const layer *l, const request *r, bool values)
             for (int64_t h = 0; h < s->num_kv_heads; h++) {
                 const int64_t at = key_offset(s, t, combined, values, page, slot, h);
                 const double factor = scale_at(scale, h);
-                double *key = out + (h * r->num_keys + first + j) * dim;
+                double *key = out + (h * r->num_keys + first + j) * filled(dim);
                 for (int64_t d = 0; d < dim; d++) key[d] = element(t, at + d) * factor;
             }
         }
@@ -198,6 +210,15 @@ static void rotate(const layer *l, double *vector, int64_t position)
     }
 }
 
+/* Of each element's pair, or of the element alone. */
+static void set_lengths(const layer *l, const double *vector, double *lengths)
+{
+    for (int d = 0; d < l->spec->head_dim_qk; d++) {
+        const double x = vector[d], y = l->partner[d] == d ? 0 : vector[l->partner[d]];
+        lengths[d] = sqrt(x * x + y * y);
+    }
+}
+
 /* ---- one row ------------------------------------------------------------------------------ */
 
 /* The custom mask speaks of the last level's keys. */
@@ -235,34 +256,43 @@ static bool visible(const layer *l, const request *r, int64_t row, int64_t key, 
     return mask_allows(l, r, row, key) && block_allows(l, r, row, key, kv_head);
 }
 
-/* *size: the sum of |a_i b_i|, with the lengths of rotated pairs. */
-static double dot(const layer *l, const double *a, const double *b, double *size)
+static double sum_of(const lanes *x)
 {
-    const int n = l->spec->head_dim_qk;
-    double sum = 0, sum_of_sizes = 0;
-    for (int i = 0; i < n; i++) {
-        const int other = l->partner[i];
-        sum += a[i] * b[i];
-        sum_of_sizes +=
-            other == i
-                ? fabs(a[i] * b[i])
-                : sqrt((a[i] * a[i] + a[other] * a[other]) * (b[i] * b[i] + b[other] * b[other]));
-    }
-    *size = sum_of_sizes;
+    double sum = 0;
+    for (int i = 0; i < LANES; i++) sum += (*x)[i];
     return sum;
 }
 
-/* Logits of the visible keys. */
-static void logits_of(const layer *l, const request *r, const double *q, int64_t row, int64_t head,
-                      const bool *sees, double *x, attention_ref_row *out)
+/* Without their signs. */
+#define SIZES(x) ((lanes)((lane_bits)(x)&INT64_MAX))
+
+/* *size: the sum of |a_i b_i|. */
+static double dot(int64_t dim, const double *a, const double *b, double *size)
 {
+    lanes sum = {0}, sum_of_sizes = {0};
+    for (int64_t i = 0; i < dim; i += LANES) {
+        const lanes product = *(const lanes *)(a + i) * *(const lanes *)(b + i);
+        sum += product;
+        sum_of_sizes += SIZES(product);
+    }
+    *size = sum_of(&sum_of_sizes);
+    return sum_of(&sum);
+}
+
+/* Logits of the visible keys. */
+static void logits_of(const layer *l, const request *r, const double *q, const double *q_lengths,
+                      int64_t row, int64_t head, const bool *sees, double *x,
+                      attention_ref_row *out)
+{
+    const int64_t dim = l->spec->head_dim_qk;
     const int64_t kv_head = head / (l->spec->num_qo_heads / l->spec->num_kv_heads);
     const double slope = l->io->alibi_slopes ? element(l->io->alibi_slopes, head) : 0;
     for (int64_t j = 0; j < r->num_keys; j++) {
         if (!sees[j]) continue;
+        const int64_t at = (kv_head * r->num_keys + j) * filled(dim);
         double size;
-        x[j] = dot(l, q, r->k + (kv_head * r->num_keys + j) * l->spec->head_dim_qk, &size) *
-               l->sm_scale;
+        x[j] = dot(dim, q, r->k + at, &size) * l->sm_scale;
+        if (r->k_lengths) dot(dim, q_lengths, r->k_lengths + at, &size);
         out->max_dot = fmax(out->max_dot, size * l->sm_scale);
         out->max_logit = fmax(out->max_logit, fabs(x[j]));
         if (l->soft_cap > 0) x[j] = l->soft_cap * tanh(x[j] / l->soft_cap);
@@ -273,40 +303,43 @@ static void logits_of(const layer *l, const request *r, const double *q, int64_t
     }
 }
 
-/* o += the weighted values, and their sizes. */
+/* o: the weighted values; and their sizes. */
 static void add_values(const layer *l, const request *r, int64_t kv_head, const bool *sees,
                        const double *weights, double o_scale, double *o, attention_ref_row *out)
 {
-    const int64_t vo = l->spec->head_dim_vo;
-    double largest[MAX_DIM] = {0}, means[MAX_DIM] = {0}, squares[MAX_DIM] = {0};
+    const int64_t vo = l->spec->head_dim_vo, n = filled(vo) / LANES;
+    lanes sums[MAX_DIM / LANES] = {0}, means[MAX_DIM / LANES] = {0}, squares[MAX_DIM / LANES] = {0};
     for (int64_t j = 0; j < r->num_keys; j++) {
         if (!sees[j]) continue;
-        const double *v = r->v + (kv_head * r->num_keys + j) * vo, w = weights[j] / o_scale;
-        for (int64_t d = 0; d < vo; d++) {
-            const double size = fabs(v[d]), wv = w * v[d];
-            largest[d] = size > largest[d] ? size : largest[d];
-            o[d] += wv;
-            means[d] += fabs(wv);
-            squares[d] += wv * wv;
+        const lanes *v = (const lanes *)(r->v + (kv_head * r->num_keys + j) * filled(vo));
+        const double w = weights[j] / o_scale;
+        out->max_v = fmax(out->max_v, r->v_max[kv_head * r->num_keys + j] / o_scale);
+        for (int64_t i = 0; i < n; i++) {
+            const lanes wv = w * v[i];
+            sums[i] += wv;
+            means[i] += SIZES(wv);
+            squares[i] += wv * wv;
         }
     }
     for (int64_t d = 0; d < vo; d++) {
-        out->max_v = fmax(out->max_v, largest[d] / o_scale);
-        out->mean_v = fmax(out->mean_v, means[d]);
-        out->rms_v = fmax(out->rms_v, sqrt(squares[d]));
+        const int64_t i = d / LANES, lane = d % LANES;
+        o[d] = sums[i][lane];
+        out->mean_v = fmax(out->mean_v, means[i][lane]);
+        out->rms_v = fmax(out->rms_v, sqrt(squares[i][lane]));
     }
 }
 
 /* One query row of one head, q already scaled and rotated; x and sees: room for each key. */
-static attention_ref_row row_of(const layer *l, const request *r, const double *q, int64_t row,
-                                int64_t head, bool *sees, double *x, double *o)
+static attention_ref_row row_of(const layer *l, const request *r, const double *q,
+                                const double *q_lengths, int64_t row, int64_t head, bool *sees,
+                                double *x, double *o)
 {
     const int64_t kv_head = head / (l->spec->num_qo_heads / l->spec->num_kv_heads);
     const double sink = l->io->sink ? element(l->io->sink, head) : (double)-INFINITY;
     attention_ref_row out = {.lse = (double)-INFINITY};
     for (int64_t d = 0; d < l->spec->head_dim_vo; d++) o[d] = 0;
     for (int64_t j = 0; j < r->num_keys; j++) sees[j] = visible(l, r, row, j, kv_head);
-    logits_of(l, r, q, row, head, sees, x, &out);
+    logits_of(l, r, q, q_lengths, row, head, sees, x, &out);
 
     double max = sink;
     for (int64_t j = 0; j < r->num_keys; j++)
@@ -373,14 +406,22 @@ void attention_ref(const qkv_attention_spec *spec, const qkv_attention_batch *ba
     const layer l = layer_of(spec, batch, io);
     const int64_t heads = spec->num_qo_heads, qk = spec->head_dim_qk, vo = spec->head_dim_vo;
     const DLTensor *qo_indptr = last_level(batch)->qo_indptr;
-    double q[MAX_DIM];
+    double q[MAX_DIM] = {0}, q_lengths[MAX_DIM] = {0};
     for (int64_t number = 0; number + 1 < qo_indptr->shape[0]; number++) {
         if (index_at(qo_indptr, number) == index_at(qo_indptr, number + 1)) continue;
         request r = request_of(&l, number);
         r.k = gather(&l, &r, false);
         r.v = gather(&l, &r, true);
-        for (int64_t i = 0; i < spec->num_kv_heads * r.num_keys; i++)
-            rotate(&l, r.k + i * qk, i % r.num_keys);
+        const int64_t num_vectors = spec->num_kv_heads * r.num_keys;
+        const bool rotates = spec->features & QKV_FEATURE_ROPE;
+        if (rotates) r.k_lengths = allocate(num_vectors * filled(qk), sizeof *r.k_lengths);
+        for (int64_t i = 0; rotates && i < num_vectors; i++) {
+            rotate(&l, r.k + i * filled(qk), i % r.num_keys);
+            set_lengths(&l, r.k + i * filled(qk), r.k_lengths + i * filled(qk));
+        }
+        r.v_max = allocate(num_vectors, sizeof *r.v_max);
+        for (int64_t i = 0; i < num_vectors * filled(vo); i++)
+            r.v_max[i / filled(vo)] = fmax(r.v_max[i / filled(vo)], fabs(r.v[i]));
         double *x = allocate(r.num_keys, sizeof *x);
         bool *sees = allocate(r.num_keys, sizeof *sees);
         for (int64_t row = 0; row < r.qo_len; row++) {
@@ -390,10 +431,11 @@ void attention_ref(const qkv_attention_spec *spec, const qkv_attention_batch *ba
                 for (int64_t d = 0; d < qk; d++)
                     q[d] = element(io->q, at + d) * scale_at(&io->q_scale, h);
                 rotate(&l, q, r.first_position + row);
+                set_lengths(&l, q, q_lengths);
                 rows[token * heads + h] =
-                    row_of(&l, &r, q, row, h, sees, x, o + (token * heads + h) * vo);
+                    row_of(&l, &r, q, q_lengths, row, h, sees, x, o + (token * heads + h) * vo);
             }
         }
-        free(x), free(sees), free(r.k), free(r.v);
+        free(x), free(sees), free(r.k), free(r.v), free(r.k_lengths), free(r.v_max);
     }
 }
