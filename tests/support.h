@@ -70,7 +70,7 @@ static inline int64_t test_below(int64_t n)
 /* [-scale, scale) */
 static inline double test_uniform(double scale)
 {
-    return ((double)(test_u64() >> 11) / 4503599627370496.0 - 1.0) * scale;
+    return ((double)(int64_t)(test_u64() >> 11) / 4503599627370496.0 - 1.0) * scale;
 }
 
 /* A fresh seed each run, printed; QKV_TEST_SEED repeats one. Call first in main(). */
@@ -131,15 +131,16 @@ static inline double test_f16_value(uint16_t h)
 
 static inline uint16_t test_to_f16(float f)
 {
-    const uint16_t sign = signbit(f) ? 0x8000 : 0;
-    const double a = fabs((double)f);
+    uint32_t bits;
+    memcpy(&bits, &f, sizeof bits);
+    const uint16_t sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffff;
+    const float a = test_bits_float(bits);
     if (f != f) return 0x7e00;
     if (a >= 65520) return sign | 0x7c00;
-    if (a == 0) return sign;
-    const int e = test_exponent(a);
-    const int unit = e - 11 < -24 ? -24 : e - 11;
-    const long n = (long)nearbyint(a * test_exp2(-unit)); /* 0 .. 2048 units */
-    return (uint16_t)(sign | (unit == -24 ? n : n + ((long)(unit + 24) << 10)));
+    if (a < 0x1p-14f) return sign | (uint16_t)nearbyintf(a * 0x1p24f); /* 0 .. 1024 units */
+    bits -= (127 - 15) << 23;
+    return sign | (uint16_t)((bits + 0xfff + (bits >> 13 & 1)) >> 13);
 }
 
 /* An 8-bit float: a sign, an exponent with this bias, mantissa_bits. Codes past `largest` are e4m3's
